@@ -1,0 +1,116 @@
+"""The built-in data set: scenes drawn by `scenes`, written as H.264 mp4 files in the layout of Moments in Time.
+
+    <root>/training/<category>/synthetic-<category>-<seed>.mp4       256x256, 30 frames a second, 90 frames
+    <root>/validation/..., test/..., shifted/...                     shifted: a test outside the training's range
+    <root>/trainingSet.csv, validationSet.csv, ...                   category/file.mp4,label,agree,disagree
+    <root>/moments_categories.txt                                    name,index; written last: the set is whole
+
+The scenes are drawn, not filmed: their figures say nothing about real eruptions, and are named `synthetic` wherever
+they are shown. Every split has seeds of its own, and the same seed gives the same file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import av
+import numpy as np
+
+from giffy_ray.config import SyntheticConfig
+from giffy_ray.data import scenes
+from giffy_ray.progress import Bar
+from giffy_ray.storage import filesystem_of, join, read_text, write_text
+
+NAME = "synthetic"
+_SEEDS_PER_SPLIT = 1_000_000
+_CLIPS_PER_TASK = 4
+
+
+class Planned(NamedTuple):
+    """One video that is to be: where, and from what."""
+
+    split: str
+    category: str
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{NAME}-{self.category}-{self.seed:08d}.mp4"
+
+    @property
+    def path(self) -> str:
+        return f"{self.split}/{self.category}/{self.name}"
+
+
+def plan(settings: SyntheticConfig) -> list[Planned]:
+    """Every video of the data set. Splits take their seeds from ranges that do not meet."""
+    counts = {
+        "training": settings.training_clips,
+        "validation": settings.validation_clips,
+        "test": settings.test_clips,
+        "shifted": settings.shifted_clips,
+    }
+
+    def seeds() -> Iterator[tuple[str, int]]:
+        for place, (split, count) in enumerate(counts.items()):
+            first = (settings.seed * len(counts) + place) * _SEEDS_PER_SPLIT
+            yield from ((split, first + clip) for clip in range(count))
+
+    return [Planned(split, category, seed) for category in scenes.CATEGORIES for split, seed in seeds()]
+
+
+def video(planned: Planned) -> bytes:
+    """Draws and encodes one video: the bytes of an mp4 file."""
+    return encode_mp4(scenes.draw(planned.category, planned.seed, planned.split == "shifted"), scenes.FPS)
+
+
+def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
+    """uint8 [time, height, width, 3] -> H.264 mp4 at x264's default quality, the same bytes every time."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def ensure(parent: str, settings: SyntheticConfig) -> str:
+    """The root of the data set of these settings below `parent`; rendered by Ray tasks if it is not there."""
+    counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.shifted_clips)
+    version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}"
+    root = join(parent, f"{NAME}-{version}")
+    if read_text(join(root, "moments_categories.txt")) is None:
+        render_all(root, plan(settings))
+    return root
+
+
+def render_all(root: str, videos: list[Planned]) -> None:
+    """Renders the videos on all CPUs of the cluster, then writes the lists."""
+    import ray
+
+    render = ray.remote(num_cpus=1)(_render)
+    parts = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
+    with Bar("rendering the built-in videos", len(videos), "videos") as bar:
+        waiting = [render.remote(root, part) for part in parts]
+        while waiting:
+            done, waiting = ray.wait(waiting)
+            bar.advance(sum(ray.get(done)))
+    for split in dict.fromkeys(one.split for one in videos):
+        lines = [f"{one.category}/{one.name},{one.category},3,0\n" for one in videos if one.split == split]
+        write_text(join(root, f"{split}Set.csv"), "".join(lines))
+    indices = [f"{category},{index}\n" for index, category in enumerate(scenes.CATEGORIES)]
+    write_text(join(root, "moments_categories.txt"), "".join(indices))
+
+
+def _render(root: str, videos: list[Planned]) -> int:
+    filesystem, base = filesystem_of(root)
+    for one in videos:
+        path = f"{base}/{one.path}"
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with filesystem.open_output_stream(path) as stream:
+            stream.write(video(one))
+    return len(videos)

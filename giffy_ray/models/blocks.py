@@ -1,0 +1,74 @@
+"""Layers that the report's networks are made of: TensorFlow's SAME padding and initial values, in PyTorch.
+
+Floats, channels first. Weights start from a normal of standard deviation 0.02 (convolutions: cut at two of them),
+biases from 0, as in the code that the report builds on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+from torch import Tensor, nn
+
+Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
+
+_INIT_STD = 0.02
+_LEAKY_SLOPE = 0.2
+
+
+def conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
+    """SAME for an input that `stride` divides: [batch, inputs, h, w] -> [batch, outputs, h/stride, w/stride]."""
+    return _initialised(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2))
+
+
+def conv3d(inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]) -> nn.Conv3d:
+    """SAME for an input that `stride` divides: [batch, inputs, t, h, w] -> the same over `stride`."""
+    padding = tuple((k - s + 1) // 2 for k, s in zip(kernel, stride, strict=True))
+    return _initialised(nn.Conv3d(inputs, outputs, tuple(kernel), tuple(stride), padding=padding))
+
+
+class SameConvTranspose3d(nn.ConvTranspose3d):
+    """TensorFlow's SAME transposed convolution: every axis comes out exactly `stride` times as long.
+
+    TensorFlow cuts `kernel - stride` off the full result, the smaller half in front; PyTorch's `padding` cuts the
+    same from both sides, so the odd one is cut here.
+    """
+
+    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]):
+        padding = tuple((k - s) // 2 for k, s in zip(kernel, stride, strict=True))
+        super().__init__(inputs, outputs, tuple(kernel), tuple(stride), padding)
+        nn.init.normal_(self.weight, std=_INIT_STD)
+        assert self.bias is not None
+        nn.init.zeros_(self.bias)
+
+    def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
+        time, height, width = (
+            size * stride for size, stride in zip(features.shape[2:], self.stride, strict=True)
+        )
+        return super().forward(features)[:, :, :time, :height, :width]
+
+
+def linear(inputs: int, outputs: int) -> nn.Linear:
+    layer = nn.Linear(inputs, outputs)
+    nn.init.normal_(layer.weight, std=_INIT_STD)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def normalised(
+    layer: nn.Module, norm: Callable[[int], nn.Module] | None, width: int, activation: nn.Module
+) -> nn.Sequential:
+    """layer -> batch norm (where there is one) -> activation."""
+    return nn.Sequential(layer, *([norm(width)] if norm else []), activation)
+
+
+def leaky_relu() -> nn.LeakyReLU:
+    return nn.LeakyReLU(_LEAKY_SLOPE)
+
+
+def _initialised(convolution: Convolution) -> Convolution:
+    nn.init.trunc_normal_(convolution.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
+    assert convolution.bias is not None
+    nn.init.zeros_(convolution.bias)
+    return convolution

@@ -1,0 +1,37 @@
+"""The names of tensors: axes, dtype and value range, and the only two conversions between them.
+
+Outside the networks everything is a Clip: uint8, axes (time, height, width, channel), RGB 0..255; `Clips` has a
+leading batch axis. Networks see floats 0..1 with channels first, so that Conv2d and Conv3d take them as they are.
+
+    start, end    first and last frame of a clip, the two given images
+    between       the frames that are to be made
+    made, real    a clip that came out of a method, and the one that was filmed
+    noise         float32 [batch, latent], standard normal
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import torch
+from jaxtyping import Float, Int64, UInt8
+from torch import Tensor
+
+Images: TypeAlias = UInt8[Tensor, "batch height width 3"]
+Clips: TypeAlias = UInt8[Tensor, "batch time height width 3"]
+ImageFloats: TypeAlias = Float[Tensor, "batch 3 height width"]
+ClipFloats: TypeAlias = Float[Tensor, "batch 3 time height width"]
+Noise: TypeAlias = Float[Tensor, "batch latent"]
+Positions: TypeAlias = Int64[Tensor, " batch"]
+PerClip: TypeAlias = Float[Tensor, " batch"]
+
+
+def to_floats(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 [..., channel] 0..255 -> float with the channel axis second, 0..1. Images or Clips."""
+    # Permuted while still uint8: a quarter of the bytes to move.
+    return pixels.movedim(-1, 1).contiguous().to(dtype).div_(255)
+
+
+def to_pixels(floats: Tensor) -> Tensor:
+    """The inverse of `to_floats`: rounds to the nearest of 0..255 and puts the channel axis last."""
+    return floats.detach().clamp(0, 1).mul(255).round_().to(torch.uint8).movedim(1, -1).contiguous()
