@@ -183,6 +183,20 @@ def to_yaml(experiment: Experiment) -> str:
     return yaml.safe_dump(_EXPERIMENT.dump_python(experiment, mode="json"), sort_keys=False)
 
 
+def differences(experiment: Experiment) -> str:
+    """The experiment as a file that a person would write: only what differs from the defaults."""
+    defaults, tree = flatten(Experiment()), {}
+    for dotted, value in flatten(from_yaml(to_yaml(experiment))).items():
+        if value != defaults[dotted]:
+            *sections, name = dotted.split(".")
+            node = tree
+            for section in sections:
+                node = node.setdefault(section, {})
+            node[name] = value
+    plain = TypeAdapter(dict[str, Any]).dump_python(tree, mode="json")
+    return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110)
+
+
 def from_yaml(text: str) -> Experiment:
     """The inverse of `to_yaml`. Raises ConfigError."""
     return _validate(yaml.safe_load(text))

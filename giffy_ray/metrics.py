@@ -7,7 +7,6 @@ look at the frames between only: the two given frames would flatter every method
 from __future__ import annotations
 
 import torch
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from giffy_ray.shapes import Clips, PerClip, to_floats
 
@@ -28,6 +27,9 @@ def psnr(made: Clips, real: Clips) -> PerClip:
 
 def ssim(made: Clips, real: Clips) -> PerClip:
     """Structural similarity (Wang et al. 2004, 11x11 Gaussian window) of the frames between, averaged over them."""
+    # Imported here: two seconds that a training worker, which does not ask for it, need not wait.
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     batch, time = made.shape[0], made.shape[1] - 2
     frames = [to_floats(clips[:, 1:-1].flatten(0, 1)) for clips in (made, real)]
     each = structural_similarity_index_measure(*frames, data_range=1.0, reduction="none")

@@ -46,7 +46,12 @@ def read_text(location: str) -> str | None:
 
 
 def write_text(location: str, text: str) -> None:
+    write_bytes(location, text.encode())
+
+
+def write_bytes(location: str, content: bytes) -> None:
+    """Writes a file, making the folders above it."""
     filesystem, path = filesystem_of(location)
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     with filesystem.open_output_stream(path) as stream:
-        stream.write(text.encode())
+        stream.write(content)

@@ -1,23 +1,26 @@
 """Everything that goes to MLflow, and the only importer of mlflow.
 
-A run is named by its id and written through MlflowClient, never through MLflow's global state: many trials and
-workers share a machine. Only rank 0 of a training writes; the other ranks hold a Tracker that keeps silent.
+A run is written through MlflowClient, never through MLflow's global state: many trials and workers share a machine.
+Only rank 0 of a training writes; the other ranks hold a Tracker that keeps silent, and do not import mlflow, which
+takes two seconds.
 """
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
 from pathlib import Path
-
-from mlflow.entities import Metric, Param, RunStatus, RunTag
-from mlflow.tracking import MlflowClient
+from typing import TYPE_CHECKING
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
 from giffy_ray.storage import is_local, join
+
+if TYPE_CHECKING:
+    from mlflow.tracking import MlflowClient
 
 _LONGEST_PARAM = 6000
 
@@ -36,20 +39,21 @@ def tracking_uri(experiment: Experiment) -> str:
 
 
 class Tracker:
-    """Writes to one MLflow run. On ranks other than 0 every call returns at once."""
+    """Writes to one MLflow run. On ranks other than 0 there is none, and every call returns at once."""
 
-    def __init__(self, uri: str, run_id: str, rank: int = 0):
-        self.run_id = run_id
-        self._client = MlflowClient(uri) if rank == 0 else None
-        self._logged_to = self._last_step() if self._client else 0
+    def __init__(self, client: MlflowClient | None = None, run_id: str = ""):
+        self._client, self.run_id = client, run_id
+        self._logged_to = self._last_step() if client else 0
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Logs `phase/name` values in one call. A step that was logged before an interruption is not logged again."""
         if self._client and step > self._logged_to:
-            now_ms = int(time.time() * 1000)
-            self._client.log_batch(
-                self.run_id, [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
-            )
+            self._log(metrics, step)
+
+    def log_results(self, results: Mapping[str, float]) -> None:
+        """Logs values that belong to the run as a whole."""
+        if self._client:
+            self._log(results, 0)
 
     def log_text(self, text: str, name: str) -> None:
         if self._client:
@@ -69,14 +73,17 @@ class Tracker:
                 self._client.log_artifact(self.run_id, str(path), "images")
             self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
+    def finish(self) -> None:
         if self._client:
-            self._client.log_batch(self.run_id, tags=[RunTag(name, str(tags[name])) for name in tags])
+            self._client.set_terminated(self.run_id, "FINISHED")
 
-    def finish(self, succeeded: bool = True) -> None:
-        if self._client:
-            status = RunStatus.FINISHED if succeeded else RunStatus.FAILED
-            self._client.set_terminated(self.run_id, RunStatus.to_string(status))
+    def _log(self, metrics: Mapping[str, float], step: int) -> None:
+        from mlflow.entities import Metric
+
+        assert self._client
+        now_ms = int(time.time() * 1000)
+        batch = [Metric(name, float(value), now_ms, step) for name, value in metrics.items()]
+        self._client.log_batch(self.run_id, batch)
 
     def _last_step(self) -> int:
         assert self._client
@@ -84,29 +91,51 @@ class Tracker:
         return self._client.get_metric_history(self.run_id, names[0])[-1].step if names else 0
 
 
-def start_run(experiment: Experiment, parent: str | None = None, tags: Mapping[str, str] | None = None) -> Tracker:
-    """Makes an MLflow run that holds the experiment: every field as a parameter, and its YAML.
+def open_run(
+    experiment: Experiment, rank: int = 0, parent: str | None = None, tags: Mapping[str, str] | None = None
+) -> Tracker:
+    """The MLflow run of the experiment's name: the one that an interrupted run left, or a new one.
 
-    `parent` is the id of the run that this one is shown under.
+    A new one holds the experiment: every field as a parameter, and its YAML. `parent` is the id of the run that it
+    is shown under.
     """
-    uri = tracking_uri(experiment)
-    client = MlflowClient(uri)
-    tags = {"mlflow.source.git.commit": _git_commit(), **(tags or {})}
+    if rank != 0:
+        return Tracker()
+    from mlflow.entities import Param
+
+    client = _client(experiment)
+    experiment_id, place = _experiment_id(client, experiment), join(experiment.storage, experiment.name)
+    # The storage folder is what makes a run one run, however often it is started.
+    known = client.search_runs([experiment_id], f"tags.`giffy_ray.run` = '{place}'", max_results=1)
+    if known:
+        run_id = known[0].info.run_id
+        client.update_run(run_id, status="RUNNING")
+        return Tracker(client, run_id)
+    run_tags = {"giffy_ray.run": place, "mlflow.source.git.commit": _git_commit(), **(tags or {})}
     if parent:
-        tags["mlflow.parentRunId"] = parent
-    run = client.create_run(_experiment_id(client, experiment), tags=tags, run_name=experiment.name)
+        run_tags["mlflow.parentRunId"] = parent
+    run_id = client.create_run(experiment_id, tags=run_tags, run_name=experiment.name).info.run_id
     params = [Param(name, str(value)[:_LONGEST_PARAM]) for name, value in flatten(experiment).items()]
-    client.log_batch(run.info.run_id, params=params)
-    tracker = Tracker(uri, run.info.run_id)
+    client.log_batch(run_id, params=params)
+    tracker = Tracker(client, run_id)
     tracker.log_text(to_yaml(experiment), "experiment.yaml")
     return tracker
 
 
-def reopen_run(experiment: Experiment, run_id: str) -> Tracker:
-    """Goes on with a run that was interrupted."""
-    uri = tracking_uri(experiment)
-    MlflowClient(uri).update_run(run_id, status=RunStatus.to_string(RunStatus.RUNNING))
-    return Tracker(uri, run_id)
+def close_children(experiment: Experiment, parent: Tracker) -> None:
+    """Marks the runs under `parent` that were ended from outside, by the search, as killed."""
+    client = _client(experiment)
+    here = [_experiment_id(client, experiment)]
+    query = f"tags.`mlflow.parentRunId` = '{parent.run_id}' and attributes.status = 'RUNNING'"
+    for run in client.search_runs(here, query):
+        client.set_terminated(run.info.run_id, "KILLED")
+
+
+def _client(experiment: Experiment) -> MlflowClient:
+    from mlflow.tracking import MlflowClient
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every table of a new SQLite file
+    return MlflowClient(tracking_uri(experiment))
 
 
 def _experiment_id(client: MlflowClient, experiment: Experiment) -> str:

@@ -26,7 +26,7 @@ from giffy_ray.learners import Learner
 from giffy_ray.learners.noise import noise_for
 from giffy_ray.metrics import l2_report, psnr
 from giffy_ray.storage import join, read_text, write_text
-from giffy_ray.tracking import Tracker, tracking_uri
+from giffy_ray.tracking import open_run
 
 _SAMPLES = 6
 # What may differ when a run is started again under its name.
@@ -43,12 +43,12 @@ class Trained:
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """What every worker runs. `settings`: the experiment as YAML, the store, and the MLflow run to write to."""
+    """What every worker runs. `settings`: the experiment as YAML, the store, and the parent of its MLflow run."""
     experiment = from_yaml(settings["experiment"])
     context = ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
     store = Store(settings["store"])
-    tracker = Tracker(tracking_uri(experiment), settings["run_id"], rank)
+    tracker = open_run(experiment, rank, settings["parent"], {"data.fingerprint": store.fingerprint})
     learner = learners.build(experiment, ray.train.torch.get_device(), _parallel)
 
     steps_done = _resume(learner)
@@ -77,6 +77,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         tracker.log_animation(lambda: _samples(learner, store, experiment), "validation", step=epoch)
         with checkpoints.written(learner, experiment, end, metrics, rank) as checkpoint:
             ray.train.report(metrics | {"epoch": epoch}, checkpoint=checkpoint)
+    tracker.finish()
     # ----------------------------------------------------------------------------------
 
 
@@ -106,10 +107,14 @@ def train(
     experiment: Experiment,
     store: Store,
     share: Share,
-    run_id: str,
+    parent: str | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
 ) -> Trained:
-    """Trains to the end, or goes on where the run of this name was cut. Raises ray.train.TrainingFailedError."""
+    """Trains to the end, or goes on where the run of this name was cut.
+
+    `parent` is the id of the MLflow run that this one is shown under. Raises ConfigError before anything starts,
+    ray.train.TrainingFailedError after.
+    """
     check(experiment, store)
     _claim(experiment)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
@@ -117,7 +122,7 @@ def train(
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
     trainer = TorchTrainer(
         train_loop,
-        train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "run_id": run_id},
+        train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
         scaling_config=ray.train.ScalingConfig(
             num_workers=experiment.cluster.workers,
             use_gpu=share.gpus_per_worker > 0,

@@ -22,7 +22,7 @@ def catalog_of(experiment: Experiment) -> Catalog:
     return read_catalog(root, experiment.data, name=synthetic.NAME)
 
 
-def prepare(experiment: Experiment) -> tuple[Catalog, Store]:
+def prepare(experiment: Experiment) -> Store:
     """Decodes what is not stored yet, and says what was rejected and why. Raises ConfigError."""
     catalog = catalog_of(experiment)
     location = join(experiment.storage, "stores", stores.store_key(catalog, experiment.clip))
@@ -38,4 +38,4 @@ def prepare(experiment: Experiment) -> tuple[Catalog, Store]:
         print(f"{len(store.rejects)} of {len(catalog.videos)} videos rejected ({counts}):", file=sys.stderr)
         for reject in store.rejects:
             print(f"  {reject['id']}: {reject['reason']}: {reject['detail']}", file=sys.stderr)
-    return catalog, store
+    return store

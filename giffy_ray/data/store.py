@@ -86,12 +86,15 @@ def _read(filesystem: fs.FileSystem, path: str) -> bytes:
         raise RejectedVideo("unreadable", str(error)) from error
 
 
-def finish_store(
-    location: str, clip: ClipConfig, rows: Sequence[Mapping], rejects: Sequence[Mapping], videos: int
-) -> None:
+def finish_store(location: str, catalog: Catalog, clip: ClipConfig, outcomes: Sequence[Mapping]) -> None:
     """Writes the tables and the manifest of a store whose shards are there. Every video must be accounted for."""
-    if len(rows) + len(rejects) != videos:
-        raise RuntimeError(f"{location}: {len(rows)} clips and {len(rejects)} rejects of {videos} videos")
+    rows = [outcome for outcome in outcomes if outcome["reason"] is None]
+    rejects = [outcome for outcome in outcomes if outcome["reason"] is not None]
+    if {outcome["id"] for outcome in outcomes} != {video.id for video in catalog.videos}:
+        raise RuntimeError(
+            f"{location}: {len(rows)} clips and {len(rejects)} rejects do not account for the "
+            f"{len(catalog.videos)} videos of {catalog.name}"
+        )
     filesystem, base = filesystem_of(location)
     filesystem.create_dir(base, recursive=True)
     for name, schema, table in (("rows", ROW_SCHEMA, rows), ("rejects", REJECT_SCHEMA, rejects)):
@@ -99,7 +102,14 @@ def finish_store(
         pq.write_table(
             pa.Table.from_pylist(ordered, schema), f"{base}/{name}.parquet", filesystem=filesystem
         )
-    manifest = {"version": VERSION, "clip": dataclasses.asdict(clip), "clips": len(rows), "rejects": len(rejects)}
+    manifest = {
+        "version": VERSION,
+        "name": catalog.name,
+        "fingerprint": catalog.fingerprint,
+        "clip": dataclasses.asdict(clip),
+        "clips": len(rows),
+        "rejects": len(rejects),
+    }
     write_text(join(location, "store.json"), json.dumps(manifest, indent=2))
 
 
@@ -114,6 +124,8 @@ class Store:
         self.location = location
         folder = _on_this_node(location)
         manifest = json.loads((folder / "store.json").read_text())
+        self.name: str = manifest["name"]  # of the data set
+        self.fingerprint: str = manifest["fingerprint"]
         self.clip = ClipConfig(**manifest["clip"])
         self.rejects: list[dict] = pq.read_table(folder / "rejects.parquet").to_pylist()
         rows = pq.read_table(folder / "rows.parquet")

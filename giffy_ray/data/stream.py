@@ -57,9 +57,7 @@ def fill_store(
     for outcome in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
         outcomes += outcome.to_pylist()
         progress(outcome.num_rows)
-    rows = [outcome for outcome in outcomes if outcome["reason"] is None]
-    rejects = [outcome for outcome in outcomes if outcome["reason"] is not None]
-    stores.finish_store(location, clip, rows, rejects, len(catalog.videos))
+    stores.finish_store(location, catalog, clip, outcomes)
 
 
 def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
@@ -112,3 +110,4 @@ def _be_quiet() -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data._internal.progress").setLevel(logging.ERROR)

@@ -1,0 +1,35 @@
+# Every target sets up what it needs in .venv; the first takes a few minutes, later ones none.
+PYTHON ?= python3
+RAY_USAGE_STATS_ENABLED ?= 0
+export RAY_USAGE_STATS_ENABLED
+INSTALLED := .venv/installed
+
+.PHONY: demo test lint ui lock clean
+
+demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; ends with a table and pictures
+	.venv/bin/python jobs/demo.py
+
+test: $(INSTALLED)
+	.venv/bin/python -m pytest
+
+lint: $(INSTALLED)
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/pyright
+
+ui: $(INSTALLED)  ## the MLflow page of the runs in runs/, on http://127.0.0.1:5000
+	.venv/bin/mlflow server --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
+
+lock: $(INSTALLED)  ## after changing a range in pyproject.toml
+	.venv/bin/pip install --upgrade --editable .[dev] torch==2.13.0
+	(echo "# Every version that the project is run and tested with; written by 'make lock'."; \
+	 .venv/bin/pip freeze --exclude-editable | sed 's/+cpu//') > requirements.lock
+
+$(INSTALLED): requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --requirement requirements.lock
+	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
+	touch $@
+
+clean:
+	rm -rf runs .pytest_cache .ruff_cache

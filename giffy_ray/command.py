@@ -1,0 +1,31 @@
+"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...]."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from giffy_ray import cluster
+from giffy_ray.config import ConfigError, Experiment, load, override
+from giffy_ray.storage import settle
+
+
+def run(job: Callable[[Experiment], None], usage: str, default: Path) -> None:
+    """Reads the experiment, joins the cluster and does the job. Exit code 0 only when the work was done.
+
+    Without an experiment file `default` is read. A mistake in the experiment ends with code 2 and one clear message.
+    """
+    words = sys.argv[1:]
+    if {"-h", "--help"} & set(words):
+        print(usage)
+        return
+    path = words.pop(0) if words and "=" not in words[0] else default
+    try:
+        experiment = load(path, words)
+        experiment = override(experiment, {"storage": settle(experiment.storage)})
+        cluster.connect()
+        job(experiment)
+    except ConfigError as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,165 @@
+"""What is shown at the end of a job: the table, the CSV, the pictures; on the terminal, in the storage, in MLflow."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from giffy_ray import checkpoints, render
+from giffy_ray.cluster import Share
+from giffy_ray.config import Experiment
+from giffy_ray.data.store import Store
+from giffy_ray.evaluate import (
+    BASELINE,
+    Method,
+    Score,
+    Summary,
+    evaluate,
+    learner_method,
+    linear_method,
+    summarise,
+    to_csv,
+)
+from giffy_ray.reports import line_of, relayed
+from giffy_ray.storage import join, write_bytes
+from giffy_ray.tracking import Tracker, open_run
+from giffy_ray.train import train
+from giffy_ray.tune import Study
+
+_WIDTH = 100  # of the table; a job's log has no terminal to ask
+# Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
+_SHOWN_QUANTILES = (0.5, 0.85)
+
+
+def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:
+    """Trains, then shows the trained model beside linear interpolation on the validation clips.
+
+    Everything goes to the training's own MLflow run, and to `parent`, the search that it belongs to.
+    """
+    clips = len(store.rows_of("training"))
+    print(f"training {experiment.name}: {clips} clips, {experiment.cluster.workers} workers", flush=True)
+    with relayed(lambda metrics: print(line_of(metrics, experiment.train.epochs), flush=True)) as relay:
+        trained = train(experiment, store, share, parent.run_id if parent else None, [relay])
+    learner, _ = checkpoints.load(trained.checkpoint)
+    methods = {
+        BASELINE: linear_method(experiment.clip.frames),
+        experiment.model.kind: learner_method(learner, experiment.train.seed),
+    }
+    trackers = [open_run(experiment), *([parent] if parent else [])]
+    show_results(experiment, methods, store, "validation", trackers)
+    for tracker in trackers:
+        tracker.finish()
+    print(f"  {trained.checkpoint}")
+
+
+def show_results(
+    experiment: Experiment,
+    methods: Mapping[str, Method],
+    store: Store,
+    split: str,
+    trackers: Sequence[Tracker],
+) -> list[Summary]:
+    """Evaluates the methods on a split, prints the table, and leaves CSV and pictures in the run's folder."""
+    rows = store.rows_of(split)
+    scores = evaluate(methods, store, rows)
+    summaries = summarise(scores)
+    samples = _samples(methods, store, rows, scores)
+    fps = experiment.clip.fps
+    strip = {name: np.stack([clips[name] for _, clips in samples]) for name in samples[0][1]}
+    files = {
+        "evaluation.csv": to_csv(scores).encode(),
+        "contact_sheet.png": render.contact_sheet(samples, fps),
+        "clips.gif": render.animation(strip, fps, "gif"),
+    }
+    console = Console(width=_WIDTH)
+    console.print(table_of(summaries, store, split))
+    folder = join(experiment.storage, experiment.name)
+    for name, content in files.items():
+        write_bytes(join(folder, name), content)
+        print(f"  {join(folder, name)}")
+    with tempfile.TemporaryDirectory() as local:
+        for name, content in files.items():
+            Path(local, name).write_bytes(content)
+            for tracker in trackers:
+                tracker.log_file(Path(local, name))
+    metrics = {
+        f"{split}/{summary.method}/{metric}": getattr(summary, metric)[0]
+        for summary in summaries[-len(methods) :]
+        for metric in ("l2_report", "psnr", "ssim")
+    }
+    for tracker in trackers:
+        tracker.log_results(metrics)
+    return summaries
+
+
+def trials_table(study: Study, metric: str) -> Table:
+    """The trials of a search, best first."""
+    names = list(study.best.values)
+    table = Table(title="trials, best first", title_justify="left")
+    table.add_column("trial", no_wrap=True)
+    for heading in (*(name.rpartition(".")[2] for name in names), "epochs", metric):
+        table.add_column(heading, justify="right")
+    for trial in study.trials:
+        values = [f"{trial.values[name]:.3g}" for name in names]
+        table.add_row(trial.name, *values, str(trial.epochs), f"{trial.best:.1f}")
+    return table
+
+
+def table_of(summaries: Sequence[Summary], store: Store, split: str) -> Table:
+    table = Table(
+        title=f"{store.name}: {split} clips, held out of training; mean ± standard deviation",
+        caption="l2: the report's unit, smaller is better.  PSNR and SSIM: the frames between, larger is better.\n"
+        "won: share of clips on which the method's l2 is smaller than linear interpolation's.",
+        title_justify="left",
+        caption_justify="left",
+    )
+    table.add_column("videos", no_wrap=True)
+    table.add_column("method", no_wrap=True)
+    for heading in ("clips", "l2", "PSNR dB", "SSIM", "won"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for place, summary in enumerate(summaries):
+        first = place == 0 or summaries[place - 1].category != summary.category
+        if first and place:
+            table.add_section()
+        table.add_row(
+            _category(store, summary.category) if first else "",
+            summary.method,
+            str(summary.clips) if first else "",
+            "{:.0f} ± {:.0f}".format(*summary.l2_report),
+            "{:.1f} ± {:.1f}".format(*summary.psnr),
+            "{:.3f} ± {:.3f}".format(*summary.ssim),
+            "" if summary.won is None else f"{summary.won:.0%}",
+        )
+    return table
+
+
+def _category(store: Store, category: str) -> str:
+    return category if category == "all" else f"{store.name}-{category}"
+
+
+def _samples(
+    methods: Mapping[str, Method], store: Store, rows: np.ndarray, scores: Sequence[Score]
+) -> list[tuple[str, dict[str, np.ndarray]]]:
+    """(title, {real and each method: clip}) of a few clips of every category."""
+    errors = {score.clip_id: score.l2_report for score in scores if score.method == BASELINE}
+    by_method = {(score.method, score.clip_id): score.l2_report for score in scores}
+    samples = []
+    for category in sorted({store.categories[row] for row in rows}):
+        of_category = sorted(
+            (row for row in rows if store.categories[row] == category), key=lambda row: errors[store.ids[row]]
+        )
+        for quantile in _SHOWN_QUANTILES:
+            row = of_category[round(quantile * (len(of_category) - 1))]
+            clip_id = store.ids[row]
+            real = torch.from_numpy(store.gather(np.asarray([row])))
+            clips = {"real": real[0].numpy()}
+            clips |= {name: method(real[:, 0], real[:, -1], [clip_id])[0].numpy() for name, method in methods.items()}
+            l2 = ", ".join(f"{name} {by_method[name, clip_id]:.0f}" for name in methods)
+            samples.append((f"{_category(store, category)}   {Path(clip_id).stem}   l2: {l2}", clips))
+    return samples

@@ -1,0 +1,21 @@
+"""Trains a conditional VAE: python jobs/train_cvae.py [EXPERIMENT.yaml] [section.field=value ...]
+
+Started again with the same name=..., a run goes on from its last checkpoint.
+"""
+
+from pathlib import Path
+
+from giffy_ray import cluster, command
+from giffy_ray.config import Experiment
+from giffy_ray.data.prepare import prepare
+from giffy_ray.results import train_and_show
+
+
+def main(experiment: Experiment) -> None:
+    share = cluster.share_of(experiment)
+    store = prepare(experiment)
+    train_and_show(experiment, store, share)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
