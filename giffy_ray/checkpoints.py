@@ -1,9 +1,9 @@
 """What a training needs to go on, or a user to make clips: networks, optimisers, place in the stream, experiment.
 
-    <network>.safetensors     one file a network, bare (no DDP prefix)
-    optimizers.pt             tensors and numbers only; read with weights_only
-    position.json             steps done and the metrics of that moment
-    experiment.yaml           every field, so that a checkpoint alone is enough to use it
+<network>.safetensors     one file a network, bare (no DDP prefix)
+optimizers.pt             tensors and numbers only; read with weights_only
+position.json             steps done and the metrics of that moment
+experiment.yaml           every field, so that a checkpoint alone is enough to use it
 """
 
 from __future__ import annotations
@@ -38,9 +38,7 @@ def written(
         yield Checkpoint.from_directory(folder)
 
 
-def save(
-    folder: Path, learner: Learner, experiment: Experiment, steps_done: int, metrics: Mapping[str, float]
-) -> None:
+def save(folder: Path, learner: Learner, experiment: Experiment, steps_done: int, metrics: Mapping[str, float]) -> None:
     for name, network in learner.networks.items():
         weights = {key: value.contiguous() for key, value in network.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")

@@ -3,16 +3,7 @@
 from __future__ import annotations
 
 import logging
-import os
-import secrets
-import shutil
-import socket
-import sys
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import ray
 
@@ -21,8 +12,6 @@ from giffy_ray.storage import is_local
 
 # Ray Data's tasks, which deal the batches and decode, take whole CPUs; without one to spare the workers wait for ever.
 _DATA_CPUS = 1
-# Only tables and positions pass through it; clips are read from memory maps.
-_OBJECT_STORE_BYTES = 256 * 2**20
 
 
 @dataclass(frozen=True)
@@ -35,63 +24,9 @@ class Share:
 
 
 def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS or of this machine, or starts a local one. Ray's own log lines stay in its files."""
+    """Joins the cluster of RAY_ADDRESS or of this machine, or starts one. Ray's log lines stay in its files."""
     if not ray.is_initialized():
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
-
-
-@dataclass(frozen=True)
-class Head:
-    """A Ray head that this process started."""
-
-    dashboard: str  # also the address of the jobs API
-    environment: dict[str, str]  # what a subprocess needs to submit jobs to it
-
-
-@contextmanager
-def local_head(cpus: int | None = None) -> Iterator[Head]:
-    """A Ray head with dashboard and jobs API on free ports, with a token of its own; gone when the block ends.
-
-    It is a child of this process and dies with it. Its logs are kept only where the block raises.
-    """
-    folder = Path(tempfile.mkdtemp(prefix="giffy_ray-"))
-    token = folder / "token"
-    token.write_text(secrets.token_hex(32))
-    token.chmod(0o600)
-    here = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
-    # So that jobs find this environment's python and ray, whether it was activated or not.
-    here["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    before = {name: os.environ.get(name) for name in here}
-    os.environ.update(here)
-    try:
-        context = ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=True,
-            dashboard_port=_free_port(),
-            object_store_memory=_OBJECT_STORE_BYTES,
-            logging_level=logging.WARNING,
-            log_to_driver=False,
-            _temp_dir=str(folder),
-        )
-        dashboard = f"http://{context.dashboard_url}"
-        yield Head(dashboard, {**os.environ, "RAY_ADDRESS": dashboard, "PYTHONUNBUFFERED": "1"})
-    except BaseException:
-        print(f"Ray's logs are in {folder}", file=sys.stderr)
-        raise
-    else:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        ray.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def share_of(experiment: Experiment) -> Share:

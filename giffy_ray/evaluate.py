@@ -44,9 +44,7 @@ def linear_method(frames: int) -> Method:
 
 def learner_method(learner: Learner, seed: int) -> Method:
     """One sample for each clip, from noise that depends on the seed and the clip's id only."""
-    return lambda start, end, clip_ids: learner.generate(
-        start, end, noise_for(seed, clip_ids, learner.latent)
-    )
+    return lambda start, end, clip_ids: learner.generate(start, end, noise_for(seed, clip_ids, learner.latent))
 
 
 def evaluate(methods: Mapping[str, Method], store: Store, rows: np.ndarray) -> list[Score]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +20,7 @@ from ray.tune.schedulers import ASHAScheduler
 from ray.tune.search.optuna import OptunaSearch
 
 from giffy_ray.cluster import Share
-from giffy_ray.config import ConfigError, Experiment, SearchConfig, flatten, from_yaml, override, to_yaml
+from giffy_ray.config import ConfigError, Distribution, Experiment, SearchConfig, flatten, from_yaml, override, to_yaml
 from giffy_ray.data.store import Store
 from giffy_ray.reports import line_of
 from giffy_ray.storage import join
@@ -57,9 +58,7 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str) -> S
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tell says what there is to say
     space = space_of(experiment)
-    driver = functools.partial(
-        _trial, experiment=to_yaml(experiment), store=store.location, share=share, parent=parent
-    )
+    driver = functools.partial(_trial, experiment=to_yaml(experiment), store=store.location, share=share, parent=parent)
     tuner = tune.Tuner(
         tune.with_resources(driver, _DRIVER),
         param_space=space,
@@ -92,30 +91,33 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str) -> S
 
 def space_of(experiment: Experiment) -> dict[str, Any]:
     """`search.space` as Ray Tune's distributions. Every bound is tried on the experiment first: ConfigError."""
+    if not experiment.search.space:
+        raise ConfigError("search.space: nothing to search; give it fields such as optim.lr: {log_uniform: [...]}")
     space = {}
     for name, spec in experiment.search.space.items():
-        where = f"search.space.{name}"
         if len(spec) != 1:
-            raise ConfigError(f"{where}: give one distribution, such as {{log_uniform: [1e-4, 1e-2]}} ({spec!r})")
+            raise ConfigError(f"search.space.{name}: give one distribution, as {{uniform: [0, 1]}} (value {spec!r})")
         kind, values = next(iter(spec.items()))
         for value in values:
             override(experiment, {name: value})
-        if kind != "choice" and (len(values) != 2 or not values[0] < values[1]):
-            raise ConfigError(f"{where}: {kind} needs [low, high] with low < high (value {list(values)!r})")
-        if kind == "log_uniform" and values[0] <= 0:
-            raise ConfigError(f"{where}: log_uniform needs low > 0 (value {list(values)!r})")
-        match kind:
-            case "log_uniform":
-                space[name] = tune.loguniform(*values)
-            case "uniform":
-                space[name] = tune.uniform(*values)
-            case "int":
-                space[name] = tune.randint(values[0], values[1] + 1)
-            case "choice":
-                space[name] = tune.choice(list(values))
-    if not space:
-        raise ConfigError("search.space: nothing to search; give it fields such as optim.lr: {log_uniform: [...]}")
+        space[name] = _distribution(f"search.space.{name}", kind, values)
     return space
+
+
+def _distribution(where: str, kind: Distribution, values: Sequence[Any]) -> Any:
+    if kind == "choice":
+        return tune.choice(list(values))
+    if len(values) != 2 or not values[0] < values[1]:
+        raise ConfigError(f"{where}: {kind} needs [low, high] with low < high (value {list(values)!r})")
+    if kind == "log_uniform" and values[0] <= 0:
+        raise ConfigError(f"{where}: log_uniform needs low > 0 (value {list(values)!r})")
+    match kind:
+        case "log_uniform":
+            return tune.loguniform(*values)
+        case "uniform":
+            return tune.uniform(*values)
+        case "int":
+            return tune.randint(values[0], values[1] + 1)
 
 
 def first_points(settings: SearchConfig) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-from giffy_ray.cluster import local_head
+from giffy_ray.head import local_head
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 # What `ray job submit` says of itself; its errors are let through.
@@ -23,7 +23,13 @@ def main() -> int:
     print("starting a local Ray head", flush=True)
     with local_head() as head:
         # The storage is given in full because Ray runs the job in a copy of this folder.
-        job = ["python", "jobs/tune_cvae.py", "jobs/experiments/demo.yaml", f"storage={storage}", *sys.argv[1:]]
+        job = [
+            "python",
+            "jobs/tune_cvae.py",
+            "jobs/experiments/demo.yaml",
+            f"storage={storage}",
+            *sys.argv[1:],
+        ]
         submit = ["ray", "job", "submit", "--log-color=false", "--working-dir=.", "--", *job]
         print(f"{' '.join(submit)}\n  dashboard: {head.dashboard}", flush=True)
         code = _stream(submit, head.environment)

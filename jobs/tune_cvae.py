@@ -1,4 +1,4 @@
-"""Searches for a better CVAE, then trains the best: python jobs/tune_cvae.py [EXPERIMENT.yaml] [section.field=value ...]
+"""Searches for a better CVAE, then trains it: python jobs/tune_cvae.py [EXPERIMENT.yaml] [section.field=value ...]
 
 The space is the experiment's `search` section. Every search is a new one, named after the experiment and the time;
 its trials, and the training of the best, are shown under it in MLflow.

@@ -4,7 +4,7 @@ Three layouts are read, locally or on s3:// and gs://:
 
     training/<category>/*.mp4, validation/<category>/*.mp4     Moments in Time; `test/` likewise where there is one.
         Where trainingSet.csv or validationSet.csv (no header, first column `category/file.mp4`) is there too, it is
-        the list: a file that it names and that is missing is rejected by name later, one that it leaves out is not used.
+        the list: a file that it names and that is missing is rejected by name later; others are not used.
     <category>/*.mp4                                           class folders
     *.mp4                                                      one category, named like the folder
 

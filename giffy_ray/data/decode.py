@@ -88,7 +88,8 @@ def _choose(container, stream, clip: ClipConfig) -> tuple[list, list[int], int]:
     shown = np.unique(np.asarray(times, dtype=np.int64))
     seconds = (shown - shown[0]) * unit_s
     wanted_s = np.arange(clip.frames) / clip.fps
-    nearest = np.abs(seconds[None, :] - wanted_s[:, None]).argmin(axis=1)
+    # Rounded to the nanosecond, so that of two equally near frames it is always the earlier.
+    nearest = np.abs(seconds[None, :] - wanted_s[:, None]).round(9).argmin(axis=1)
     # A frame stays on screen until the next; the last for about as long as the one before it.
     frame_s = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
     padded = int((wanted_s >= seconds[-1] + max(frame_s, 1e-6)).sum())
@@ -106,9 +107,7 @@ def _decode(stream, packets: list, wanted: set[int], clip: ClipConfig) -> dict[i
                 continue
             if frame.is_corrupt:
                 raise RejectedVideo("damaged", f"the frame at {frame.time:.2f} s is corrupt")
-            small = reformatter.reformat(
-                frame, clip.width, clip.height, format="rgb24", interpolation=_SCALING
-            )
+            small = reformatter.reformat(frame, clip.width, clip.height, format="rgb24", interpolation=_SCALING)
             frames[time] = small.to_ndarray()
             if len(frames) == len(wanted):
                 return frames

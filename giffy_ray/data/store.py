@@ -99,9 +99,7 @@ def finish_store(location: str, catalog: Catalog, clip: ClipConfig, outcomes: Se
     filesystem.create_dir(base, recursive=True)
     for name, schema, table in (("rows", ROW_SCHEMA, rows), ("rejects", REJECT_SCHEMA, rejects)):
         ordered = sorted(table, key=lambda row: row["id"])
-        pq.write_table(
-            pa.Table.from_pylist(ordered, schema), f"{base}/{name}.parquet", filesystem=filesystem
-        )
+        pq.write_table(pa.Table.from_pylist(ordered, schema), f"{base}/{name}.parquet", filesystem=filesystem)
     manifest = {
         "version": VERSION,
         "name": catalog.name,

@@ -15,9 +15,7 @@ from giffy_ray.shapes import Clips, Images, Noise, Positions, to_floats, to_pixe
 
 
 class CVAELearner:
-    def __init__(
-        self, experiment: Experiment, device: torch.device, parallel: Callable[[nn.Module], nn.Module]
-    ):
+    def __init__(self, experiment: Experiment, device: torch.device, parallel: Callable[[nn.Module], nn.Module]):
         self.model, self.seed, self.device = experiment.model, experiment.train.seed, device
         self.latent = experiment.model.latent
         torch.manual_seed(experiment.train.seed)
@@ -26,9 +24,7 @@ class CVAELearner:
         self.networks: dict[str, nn.Module] = {"cvae": self.network}
         optim = experiment.optim
         self.optimizers: dict[str, torch.optim.Optimizer] = {
-            "cvae": torch.optim.Adam(
-                self.network.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2)
-            )
+            "cvae": torch.optim.Adam(self.network.parameters(), lr=optim.lr, betas=(optim.beta1, optim.beta2))
         }
 
     def update(self, clips: Clips, positions: Positions) -> dict[str, Tensor]:

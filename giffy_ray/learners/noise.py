@@ -14,8 +14,7 @@ from giffy_ray.shapes import Noise
 def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | None = None) -> Noise:
     """Standard normal float32 [len(keys), width]; row i depends on (seed, keys[i]) only."""
     rows = [
-        np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32)
-        for key in keys
+        np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32) for key in keys
     ]
     return torch.from_numpy(np.stack(rows)).to(device)
 

@@ -43,9 +43,7 @@ class SameConvTranspose3d(nn.ConvTranspose3d):
         nn.init.zeros_(self.bias)
 
     def forward(self, features: Tensor) -> Tensor:  # type: ignore[override]
-        time, height, width = (
-            size * stride for size, stride in zip(features.shape[2:], self.stride, strict=True)
-        )
+        time, height, width = (size * stride for size, stride in zip(features.shape[2:], self.stride, strict=True))
         return super().forward(features)[:, :, :time, :height, :width]
 
 

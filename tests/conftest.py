@@ -1,0 +1,77 @@
+"""What tests share: real mp4 files made on the spot, a tiny experiment, and a Ray head of their own."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+
+import av
+import numpy as np
+import pytest
+from jaxtyping import install_import_hook
+
+# Shapes and dtypes in annotations are checked here and never in workers. Before anything imports these modules.
+install_import_hook(
+    [f"giffy_ray.{name}" for name in ("shapes", "models", "losses", "metrics", "learners.cvae", "learners.noise")],
+    "beartype.beartype",
+)
+
+from giffy_ray.config import Experiment, override  # noqa: E402
+from giffy_ray.head import Head, local_head  # noqa: E402
+
+TINY = {
+    "clip.frames": 6,
+    "clip.fps": 2.0,
+    "clip.height": 16,
+    "clip.width": 16,
+    "model.image_widths": (2, 2, 2, 2),
+    "model.image_hidden": 4,
+    "model.image_code": 4,
+    "model.video_widths": (2, 2, 2, 2),
+    "model.video_hidden": 4,
+    "model.latent": 3,
+    "model.generator_widths": (2, 2, 2, 2, 2),
+}
+
+
+@pytest.fixture
+def tiny() -> Experiment:
+    """A CVAE of a few thousand parameters on clips of 6 frames of 16x16."""
+    return override(Experiment(), TINY)
+
+
+@pytest.fixture(scope="session")
+def head() -> Iterator[Head]:
+    with local_head(cpus=2) as running:
+        yield running
+
+
+def grey_levels(frames: int) -> np.ndarray:
+    """uint8 [frames]: a level for every source frame, far enough apart to be told from each other after encoding."""
+    return (np.arange(frames) * 37 % 200 + 28).astype(np.uint8)
+
+
+def encode(frames: np.ndarray, fps: float, kind: str = "mp4", codec: str = "libx264", **options: str) -> bytes:
+    """uint8 [time, height, width, 3] -> the bytes of a video file, with x264's default GOP and B-frames."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=int(fps), options=options)
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def grey_video(frames: int = 90, fps: float = 30, height: int = 64, width: int = 64, kind: str = "mp4") -> bytes:
+    """A video whose frame i is all of grey level `grey_levels(frames)[i]`."""
+    levels = grey_levels(frames)[:, None, None, None]
+    return encode(np.broadcast_to(levels, (frames, height, width, 3)).copy(), fps, kind)
+
+
+def moving_video(seed: int, frames: int, fps: float, height: int = 48, width: int = 64, kind: str = "mp4") -> bytes:
+    """A smooth picture that moves sideways: something to learn from."""
+    random = np.random.default_rng(seed)
+    coarse = random.integers(0, 255, (4, 8, 3)).astype(np.uint8)
+    picture = np.kron(coarse, np.ones((height // 4, width // 4, 1), np.uint8))
+    return encode(np.stack([np.roll(picture, shift, axis=1) for shift in range(frames)]), fps, kind)
