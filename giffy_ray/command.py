@@ -11,7 +11,7 @@ from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.storage import settle
 
 
-def run(job: Callable[[Experiment], None], usage: str, default: Path) -> None:
+def run(job: Callable[[Experiment], None], usage: str | None, default: Path) -> None:
     """Reads the experiment, joins the cluster and does the job. Exit code 0 only when the work was done.
 
     Without an experiment file `default` is read. A mistake in the experiment ends with code 2 and one clear message.

@@ -97,7 +97,15 @@ def summarise(scores: list[Score]) -> list[Summary]:
         return statistics.fmean(score.l2_report < baseline[score.clip_id] for score in group)
 
     return [
-        Summary(category, method, len(group), *(spread(group, metric) for metric in METRICS), won(method, group))
+        Summary(
+            category,
+            method,
+            len(group),
+            spread(group, "l2_report"),
+            spread(group, "psnr"),
+            spread(group, "ssim"),
+            won(method, group),
+        )
         for (category, method), group in sorted(groups.items(), key=lambda item: item[0][0] == "all")
     ]
 

@@ -32,8 +32,8 @@ def ssim(made: Clips, real: Clips) -> PerClip:
 
     batch, time = made.shape[0], made.shape[1] - 2
     # float64: variances are differences of squares, and in float32 two equal frames come out as 0.999997.
-    frames = [to_floats(clips[:, 1:-1].flatten(0, 1), torch.float64) for clips in (made, real)]
-    each = structural_similarity_index_measure(*frames, data_range=1.0, reduction="none")
+    ours, theirs = (to_floats(clips[:, 1:-1].flatten(0, 1), torch.float64) for clips in (made, real))
+    each = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
     assert isinstance(each, torch.Tensor)
     return each.view(batch, time).mean(1)
 

@@ -177,8 +177,8 @@ def _study(results: tune.ResultGrid, experiment: Experiment) -> Study:
         # Trials that ASHA ends raise ActorDiedError in their driver; they have reported, and that is what counts.
         if result.error and not isinstance(result.error, ray.exceptions.RayActorError):
             failed[name] = str(result.error)
-        best = float(reports[experiment.search.metric].min())
-        trials.append(Trial(name, dict(result.config or {}), int(reports["epoch"].max()), best))
+        best = float(reports[experiment.search.metric].to_numpy().min())
+        trials.append(Trial(name, dict(result.config or {}), int(reports["epoch"].to_numpy().max()), best))
     if not trials:
         raise RuntimeError(f"none of the {len(failed)} trials of {experiment.name} reported: {failed}")
     trials.sort(key=lambda trial: trial.best)

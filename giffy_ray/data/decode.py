@@ -6,6 +6,7 @@ import io
 from typing import NamedTuple
 
 import av
+import av.error
 import numpy as np
 from av.codec.codec import UnknownCodecError
 from av.video.reformatter import Interpolation, VideoReformatter
@@ -16,7 +17,7 @@ from giffy_ray.config import ClipConfig
 _CONTAINERS = "mov,mp4,matroska,webm,avi"
 # Averaging every source pixel, with accurate rounding and full chroma: some videos fall to 25 dB without.
 _SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_UNREADABLE = (av.FFmpegError, UnknownCodecError, EOFError, IndexError, ValueError, MemoryError)
+_UNREADABLE = (av.error.FFmpegError, UnknownCodecError, EOFError, IndexError, ValueError, MemoryError)
 
 
 class RejectedVideo(Exception):

@@ -14,6 +14,7 @@ import functools
 import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, cast
 
 import numpy as np
 import pyarrow as pa
@@ -52,11 +53,12 @@ def fill_store(
         for shard, first in enumerate(range(0, len(videos), SHARD_CLIPS))
     ]
     decode = functools.partial(stores.decode_shard, filesystem=catalog.filesystem, clip=clip, location=location)
-    outcomes: list[dict] = []
+    outcomes: list[dict[str, Any]] = []
     dataset = ray.data.from_arrow(parts).map_batches(decode, batch_size=None, batch_format="pyarrow")
-    for outcome in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        outcomes += outcome.to_pylist()
-        progress(outcome.num_rows)
+    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
+        done = cast(pa.Table, table).to_pylist()
+        outcomes += done
+        progress(len(done))
     stores.finish_store(location, catalog, clip, outcomes)
 
 
@@ -101,7 +103,8 @@ def batches(store: Store, seed: int, batch: int, rank: int, workers: int, steps:
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     dealt = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
     gather = _Gather(store, seed, batch, rank, workers, steps.start)
-    return iter(dealt.iter_torch_batches(batch_size=1, prefetch_batches=_PREFETCH_BATCHES, collate_fn=gather))
+    dealing = dealt.iter_torch_batches(batch_size=1, prefetch_batches=_PREFETCH_BATCHES, collate_fn=gather)
+    return cast(Iterator[Batch], iter(dealing))
 
 
 def _be_quiet() -> None:

@@ -53,5 +53,5 @@ class CVAELearner:
     def generate(self, start: Images, end: Images, noise: Noise) -> Clips:
         """Makes clips from their two ends; `noise` stands for the latent (zeros: the middle of the prior)."""
         self.network.eval()
-        ends = [to_floats(image.to(self.device)) for image in (start, end)]
-        return to_pixels(self.network.generate(*ends, noise.to(self.device))).cpu()
+        first, last = (to_floats(image.to(self.device)) for image in (start, end))
+        return to_pixels(self.network.generate(first, last, noise.to(self.device))).cpu()

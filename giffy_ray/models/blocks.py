@@ -6,11 +6,12 @@ biases from 0, as in the code that the report builds on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
 
+Triple = tuple[int, int, int]  # time, height, width
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
 
 _INIT_STD = 0.02
@@ -22,10 +23,10 @@ def conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
     return _initialised(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2))
 
 
-def conv3d(inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]) -> nn.Conv3d:
+def conv3d(inputs: int, outputs: int, kernel: Triple, stride: Triple) -> nn.Conv3d:
     """SAME for an input that `stride` divides: [batch, inputs, t, h, w] -> the same over `stride`."""
-    padding = tuple((k - s + 1) // 2 for k, s in zip(kernel, stride, strict=True))
-    return _initialised(nn.Conv3d(inputs, outputs, tuple(kernel), tuple(stride), padding=padding))
+    time, height, width = ((k - s + 1) // 2 for k, s in zip(kernel, stride, strict=True))
+    return _initialised(nn.Conv3d(inputs, outputs, kernel, stride, padding=(time, height, width)))
 
 
 class SameConvTranspose3d(nn.ConvTranspose3d):
@@ -35,9 +36,9 @@ class SameConvTranspose3d(nn.ConvTranspose3d):
     same from both sides, so the odd one is cut here.
     """
 
-    def __init__(self, inputs: int, outputs: int, kernel: Sequence[int], stride: Sequence[int]):
-        padding = tuple((k - s) // 2 for k, s in zip(kernel, stride, strict=True))
-        super().__init__(inputs, outputs, tuple(kernel), tuple(stride), padding)
+    def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple):
+        time, height, width = ((k - s) // 2 for k, s in zip(kernel, stride, strict=True))
+        super().__init__(inputs, outputs, kernel, stride, padding=(time, height, width))
         nn.init.normal_(self.weight, std=_INIT_STD)
         assert self.bias is not None
         nn.init.zeros_(self.bias)

@@ -7,7 +7,13 @@ Speeds are drawn log-uniformly, down to nearly still. Colours, light, sizes and 
 
 `shifted` scenes lie outside the training's range: night or evening, the other pan direction, faster.
 
-DIFFICULTY
+How hard they are for linear interpolation from end to end (i/29), in the report's unit, over seeds 0 to 99, before
+encoding; the report's own videos were 62 +- 58 and 153 +- 89:
+
+    erupting  60 +- 46, median  42,  8 to 170; holding the nearest end makes 1.35 times the squared error
+    skiing   157 +- 78, median 152, 21 to 351; holding the nearest end makes 1.28 times the squared error
+
+An oracle that knows the best blend of the two ends for every frame gains 1 % of that error: the rest is motion.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ def gradient(top: Colour, low: Colour, horizon: float = SIZE * 0.75) -> Image.Im
     height = SIZE + 2 * MARGIN
     share = np.clip((np.arange(height) - MARGIN) / horizon, 0, 1)[:, None]
     column = (np.asarray(top) * (1 - share) + np.asarray(low) * share).astype(np.uint8)
-    return Image.fromarray(column[:, None, :].repeat(8, axis=1)).resize((FINE * height,) * 2)
+    return Image.fromarray(column[:, None, :].repeat(8, axis=1)).resize((FINE * height, FINE * height))
 
 
 def ridge(

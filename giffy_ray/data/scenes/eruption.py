@@ -184,12 +184,12 @@ class Eruption:
 
     def _dot(self, image: Image.Image, x: float, y: float, radius: float, colour: Colour) -> None:
         """A disc with a smooth edge, at an eighth of a pixel's accuracy."""
-        reach, fine = math.ceil(radius) + 1, 8
-        mask = Image.new("L", (2 * reach * fine,) * 2)
+        reach, finer = math.ceil(radius) + 1, 8
+        mask = Image.new("L", (2 * reach * finer, 2 * reach * finer))
         x0, y0 = math.floor(x) - reach, math.floor(y) - reach
-        cx, cy, r = (x - x0) * fine, (y - y0) * fine, radius * fine
+        cx, cy, r = (x - x0) * finer, (y - y0) * finer, radius * finer
         ImageDraw.Draw(mask).ellipse([cx - r, cy - r, cx + r, cy + r], fill=255)
-        image.paste(colour, (x0, y0), mask.reduce(fine))
+        image.paste(colour, (x0, y0), mask.reduce(finer))
 
     def _lava_map(self) -> tuple[np.ndarray, np.ndarray]:
         """For each pixel: how far down the lava's bed it lies, and how far from the bed's middle, in pixels."""

@@ -104,7 +104,7 @@ class Slope:
         shade = mix(snow, (90, 104, 150), 0.35)
 
         # Clear parts have the snow's colour, so that no dark edge appears where layers are blurred or moved.
-        far = Image.new("RGBA", (FINE * (SIZE + 2 * MARGIN),) * 2, (*snow, 0))
+        far = Image.new("RGBA", sky.size, (*snow, 0))
         painter = ImageDraw.Draw(far)
         self._ground(painter, self.horizon + 8, mix(snow, shade, 0.35))
         for x in self._places(44):
@@ -180,8 +180,8 @@ class Slope:
         x, y, lean = self.skier_at(seconds)
         if not self.jump:
             self._draw_spray(image, x, y, lean)
-        fine, reach = 3, math.ceil(self.height * 0.72)
-        tile = Image.new("RGBA", (2 * reach * fine,) * 2, (*self.suit, 0))
+        finer, reach = 3, math.ceil(self.height * 0.72)
+        tile = Image.new("RGBA", (2 * reach * finer, 2 * reach * finer), (*self.suit, 0))
         x0, y0 = math.floor(x + 0.3 * self.height * math.sin(lean)) - reach, math.floor(y - 0.45 * self.height) - reach
         painter = ImageDraw.Draw(tile)
         size = self.height
@@ -190,15 +190,15 @@ class Slope:
             """A point of the body, `up` heights above the feet, turned by the lean."""
             across = x + size * (side * math.cos(lean) + up * math.sin(lean))
             above = y - size * (up * math.cos(lean) - side * math.sin(lean))
-            return (across - x0) * fine, (above - y0) * fine
+            return (across - x0) * finer, (above - y0) * finer
 
         def limb(colour: Colour, wide: float, *points: tuple[float, float]) -> None:
             painter.line(
-                [point(*p) for p in points], fill=(*colour, 255), width=round(wide * size * fine), joint="curve"
+                [point(*p) for p in points], fill=(*colour, 255), width=round(wide * size * finer), joint="curve"
             )
             for p in points:
                 px, py = point(*p)
-                r = wide * size * fine / 2
+                r = wide * size * finer / 2
                 painter.ellipse([px - r, py - r, px + r, py + r], fill=(*colour, 255))
 
         for side in (-0.07, 0.09):
@@ -212,7 +212,7 @@ class Slope:
         limb(self.suit, 0.09, (0.08, 0.7), (0.2, 0.62), (0.26, 0.55))
         limb((236, 196, 166), 0.17, (0.07, 0.9))
         limb(mix(self.suit, (20, 20, 30), 0.5), 0.15, (0.055, 0.935))
-        small = tile.reduce(fine)
+        small = tile.reduce(finer)
         image.paste(small, (x0, y0), small)
 
     def _draw_spray(self, image: Image.Image, x: float, y: float, lean: float) -> None:
