@@ -20,6 +20,7 @@ from giffy_ray.models import baselines
 from giffy_ray.shapes import Clips, Images
 
 BASELINE = "linear"
+ALL = "all"  # the categories together
 _BATCH = 16
 
 # start, end, ids of the clips -> made clips
@@ -78,13 +79,13 @@ class Summary:
 
 
 def summarise(scores: list[Score]) -> list[Summary]:
-    """By category and method, in the order in which they were scored; then all categories together."""
+    """By category, in order of their names, and method, in the order scored; then all categories together."""
     groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
-    for score in scores:
+    for score in sorted(scores, key=lambda score: score.category):
         groups[score.category, score.method].append(score)
     if len({score.category for score in scores}) > 1:
         for score in scores:
-            groups["all", score.method].append(score)
+            groups[ALL, score.method].append(score)
     baseline = {score.clip_id: score.l2_report for score in scores if score.method == BASELINE}
 
     def spread(group: list[Score], metric: str) -> tuple[float, float]:
@@ -106,7 +107,7 @@ def summarise(scores: list[Score]) -> list[Summary]:
             spread(group, "ssim"),
             won(method, group),
         )
-        for (category, method), group in sorted(groups.items(), key=lambda item: item[0][0] == "all")
+        for (category, method), group in groups.items()
     ]
 
 

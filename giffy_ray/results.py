@@ -16,6 +16,7 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
+    ALL,
     BASELINE,
     Method,
     Score,
@@ -140,7 +141,7 @@ def table_of(summaries: Sequence[Summary], store: Store, split: str) -> Table:
 
 
 def _category(store: Store, category: str) -> str:
-    return category if category == "all" else f"{store.name}-{category}"
+    return category if category == ALL else f"{store.name}-{category}"
 
 
 def _samples(
