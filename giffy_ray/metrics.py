@@ -26,7 +26,10 @@ def psnr(made: Clips, real: Clips) -> PerClip:
 
 
 def ssim(made: Clips, real: Clips) -> PerClip:
-    """Structural similarity (Wang et al. 2004, 11x11 Gaussian window, reflected edges) of the frames between."""
+    """Structural similarity (Wang et al. 2004, 11x11 Gaussian window, reflected edges) of the frames between.
+
+    In float32, as torchmetrics is slow otherwise: off by up to 3e-4 where frames are flat.
+    """
     # Imported here: two seconds that a training worker, which does not ask for it, need not wait.
     from torchmetrics.functional.image import structural_similarity_index_measure
 

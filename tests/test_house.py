@@ -1,0 +1,90 @@
+"""The house as a whole: imports point one way, and the README speaks of files that exist."""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "giffy_ray"
+# Each floor may import from itself and from those before it.
+FLOORS = [
+    {"config", "shapes", "storage", "progress"},
+    {"data", "models", "losses", "metrics", "render", "head", "reports"},
+    {"cluster", "learners", "tracking"},
+    {"checkpoints", "evaluate"},
+    {"train"},
+    {"tune"},
+    {"results", "command"},
+]
+ONLY_IMPORTERS = {"mlflow": ["tracking"], "ray.tune": ["tune"], "ray.data": ["data"], "optuna": ["tune"]}
+
+
+def imports() -> list[tuple[str, str]]:
+    """(part of the package, module that it imports), inside functions too."""
+    found = []
+    for path in PACKAGE.rglob("*.py"):
+        part = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                found += [(part, name.name) for name in node.names]
+            elif isinstance(node, ast.ImportFrom):
+                found += [(part, f"{node.module}.{name.name}") for name in node.names]
+    return found
+
+
+def test_imports_point_one_way():
+    floor = {part: number for number, parts in enumerate(FLOORS) for part in parts}
+    parts = {path.stem for path in PACKAGE.iterdir() if path.stem != "__init__" and path.suffix in ("", ".py")}
+    assert parts - {"__pycache__"} == set(floor)
+    ours = [(part, name.split(".")[1]) for part, name in imports() if name.startswith("giffy_ray.")]
+    assert not [(part, other) for part, other in ours if floor[other] > floor[part]]
+
+
+@pytest.mark.parametrize("library", ONLY_IMPORTERS)
+def test_a_library_has_one_importer(library: str):
+    importers = {part for part, name in imports() if name == library or name.startswith(f"{library}.")}
+    assert sorted(importers) == ONLY_IMPORTERS[library]
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("giffy_ray", "torch ray mlflow av"),
+        ("giffy_ray.config", "torch ray mlflow"),
+        ("giffy_ray.data.decode", "torch ray mlflow"),
+        ("giffy_ray.data.store", "torch ray mlflow"),
+        ("giffy_ray.data.synthetic", "torch ray mlflow"),
+        ("giffy_ray.models", "ray mlflow av"),
+        ("giffy_ray.learners", "ray mlflow av"),
+        ("giffy_ray.metrics", "ray mlflow torchmetrics"),
+    ],
+)
+def test_what_a_task_imports_is_light(module: str, forbidden: str):
+    code = f"import sys, {module}; print(*(set(sys.modules) & set({forbidden.split()!r})))"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert out.stdout.strip() == ""
+
+
+@pytest.mark.parametrize(
+    "page", ["README.md", "cluster/README.md", *(f"docs/{p.name}" for p in (ROOT / "docs").glob("*.md"))]
+)
+def test_every_path_in_the_docs_exists(page: str):
+    text = (ROOT / page).read_text()
+    named = set(re.findall(r"(?:giffy_ray|jobs|cluster|tests|docs|benchmarks)/[\w./-]*\w", text))
+    named |= set(re.findall(r"\]\(([^)#:]+)\)", text))
+    assert named
+    near = (ROOT, (ROOT / page).parent)
+    assert not [name for name in named if not any((folder / name).exists() for folder in near)]
+
+
+def test_functions_and_files_are_short():
+    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
+        text = path.read_text()
+        assert text.count("\n") <= 400, path
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno <= 62, f"{path}: {node.name}"

@@ -1,0 +1,40 @@
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from giffy_ray import render
+
+
+def level_clips(levels: list[int], clips: int = 2) -> np.ndarray:
+    frames = np.asarray(levels, np.uint8)[None, :, None, None, None]
+    return np.broadcast_to(frames, (clips, len(levels), 16, 16, 3)).copy()
+
+
+@pytest.mark.parametrize("kind", ["gif", "webp"])
+def test_an_animation_plays_every_frame_at_its_rate(kind):
+    rows = {"real": level_clips([0, 60, 120, 180, 240]), "made": level_clips([240, 180, 120, 60, 0])}
+    image = Image.open(io.BytesIO(render.animation(rows, fps=10, kind=kind)))
+    assert image.n_frames == 5
+    for frame in range(5):
+        image.seek(frame)
+        pixels = np.asarray(image.convert("RGB")).astype(int)
+        height, width = pixels.shape[:2]
+        # The last clip of each row, well inside it: the upper row counts up, the lower one down.
+        upper, lower = pixels[24, width - 30].mean(), pixels[height - 30, width - 30].mean()
+        assert (upper, lower) == pytest.approx((60 * frame, 240 - 60 * frame), abs=6)
+        image.load()
+        assert image.info["duration"] == (100 if frame < 4 else 800)
+    assert image.info["loop"] == 0
+
+
+def test_a_contact_sheet_shows_eight_moments_from_first_to_last():
+    clip = level_clips(list(range(0, 240, 8)), clips=1)[0]  # 30 frames
+    sheet = Image.open(io.BytesIO(render.contact_sheet([("one", {"real": clip, "made": 255 - clip})], fps=10)))
+    pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    moments = np.linspace(0, 29, 8).round().astype(int)
+    width = pixels.shape[1]
+    row = pixels[28 + 28 + 16]  # through the middle of the upper row
+    seen = [int(row[width - 14 - 16 - (7 - column) * 35].mean()) for column in range(8)]
+    assert seen == (moments * 8).tolist()
