@@ -20,9 +20,9 @@ from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
 
 from giffy_ray import learners
-from giffy_ray.config import Experiment, from_yaml, to_yaml
+from giffy_ray.config import ConfigError, Experiment, from_yaml, to_yaml
 from giffy_ray.learners import Learner
-from giffy_ray.storage import filesystem_of
+from giffy_ray.storage import filesystem_of, join
 
 
 @contextmanager
@@ -61,6 +61,20 @@ def restore(folder: Path, learner: Learner) -> int:
 def load_networks(folder: Path, learner: Learner) -> None:
     for name, network in learner.networks.items():
         network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+
+
+def newest(experiment: Experiment) -> str:
+    """Where the newest checkpoint of the run of the experiment's name lies. Raises ConfigError where there is none."""
+    filesystem, base = filesystem_of(join(experiment.storage, experiment.name))
+    below = fs.FileSelector(base, allow_not_found=True)
+    names = sorted(
+        info.base_name for info in filesystem.get_file_info(below) if info.base_name.startswith("checkpoint_2")
+    )
+    if not names:
+        raise ConfigError(
+            f"name: no checkpoint in {join(experiment.storage, experiment.name)} (value {experiment.name!r})"
+        )
+    return join(experiment.storage, experiment.name, names[-1])
 
 
 def load(location: str) -> tuple[Learner, Experiment]:

@@ -110,6 +110,11 @@ class TrackingConfig(Strict):
 
 
 @dataclass(frozen=True)
+class EvaluateConfig(Strict):
+    split: Literal["validation", "test", "shifted"] = "validation"
+
+
+@dataclass(frozen=True)
 class SearchConfig(Strict):
     """What `jobs/tune_*.py` tries. `space` maps a field of the experiment to {distribution: [low, high]}."""
 
@@ -132,6 +137,7 @@ class Experiment(Strict):
     train: TrainConfig = field(default_factory=TrainConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
 
 

@@ -12,22 +12,23 @@ from PIL import Image, ImageDraw, ImageFont
 _PAPER, _INK, _FAINT = (250, 250, 248), (32, 34, 38), (120, 124, 130)
 _TEXT_PX, _GAP_PX, _MARGIN_PX = 14, 3, 14
 _COLUMNS = 8
+_SHOWN_PX = 128
 _LAST_FRAME_S = 0.7  # the eye needs to see where it ends before it starts again
 
 
-def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "webp"], scale: int = 2) -> bytes:
+def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "webp"]) -> bytes:
     """Clips side by side and moving, a labelled row for each method.
 
     `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays in a loop at `fps`.
     """
-    clips, time, height, width, _ = next(iter(rows.values())).shape
-    height, width = height * scale, width * scale
+    clips, time, *size = next(iter(rows.values())).shape
+    height, width = _shown_size(*size[:2])
     left = _label_width(rows)
-    size = (
+    canvas = (
         left + clips * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
         2 * _MARGIN_PX + len(rows) * (height + _GAP_PX) - _GAP_PX,
     )
-    blank = Image.new("RGB", size, _PAPER)
+    blank = Image.new("RGB", canvas, _PAPER)
     for row, label in enumerate(rows):
         _label(blank, label, _MARGIN_PX + row * (height + _GAP_PX) + height // 2)
     frames = []
@@ -41,14 +42,14 @@ def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "
     return _animated(frames, fps, kind)
 
 
-def contact_sheet(samples: Sequence[tuple[str, Mapping[str, np.ndarray]]], fps: float, scale: int = 2) -> bytes:
+def contact_sheet(samples: Sequence[tuple[str, Mapping[str, np.ndarray]]], fps: float) -> bytes:
     """A PNG with a block for each sample, a row for each method and a column for each of eight moments.
 
     `samples`: (title, {label: uint8 [time, height, width, 3]}). First and last column are the given images.
     """
     labels = list(samples[0][1])
-    time, height, width, _ = samples[0][1][labels[0]].shape
-    height, width = height * scale, width * scale
+    time, *size = samples[0][1][labels[0]].shape
+    height, width = _shown_size(*size[:2])
     moments = np.linspace(0, time - 1, _COLUMNS).round().astype(int)
     left, title_px = _label_width(labels), 2 * _TEXT_PX
     block_px = title_px + len(labels) * (height + _GAP_PX) + _TEXT_PX
@@ -90,6 +91,12 @@ def _animated(frames: list[Image.Image], fps: float, kind: Literal["gif", "webp"
         options["append_images"] = indexed[1:]
         indexed[0].save(out, "GIF", optimize=False, **options)
     return out.getvalue()
+
+
+def _shown_size(height: int, width: int) -> tuple[int, int]:
+    """Small clips are enlarged, by a whole number, to about _SHOWN_PX."""
+    scale = max(1, _SHOWN_PX // max(height, width))
+    return height * scale, width * scale
 
 
 def _enlarged(frame: np.ndarray, width: int, height: int) -> Image.Image:

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from giffy_ray import checkpoints, render
 from giffy_ray.cluster import Share
-from giffy_ray.config import Experiment
+from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
     ALL,
@@ -27,6 +27,7 @@ from giffy_ray.evaluate import (
     summarise,
     to_csv,
 )
+from giffy_ray.learners import Learner
 from giffy_ray.reports import line_of, relayed
 from giffy_ray.storage import join, write_bytes
 from giffy_ray.tracking import Tracker, open_run
@@ -48,12 +49,8 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     with relayed(lambda metrics: print(line_of(metrics, experiment.train.epochs), flush=True)) as relay:
         trained = train(experiment, store, share, parent.run_id if parent else None, [relay])
     learner, _ = checkpoints.load(trained.checkpoint)
-    methods = {
-        BASELINE: linear_method(experiment.clip.frames),
-        experiment.model.kind: learner_method(learner, experiment.train.seed),
-    }
     trackers = [open_run(experiment), *([parent] if parent else [])]
-    show_results(experiment, methods, store, "validation", trackers)
+    show_results(experiment, learner, store, experiment.evaluate.split, trackers)
     for tracker in trackers:
         tracker.finish()
     print(f"  {trained.checkpoint}")
@@ -61,13 +58,22 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
 
 def show_results(
     experiment: Experiment,
-    methods: Mapping[str, Method],
+    learner: Learner,
     store: Store,
     split: str,
     trackers: Sequence[Tracker],
 ) -> list[Summary]:
-    """Evaluates the methods on a split, prints the table, and leaves CSV and pictures in the run's folder."""
+    """Sets the learner beside interpolation on a split: a printed table, and CSV and pictures in the run's folder.
+
+    Raises ConfigError where the data set has no such split.
+    """
     rows = store.rows_of(split)
+    if not len(rows):
+        raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
+    methods = {
+        BASELINE: linear_method(experiment.clip.frames),
+        experiment.model.kind: learner_method(learner, experiment.train.seed),
+    }
     scores = evaluate(methods, store, rows)
     summaries = summarise(scores)
     samples = _samples(methods, store, rows, scores)

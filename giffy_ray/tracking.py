@@ -7,12 +7,14 @@ takes two seconds.
 
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -150,12 +152,24 @@ def _experiment_id(client: MlflowClient, experiment: Experiment) -> str:
 
 
 def _git_commit() -> str:
-    """The commit of the code that runs, or 'unknown' where it is not a checkout (a copy made by Ray, a wheel)."""
-    here = Path(__file__).resolve().parent
+    """The commit of the code that runs, with '-dirty' where files differ from it; 'unknown' without a checkout.
+
+    `ray job submit --working-dir` runs a copy without its .git; the checkout that it was most likely copied from is
+    the one that is installed here.
+    """
+    for folder in (Path(__file__).parent, _installed_from()):
+        try:
+            git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
+            return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+        except (OSError, subprocess.SubprocessError):
+            continue
+    return "unknown"
+
+
+def _installed_from() -> str:
+    """The folder of an editable installation, or an empty string."""
     try:
-        git = subprocess.run(
-            ["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True, timeout=10
-        )
-    except (OSError, subprocess.SubprocessError):
-        return "unknown"
-    return git.stdout.strip()
+        url = json.loads(distribution("giffy_ray").read_text("direct_url.json") or "{}").get("url", "")
+    except PackageNotFoundError:
+        return ""
+    return url.removeprefix("file://")

@@ -30,7 +30,7 @@ from giffy_ray.tracking import open_run
 
 _SAMPLES = 6
 # What may differ when a run is started again under its name.
-_MAY_CHANGE = ("train.epochs", "storage", "data.root", "cluster.", "tracking.", "search.")
+_MAY_CHANGE = ("train.epochs", "storage", "data.root", "cluster.", "tracking.", "evaluate.", "search.")
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
 _POLL_S = 0.2
 _START_TIMEOUT_S = 900  # a cloud node has to boot

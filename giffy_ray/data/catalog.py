@@ -44,6 +44,7 @@ class Video:
 @dataclass(frozen=True)
 class Catalog:
     name: str  # of the data set, for tables and tags
+    root: str
     filesystem: fs.FileSystem
     videos: tuple[Video, ...]  # sorted by id
 
@@ -77,7 +78,7 @@ def read_catalog(root: str, data: DataConfig, name: str | None = None) -> Catalo
             f"data.root: no training videos ({', '.join(EXTENSIONS)}) below it; expected "
             f"training/<category>/, <category>/ or the files themselves (value {root!r})"
         )
-    return Catalog(name or PurePosixPath(base).name, filesystem, tuple(videos))
+    return Catalog(name or PurePosixPath(base).name, root, filesystem, tuple(videos))
 
 
 def _moments_in_time(root: str, found: Iterable[str]) -> list[tuple[str, str, str]]:

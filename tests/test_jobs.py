@@ -1,0 +1,153 @@
+"""End to end: from somebody's folder of mp4 files to MLflow, through `ray job submit`."""
+
+import csv
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+from PIL import Image
+
+from giffy_ray import checkpoints
+from giffy_ray.config import load
+from giffy_ray.data.store import Store
+from giffy_ray.head import Head
+from tests.conftest import moving_video
+
+ROOT = Path(__file__).parent.parent
+EXPERIMENT = "tests/tiny.yaml"
+BROKEN = {"dogs/empty.mp4": b"", "dogs/text.mp4": b"not a video", "cats/cut.mp4": moving_video(99, 60, 30)[:1500]}
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of mixed sizes, lengths, rates and containers, three of the files broken."""
+    root = tmp_path_factory.mktemp("videos")
+    kinds = [(60, 30, 48, 64, "mp4"), (25, 25, 64, 48, "mov"), (9, 15, 96, 128, "matroska"), (200, 60, 48, 48, "mp4")]
+    for number in range(20):
+        frames, fps, height, width, kind = kinds[number % len(kinds)]
+        path = root / ("cats", "dogs")[number % 2] / f"{number} é.{'mkv' if kind == 'matroska' else kind}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(moving_video(number, frames, fps, height, width, kind))
+    for name, content in BROKEN.items():
+        (root / name).write_bytes(content)
+    return root
+
+
+def submit(head: Head, *words: str, copied: bool = True) -> str:
+    """Runs a job as a user does and returns what it printed; it must end well.
+
+    `copied`: with --working-dir; else where the head was started, which is in the checkout.
+    """
+    command = ["ray", "job", "submit", *(["--working-dir", str(ROOT)] if copied else []), "--", "python", *words]
+    done = subprocess.run(
+        command, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+def runs_in(storage: Path) -> list[Run]:
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    experiment = client.get_experiment_by_name("giffy_ray")
+    assert experiment
+    return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
+
+
+@pytest.fixture(scope="module")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="module")
+def tuned(head: Head, videos: Path, storage: Path) -> str:
+    words = ["search.trials=2", f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}"]
+    return submit(head, "jobs/tune_cvae.py", EXPERIMENT, *words)
+
+
+def test_broken_files_are_reported_by_name_and_the_job_goes_on(tuned: str, storage: Path):
+    assert "3 of 23 videos rejected" in tuned
+    for name in BROKEN:
+        assert f"{name}: " in tuned
+    (location,) = (storage / "stores").iterdir()
+    store = Store(str(location))
+    assert len(store) == 20
+    assert {reject["id"] for reject in store.rejects} == set(BROKEN)
+
+
+def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Path):
+    parent, *children = runs_in(storage)
+    assert len(children) == 3
+    assert {child.data.tags["mlflow.parentRunId"] for child in children} == {parent.info.run_id}
+    assert {run.info.status for run in (parent, *children)} == {"FINISHED"}
+    *trials, best = children
+    # The report's learning rate is the first trial's.
+    assert float(trials[0].data.params["optim.lr"]) == 1e-4
+    for run, epochs in ((trials[0], 1), (trials[1], 1), (best, 2)):
+        history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "val/l2_report")
+        assert [metric.step for metric in history] == list(range(1, epochs + 1))
+        assert {"train/loss", "train/kl", "val/psnr", "speed/clips_per_s"} <= set(run.data.metrics)
+        assert run.data.tags["data.fingerprint"] == best.data.tags["data.fingerprint"]
+        assert len(run.data.tags["mlflow.source.git.commit"]) >= 40
+    winner = min(trials, key=lambda run: run.data.metrics["val/l2_report"])
+    assert best.data.params["optim.lr"] == winner.data.params["optim.lr"]
+    artifacts = {item.path for item in MlflowClient(f"sqlite:///{storage}/mlflow.db").list_artifacts(best.info.run_id)}
+    assert {"experiment.yaml", "evaluation.csv", "contact_sheet.png", "clips.gif", "images"} <= artifacts
+
+
+def test_the_results_lie_in_the_storage(tuned: str, storage: Path):
+    (folder,) = storage.glob("tiny-*-best")
+    rows = list(csv.DictReader((folder / "evaluation.csv").open()))
+    (location,) = (storage / "stores").iterdir()
+    store = Store(str(location))
+    held_out = {store.ids[row] for row in store.rows_of("validation")}
+    for method in ("linear", "cvae"):
+        assert {row["clip_id"] for row in rows if row["method"] == method} == held_out
+    assert not held_out & {store.ids[row] for row in store.rows_of("training")}
+    # Linear interpolation's figure again, from the store alone.
+    row = next(row for row in rows if row["method"] == "linear")
+    clip = store.gather(np.asarray([store.ids.index(row["clip_id"])]))[0].astype(float)
+    line = np.round(clip[0] + np.linspace(0, 1, 6)[:, None, None, None] * (clip[-1] - clip[0]))
+    assert float(row["l2_report"]) == pytest.approx(np.sqrt(((line - clip) ** 2).sum()) / 100, rel=1e-2)
+    assert Image.open(folder / "contact_sheet.png").width > 500
+    assert Image.open(folder / "clips.gif").n_frames == 6
+    assert "linear" in tuned
+    assert "cvae" in tuned
+
+
+def test_a_run_started_again_goes_on_and_its_best_yaml_is_ready(head: Head, storage: Path, videos: Path, tuned: str):
+    (best,) = storage.glob("tiny-*[0-9]/best.yaml")
+    experiment = load(best)
+    assert experiment.data.root == str(videos)
+    words = [f"storage={storage}", "name=again", "cluster.workers=1"]
+    first = submit(head, "jobs/train_cvae.py", str(best), *words, "train.epochs=1", copied=False)
+    assert "epoch 1/1" in first
+    second = submit(head, "jobs/train_cvae.py", str(best), *words, "train.epochs=3")
+    assert "epoch 1/3" not in second
+    assert "epoch 3/3" in second
+    (run,) = [run for run in runs_in(storage) if run.info.run_name == "again"]
+    history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == [1, 2, 3]
+
+    learner, restored = checkpoints.load(checkpoints.newest(load(best, words)))
+    assert restored.train.epochs == 3
+    assert learner.optimizers.keys() == {"cvae"}
+
+
+def test_a_mistake_ends_the_job_with_one_clear_message(head: Head, tmp_path: Path):
+    job = [sys.executable, "jobs/train_cvae.py", EXPERIMENT, f"storage={tmp_path}"]
+    for word, message in (
+        ("optim.lrr=1", "train_cvae.py: optim.lrr: no such field (value 1); did you mean 'optim.lr'?"),
+        (f"data.root={tmp_path}/nowhere", "train_cvae.py: data.root: no such folder"),
+    ):
+        environment = {key: value for key, value in head.environment.items() if key != "RAY_ADDRESS"}
+        environment["RAY_ADDRESS"] = "local"
+        done = subprocess.run(
+            [*job, word], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200, check=False
+        )
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
