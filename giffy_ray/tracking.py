@@ -136,7 +136,8 @@ def close_children(experiment: Experiment, parent: Tracker) -> None:
 def _client(experiment: Experiment) -> MlflowClient:
     from mlflow.tracking import MlflowClient
 
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of every table of a new SQLite file
+    for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table of a new SQLite file
+        logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri(experiment))
 
 
