@@ -7,7 +7,7 @@ INSTALLED := .venv/installed
 .PHONY: demo test lint ui lock clean
 
 demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; ends with a table and pictures
-	.venv/bin/python jobs/demo.py
+	@.venv/bin/python jobs/demo.py
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest
@@ -26,10 +26,11 @@ lock: $(INSTALLED)  ## after changing a range in pyproject.toml
 	 .venv/bin/pip freeze --exclude-editable | sed 's/+cpu//') > requirements.lock
 
 $(INSTALLED): requirements.lock pyproject.toml
-	$(PYTHON) -m venv .venv
-	.venv/bin/pip install --quiet --no-compile --requirement requirements.lock
-	.venv/bin/pip install --quiet --no-deps --no-build-isolation --editable .
-	touch $@
+	@echo "installing into .venv; two minutes or so"
+	@$(PYTHON) -m venv .venv
+	@.venv/bin/pip install -qq --no-compile --requirement requirements.lock
+	@.venv/bin/pip install -qq --no-deps --no-build-isolation --editable .
+	@touch $@
 
 clean:
 	rm -rf runs .pytest_cache .ruff_cache

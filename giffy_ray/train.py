@@ -59,14 +59,15 @@ def train_loop(settings: dict[str, Any]) -> None:
 
     # ---------------------------------------------------------------------------------- the training
     for epoch, end in enumerate(ends, start=1):
-        if end <= steps_done:
-            continue
         losses, waited_s, began_s = [], 0.0, time.perf_counter()
-        for _ in range(max(steps_done, ends[epoch - 2] if epoch > 1 else 0), end):
+        while steps_done < end:
             asked_s = time.perf_counter()
             dealt = next(batches)
             waited_s += time.perf_counter() - asked_s
             losses.append(learner.update(dealt.clips, dealt.positions))
+            steps_done += 1
+        if not losses:
+            continue  # an epoch that was seen before the run was cut
         took_s = time.perf_counter() - began_s
 
         metrics = {f"train/{name}": value for name, value in _mean_of(losses).items()}

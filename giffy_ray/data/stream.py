@@ -98,13 +98,16 @@ class _Gather(NumpyBatchCollateFn):
 
 
 def batches(store: Store, seed: int, batch: int, rank: int, workers: int, steps: range) -> Iterator[Batch]:
-    """This worker's batches of the training split for `steps`, in order. One execution serves all of them."""
+    """This worker's batches of the training split for `steps`, in order. One execution serves all of them.
+
+    Nothing is started before the first batch is asked for.
+    """
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     dealt = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
     gather = _Gather(store, seed, batch, rank, workers, steps.start)
     dealing = dealt.iter_torch_batches(batch_size=1, prefetch_batches=_PREFETCH_BATCHES, collate_fn=gather)
-    return cast(Iterator[Batch], iter(dealing))
+    yield from cast(Iterator[Batch], dealing)
 
 
 def _be_quiet() -> None:

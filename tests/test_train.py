@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+
+from giffy_ray.cluster import share_of
+from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.train import check, epoch_ends
+
+
+@pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
+def test_an_epoch_ends_with_the_step_that_completes_it(clips: int, batch: int):
+    ends = epoch_ends(clips, batch, epochs=5)
+    for epoch, end in enumerate(ends, start=1):
+        assert end * batch >= epoch * clips > (end - 1) * batch
+    assert epoch_ends(2000, 20, 100)[-1] == 100 * 100  # the report's: 100 steps an epoch
+
+
+class Store:
+    location = "the-store"
+
+    def __init__(self, training: int, validation: int):
+        self.rows = {"training": np.arange(training), "validation": np.arange(validation)}
+
+    def rows_of(self, split: str) -> np.ndarray:
+        return self.rows[split]
+
+
+@pytest.mark.parametrize(
+    ("changes", "store", "message"),
+    [
+        ({"train.batch": 9, "cluster.workers": 2}, Store(5, 5), r"train\.batch.*cluster\.workers=2 \(value 9\)"),
+        ({}, Store(0, 5), "no training clips.*the-store"),
+        ({}, Store(5, 0), "no validation clips.*the-store"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_starts(changes, store, message):
+    with pytest.raises(ConfigError, match=message):
+        check(override(Experiment(), changes), store)
+    check(Experiment(), Store(5, 5))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "expected"),
+    [
+        ({"CPU": 2}, 2, (0.5, 0, 1)),
+        ({"CPU": 2}, 1, (1, 0, 1)),
+        ({"CPU": 16}, 2, (1, 0, 7)),
+        ({"CPU": 64, "GPU": 8}, 2, (1, 1, 4)),
+        ({"CPU": 64, "GPU": 8}, 8, (1, 1, 1)),
+    ],
+)
+def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, resources, workers, expected):
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    share = share_of(override(Experiment(), {"cluster.workers": workers}))
+    assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
+    assert workers * share.cpus_per_worker * share.trainings <= resources["CPU"] - 1
+
+
+def test_a_cluster_that_cannot_do_it_is_told_so(monkeypatch):
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
+    with pytest.raises(ConfigError, match="has 1 CPUs"):
+        share_of(Experiment())
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8})
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    with pytest.raises(ConfigError, match=r"storage: the cluster has 2 nodes.*'runs/'"):
+        share_of(Experiment())
+    share_of(override(Experiment(), {"storage": "s3://bucket/runs"}))
