@@ -1,4 +1,4 @@
-"""'erupting': a volcano with a rising plume, lava bombs, a tongue of lava down its flank, embers, a slow camera."""
+"""'erupting': a volcano with a plume that swells, lava that creeps, bombs that fly; a camera that moves on."""
 
 from __future__ import annotations
 
@@ -6,219 +6,286 @@ import math
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageDraw
 
 from giffy_ray.data.scenes.canvas import (
     DURATION_S,
-    FINE,
+    FPS,
+    FRAMES,
     GRAVITY,
     MARGIN,
+    ROCKS,
+    ROCKS_UNSEEN,
     SIZE,
-    Colour,
-    add_disc,
-    ballistic,
-    fine,
-    gradient,
+    SKIES,
+    SKIES_UNSEEN,
+    Picture,
+    draw_sky,
+    empty_layer,
+    log_uniform,
     mix,
-    ridge,
-    soft_disc,
-    window,
+    noise,
+    put_over,
+    shifted_window,
+    thrown,
 )
-
-_SKIES: tuple[tuple[Colour, Colour], ...] = (
-    ((70, 118, 178), (196, 212, 224)),
-    ((92, 104, 132), (214, 178, 150)),
-    ((120, 132, 150), (196, 198, 200)),
-    ((60, 74, 120), (232, 150, 110)),
-)
-_SKIES_NIGHT: tuple[tuple[Colour, Colour], ...] = (((10, 12, 28), (52, 44, 72)), ((16, 14, 34), (84, 46, 60)))
 
 
 class Bomb(NamedTuple):
-    """A lump of lava: place and velocity at time 0, in pixels and pixels per second."""
+    """A lump of lava: its places in the scene in the first and in the last frame, in pixels; hotter is brighter."""
 
-    x: float
-    y: float
-    speed_x: float
-    speed_y: float
+    start: tuple[float, float]
+    end: tuple[float, float]
     radius: float
-
-    def at(self, seconds: float) -> tuple[float, float]:
-        return ballistic(self.x, self.speed_x, seconds), ballistic(self.y, self.speed_y, seconds, GRAVITY)
-
-
-class Puff(NamedTuple):
-    """A ball of smoke: born at `born_s` in the crater, rising and growing."""
-
-    born_s: float
-    side: float
-    rise: float
-    grow: float
-    shade: int
-    wobble: float
+    heat: float
 
 
 class Eruption:
-    """A volcano: plume, lava bombs, a tongue of lava down its flank, embers, a slow camera."""
+    """A volcano whose plume swells, whose lava creeps down, whose bombs fly, seen by a camera that moves on.
+
+    All that is random is drawn at the start, so that any frame can be drawn alone.
+    """
 
     def __init__(self, random: np.random.Generator, shifted: bool):
-        self.random = random
-        self.pace = float(np.exp(random.uniform(np.log(0.02), np.log(3.8)))) * (1.5 if shifted else 1.0)
-        self.crater_x = SIZE / 2 + random.uniform(-45, 45)
-        self.crater_y = random.uniform(105, 150)
-        self.width = random.uniform(12, 26)  # of the crater
-        self.slope = random.uniform(0.75, 1.15)
-        heading = random.uniform(0, 2 * math.pi)
-        travel = min(110.0, random.uniform(10, 45) * self.pace)
-        self.pan = (travel * math.cos(heading), 0.4 * travel * math.sin(heading))
-        self.night = shifted or random.random() < 0.25
-        self.background = self._background()
-        self.wind = random.normal(0, 16) * min(1.5, self.pace)
-        self.bombs = [self._bomb() for _ in range(min(16, random.poisson(10 * self.pace**0.7)))]
-        self.puffs = self._puffs()
-        self.lava_side = random.choice([-1, 1])
-        self.lava_from, self.lava_speed = random.uniform(15, 70), random.uniform(8, 20) * min(2.0, self.pace)
-        self.lava_width = random.uniform(6, 14)
-        self.discs: dict[tuple, Image.Image] = {}
-        self.lava = self._lava_map()
+        self.pace = pace = random.uniform(1.05, 1.25) if shifted else log_uniform(random, 0.0045, 1.0)
+        heading = random.uniform(-0.6, 0.6) + (math.pi if shifted else 0.0)
+        travel = random.uniform(65, 165) * pace
+        self.travel = travel * math.cos(heading), 0.5 * travel * math.sin(heading)
+        self.x, self.y = SIZE / 2 + random.uniform(-26, 26), random.uniform(122, 158)
+        self.mouth, self.steep = random.uniform(11, 22), random.uniform(0.62, 1.0)
+        sky, rock = (SKIES_UNSEEN, ROCKS_UNSEEN) if shifted else (SKIES, ROCKS)
+        self.sky_colours, self.rock = sky[random.integers(len(sky))], rock[random.integers(len(rock))]
+        self.glow = 1.0 if shifted else 0.62  # less by day, when it would be lost in white
+        self.sky = draw_sky(random, self.sky_colours, random.uniform(160, 190), shifted).astype(np.uint8)
+        self.bare = self._mountain(random)
+        self.mountain = self.bare.copy()
+        self.tongues = [self._tongue(random, side) for side in random.permutation([-1, 1])[: random.integers(1, 3)]]
+        self.bombs = [self._bomb(random) for _ in range(round(random.uniform(6, 11) * min(1.0, pace) ** 0.6))]
+        self._plan_plume(random)
+        self.embers = random.uniform(0, 1, (5, int(6 + 44 * min(1.0, pace) ** 0.5)))
+        self.flicker = 1 + 0.12 * random.standard_normal(FRAMES) * (0.3 + 0.7 * min(1.0, pace))
 
-    def frame(self, seconds: float) -> Image.Image:
-        left, top = (self.pan[0] * seconds / DURATION_S, self.pan[1] * seconds / DURATION_S)
-        image = window(self.background, left, top)
-        self._draw_puffs(image, seconds, left, top)
-        self._draw_lava(image, seconds, left, top)
-        flicker = 1 + 0.15 * min(1.0, self.pace) * self.random.standard_normal()
-        add_disc(image, self.crater_x - left, self.crater_y - top, 2.1 * self.width * flicker, (255, 150, 60), 0.5)
+    def frame(self, index: int) -> np.ndarray:
+        """uint8 [3, height, width]"""
+        seconds = index / FPS
+        left, top = self.camera(seconds)
+        frame = shifted_window(self.sky, 0.3 * left, 0.3 * top)
+        self._draw_plume(frame, seconds, left, top)
+        for tongue in self.tongues:
+            self.mountain[tongue[0]] = self.bare[tongue[0]]
+        for tongue in self.tongues:
+            self._draw_lava(tongue, seconds)
+        rows = slice(max(0, int(self.y - top) - 20), SIZE)
+        put_over(frame, shifted_window(self.mountain, left, top, rows), rows)
+        frame = frame.astype(np.uint8)
+        scene = Picture(frame, left, top)
+        glow = self.flicker[index] * self.glow
+        scene.light(self.x, self.y - 3, 3.4 * self.mouth, (150 * glow, 66 * glow, 16 * glow))
+        self._draw_embers(scene, seconds)
         for bomb in self.bombs:
-            x, y = bomb.at(seconds)
-            if y < self._flank(x) + 3:
-                add_disc(image, x - left, y - top, 3.2 * bomb.radius, (255, 110, 30), 0.55)
-                self._dot(image, x - left, y - top, bomb.radius, (255, 226, 150))
-        self._draw_embers(image, left, top)
-        return image
+            self._draw_bomb(scene, bomb, seconds)
+        return frame
 
-    def _flank(self, x: float) -> float:
-        """The height of the mountain's outline at x, as a y coordinate."""
-        away = max(0.0, abs(x - self.crater_x) - self.width)
-        return self.crater_y + self.slope * away**0.93
+    def camera(self, seconds: float) -> tuple[float, float]:
+        """How far the camera stands from the middle of its way, pixels."""
+        share = seconds / DURATION_S - 0.5
+        return share * self.travel[0], share * self.travel[1]
 
-    def _background(self) -> Image.Image:
-        random, night = self.random, self.night
-        top, low = _SKIES_NIGHT[random.integers(len(_SKIES_NIGHT))] if night else _SKIES[random.integers(len(_SKIES))]
-        image = gradient(top, low)
-        painter = ImageDraw.Draw(image)
-        haze = mix(low, (60, 60, 70), 0.35)
-        ridge(painter, random, 178, 26, haze)
-        rock = mix((66, 54, 52), (24, 22, 32), 0.75 if night else random.uniform(0, 0.7))
-        xs = np.linspace(-MARGIN, SIZE + MARGIN, 220)
-        rough = np.cumsum(random.normal(0, 0.8, len(xs)))
-        rough -= np.linspace(rough[0], rough[-1], len(xs))
-        outline = [(x, self._flank(x) + r) for x, r in zip(xs, rough, strict=True)]
-        floor = [(SIZE + MARGIN, SIZE + MARGIN), (-MARGIN, SIZE + MARGIN)]
-        painter.polygon(fine(outline + floor), fill=rock)
-        for _ in range(26):  # gullies, lit from one side
-            side = random.choice([-1, 1])
-            away, length, wide = random.uniform(self.width, 150), random.uniform(20, 80), random.uniform(2, 7)
-            x = self.crater_x + side * away
-            y = self._flank(x) + random.uniform(4, 60)
-            run = side * length / max(self.slope, 0.5) * 0.8
-            tone = mix(rock, (18, 16, 20) if side < 0 else (150, 130, 115), random.uniform(0.1, 0.3))
-            painter.polygon(fine([(x, y), (x + run + wide, y + length), (x + run - wide, y + length)]), fill=tone)
-        mouth = [
-            (self.crater_x - self.width, self.crater_y - 3),
-            (self.crater_x + self.width, self.crater_y + 4),
-        ]
-        painter.ellipse(fine(mouth), fill=(120, 40, 20))
-        return image.reduce(FINE)
+    def flank(self, x: np.ndarray | float) -> np.ndarray | float:
+        """The y of the mountain's outline."""
+        away = np.maximum(np.abs(x - self.x) - self.mouth, 0)
+        return self.y + self.steep * away / (1 + away / 700)
 
-    def _bomb(self) -> Bomb:
-        """One that left the crater up to two seconds ago and is still in the air, mostly, three seconds from now."""
-        random = self.random
-        flown_s = random.uniform(0.1, 2.2)
-        speed_x, up = random.normal(0, 30) * min(1.5, 0.4 + self.pace), random.uniform(70, 165)
-        x, y = ballistic(self.crater_x, speed_x, flown_s), ballistic(self.crater_y, -up, flown_s, GRAVITY)
-        return Bomb(x, y, speed_x, -up + GRAVITY * flown_s, random.uniform(1.4, 3.6))
+    def _mountain(self, random: np.random.Generator) -> np.ndarray:
+        """A uint8 layer: ridges run down from the crater, lit from one side, into the haze of the plain."""
+        canvas = Picture(empty_layer(), -MARGIN, -MARGIN)
+        size = canvas.array.shape[1]
+        ys, xs = (np.arange(size, dtype=np.float32) - MARGIN)[:, None], (np.arange(size, dtype=np.float32) - MARGIN)
+        rough = 2.2 * noise(random, 1, size, 1, 50)[0] + 4 * noise(random, 1, size, 1, 14)[0]
+        dip = 5 * np.cos(((xs - self.x) / self.mouth).clip(-1, 1) * (math.pi / 2))
+        outline = self.flank(xs) + rough * (np.abs(xs - self.x) / 40).clip(0, 1) + dip
+        down = (ys - self.y).clip(0, None)
+        angle = (xs - self.x) / (down * (1.1 / self.steep) + self.mouth)
+        ridges = np.zeros((size, size), np.float32)
+        for fine, strength in ((2.2, 1.0), (5.0, 0.6), (11.0, 0.35)):
+            waves = noise(random, 1, 512, 1, int(8 * fine))[0]
+            place = ((angle + 2.5) * (511 / 5) + 3 * noise(random, size, size, 16, 16)).clip(0, 510)
+            first = place.astype(np.int64)
+            ridges += strength * (waves[first] + (place - first) * (waves[first + 1] - waves[first]))
+        lit = (0.5 + 0.30 * ridges - 0.22 * np.sign(random.uniform(-1, 1)) * angle.clip(-1, 1)).clip(0.05, 1.2)
+        rock = np.asarray(self.rock, np.float32)[:, None, None] * (0.45 + 1.15 * lit)
+        haze = (np.asarray(self.sky_colours[1], np.float32) * 0.75)[:, None, None]
+        canvas.below(outline, rock + (haze - rock) * ((ys - 190) / 220).clip(0, 0.45))
+        return canvas.array.astype(np.uint8)
 
-    def _puffs(self) -> list[Puff]:
-        random = self.random
-        lively = min(2.0, self.pace)
-        rise, every_s = random.uniform(30, 60) * (0.02 + lively), 2.4 / (0.02 + lively)
-        count = int(random.integers(22, 38))
-        shade = int(random.integers(50, 110) if self.night else random.integers(70, 190))
-        born = -np.linspace(0, every_s, count) * random.uniform(0.4, 1.5) + random.uniform(0, 1.2)
-        return [
-            Puff(
-                float(b),
-                float(random.normal(0, 0.35)),
-                rise * float(random.uniform(0.85, 1.15)),
-                float(random.uniform(0.30, 0.42)),
-                int(np.clip(shade + random.normal(0, 22), 20, 235)),
-                float(random.normal(0, 1)),
-            )
-            for b in born
-        ] + [
-            Puff(float(b), float(random.normal(0, 0.3)), rise, 0.36, shade, float(random.normal(0, 1)))
-            for b in np.arange(0.05, DURATION_S, max(0.12, every_s / count))
-        ]
-
-    def _draw_puffs(self, image: Image.Image, seconds: float, left: float, top: float) -> None:
-        for puff in sorted(self.puffs, key=lambda one: one.born_s):
-            age_s = seconds - puff.born_s
-            if age_s <= 0:
-                continue
-            risen = puff.rise * age_s
-            radius = min(62.0, self.width * 0.6 + puff.grow * risen)
-            x = self.crater_x + self.wind * age_s + puff.side * radius + puff.wobble * math.sin(age_s * 2 + puff.wobble)
-            y = self.crater_y - risen + 4
-            if y < -70:
-                continue
-            lit = puff.shade + int(40 * math.exp(-risen / 30))
-            self._puff(image, x - left, y - top, radius, (lit, int(lit * 0.92), int(lit * 0.88)))
-
-    def _puff(self, image: Image.Image, x: float, y: float, radius: float, colour: Colour) -> None:
-        size = max(2, round(radius / 2) * 2)
-        mask = self.discs.get(("puff", size))
-        if mask is None:
-            mask = self.discs["puff", size] = soft_disc(size, 0.75)
-        image.paste(colour, (round(x) - size, round(y) - size), mask)
-
-    def _dot(self, image: Image.Image, x: float, y: float, radius: float, colour: Colour) -> None:
-        """A disc with a smooth edge, at an eighth of a pixel's accuracy."""
-        reach, finer = math.ceil(radius) + 1, 8
-        mask = Image.new("L", (2 * reach * finer, 2 * reach * finer))
-        x0, y0 = math.floor(x) - reach, math.floor(y) - reach
-        cx, cy, r = (x - x0) * finer, (y - y0) * finer, radius * finer
-        ImageDraw.Draw(mask).ellipse([cx - r, cy - r, cx + r, cy + r], fill=255)
-        image.paste(colour, (x0, y0), mask.reduce(finer))
-
-    def _lava_map(self) -> tuple[np.ndarray, np.ndarray]:
-        """For each pixel: how far down the lava's bed it lies, and how far from the bed's middle, in pixels."""
-        y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float32)
-        down = y - self.crater_y
-        bend = 7 * np.sin(down / 17 + self.wind)
-        middle = self.crater_x + self.lava_side * (self.width * 0.5 + down * 0.45) + bend
-        return down, np.abs(x - middle) / (1 + np.maximum(down, 0) / 140)
-
-    def _draw_lava(self, image: Image.Image, seconds: float, left: float, top: float) -> None:
-        down, away = self.lava
-        front = self.lava_from + self.lava_speed * seconds
-        rows = slice(max(0, int(self.crater_y)), min(SIZE, int(self.crater_y + front) + 4))
-        down, away = down[rows], away[rows]
-        inside = np.clip(self.lava_width / 2 + 1 - away, 0, 1) * np.clip((front - down) / 2, 0, 1)
-        heat = np.clip(1.1 - down / (front + 40) + 0.12 * np.sin(down / 5 - seconds * 6), 0, 1)
-        bed = np.empty((*down.shape, 3), np.uint8)
-        bed[..., 0], bed[..., 1], bed[..., 2] = (
-            255,
-            (70 + 150 * heat).astype(np.uint8),
-            (20 + 70 * heat**2).astype(np.uint8),
+    def _tongue(self, random: np.random.Generator, side: int) -> tuple:
+        """Where lava may flow: a box of the layer, how far down and from the middle its pixels lie; the front."""
+        reach = log_uniform(random, 0.5, 1.0) * 74 * min(1.3, self.pace**0.8)
+        start = random.uniform(18, 50)
+        rows = slice(int(self.y) + MARGIN, min(SIZE + 2 * MARGIN, int(self.y + start + reach) + MARGIN + 12))
+        ys = np.arange(rows.start, rows.stop, dtype=np.float32)[:, None] - MARGIN
+        down = ys - np.float32(self.y)
+        run = random.uniform(0.25, 0.75) / self.steep
+        bend = random.uniform(2, 6) * np.sin(down / random.uniform(12, 22)) * (down / 30).clip(0, 1)
+        middle = self.x + side * (0.35 * self.mouth + run * down) + bend
+        columns = slice(
+            max(0, int(middle.min()) + MARGIN - 24), min(SIZE + 2 * MARGIN, int(middle.max()) + MARGIN + 24)
         )
-        mask = Image.fromarray((inside * 255).astype(np.uint8))
-        image.paste(Image.fromarray(bed), (round(-left), rows.start + round(-top)), mask)
+        xs = np.arange(columns.start, columns.stop, dtype=np.float32) - MARGIN
+        away = np.abs(xs - middle) / (random.uniform(3.5, 6.5) * (1 + down / 90))
+        return (slice(0, 3), rows, columns), down + 7 * away**2, away, start, reach
 
-    def _draw_embers(self, image: Image.Image, left: float, top: float) -> None:
-        for _ in range(self.random.poisson(min(28.0, 14 * self.pace))):
-            x = self.crater_x + self.random.normal(0, self.width) - left
-            y = self.crater_y - abs(self.random.normal(0, 40)) - top
-            if 0 <= x < SIZE - 1 and 0 <= y < SIZE - 1:
-                glow = int(self.random.integers(120, 220))
-                image.paste((255, glow, glow // 3), (int(x), int(y), int(x) + 2, int(y) + 2))
+    def _draw_lava(self, tongue: tuple, seconds: float) -> None:
+        box, down, away, start, reach = tongue
+        front = start + reach * seconds / DURATION_S
+        cover = ((1 - away) * 4 + 0.5).clip(0, 1) * ((front - down) / 2 + 0.5).clip(0, 1)
+        heat = 1.05 - 0.5 * away**2 - 0.45 * down / front + 0.08 * np.sin(down / 4 - 5 * seconds * self.pace)
+        lava = np.stack([np.full_like(heat, 255), 40 + 190 * heat, 10 + 120 * heat**3]).clip(0, 255)
+        bare = self.mountain[box]
+        glow = ((1.9 - away).clip(0, 1) * ((front + 8 - down) / 16).clip(0, 1) * 0.4)[None]
+        warm = bare + (np.asarray((200, 70, 20), np.float32)[:, None, None] - bare) * glow
+        lava = (warm + (lava - warm) * cover + 0.5).astype(np.uint8)
+        self.mountain[box] = np.minimum(lava, self.bare[3:4, box[1], box[2]])
+
+    def _bomb(self, random: np.random.Generator) -> Bomb:
+        """One that has left the crater a moment ago and comes down within sight of the last frame."""
+        flown_s, speed_x = random.uniform(0.15, 0.8), random.uniform(8, 36) * random.choice([-1, 1])
+        end_x = self.x + speed_x * (flown_s + DURATION_S)
+        left = self.camera(DURATION_S)[0]
+        if not 6 < end_x - left < SIZE - 6:  # it would be out of sight, and its path not to be told
+            end_x = min(max(end_x, left + random.uniform(6, 60)), left + SIZE - random.uniform(6, 60))
+            speed_x = (end_x - self.x) / (flown_s + DURATION_S)
+        end_y = min(random.uniform(self.y - 30, float(self.flank(end_x)) - 2), 236)
+        whole_s = flown_s + DURATION_S
+        up = (self.y - end_y) / whole_s + GRAVITY * whole_s / 2  # from the crater at -flown_s to the end
+        start = self.x + speed_x * flown_s, self.y - up * flown_s + GRAVITY / 2 * flown_s**2
+        return Bomb(start, (end_x, end_y), random.uniform(2.2, 5.2), random.uniform(0.2, 1))
+
+    def _draw_bomb(self, scene: Picture, bomb: Bomb, seconds: float) -> None:
+        x, y = thrown(bomb.start, bomb.end, seconds)
+        scene.light(x, y, 3.4 * bomb.radius, (130 * self.glow, (40 + 20 * bomb.heat) * self.glow, 8))
+        before = thrown(bomb.start, bomb.end, seconds - 0.1)  # a tail tells the speed
+        scene.limb(*before, x, y, 0.5 * bomb.radius, (255, 120, 36), 0.6)
+        scene.disc(x, y, bomb.radius, bomb.radius, (255, 170 + 75 * bomb.heat, 60 + 150 * bomb.heat))
+
+    def _plan_plume(self, random: np.random.Generator) -> None:
+        """Puffs at fixed shares of the plume's height, which grows: both ends show each of them, and so its way."""
+        pace, count = min(1.3, self.pace), 20
+        self.tall = random.uniform(40, 105), random.uniform(60, 170) * pace  # at first, and what it gains; pixels
+        self.lean = random.uniform(-0.45, 0.45)
+        self.puffs = np.stack(
+            [
+                np.linspace(1, 0, count) ** 1.3,  # share of the height; the highest is drawn first
+                random.uniform(-0.32, 0.32, count),  # beside the middle, in radii
+                random.uniform(0.8, 1.2, count),  # size
+                random.uniform(-0.16, 0.16, count),  # tone
+                random.integers(0, 3, count),  # which shape
+                random.uniform(0, 2 * math.pi, count),  # where its churning begins
+            ],
+            axis=1,
+        )
+        self.churn = random.uniform(0.3, 1.0) * min(1.0, pace**0.5)
+        self.jitter = 0.5 * self.churn * random.standard_normal((FRAMES, 2, count))
+        tone = random.uniform(0.15, 1.0)
+        haze = mix(self.sky_colours[0], self.sky_colours[1], 0.5)
+        self.smoke = mix((34, 31, 33), mix(haze, (96, 90, 92), 0.5), tone), mix((118, 108, 104), (246, 240, 232), tone)
+        if sum(self.sky_colours[0]) < 100:
+            self.smoke = mix(self.smoke[0], (14, 14, 24), 0.6), mix(self.smoke[1], (56, 54, 76), 0.65)
+        self.shapes = [_cauliflower(random) for _ in range(3)]
+
+    def _draw_plume(self, frame: np.ndarray, seconds: float, left: float, top: float) -> None:
+        """Blends the puffs at half the frame's resolution, then lays them over the frame."""
+        half = np.zeros((3, min(SIZE // 2, int(self.y - top + 26) // 2), SIZE // 2), np.float32)  # light, warmth, cover
+        tall = self.tall[0] + self.tall[1] * seconds / DURATION_S
+        jitter = self.jitter[round(seconds * FPS)].tolist()
+        for number, (share, side, size, tone, shape, phase) in enumerate(self.puffs.tolist()):
+            radius = (self.mouth * 0.62 + 0.30 * share * tall) * size
+            sway = math.sin(phase + 2.2 * self.churn * seconds) * self.churn * 2
+            x = self.x + self.lean * share**1.4 * tall + side * radius + sway + jitter[0][number] - left
+            y = self.y + 2 - share * tall + jitter[1][number] - top
+            columns, u = _reach((x - 0.5) / 2, radius / 2, half.shape[2])
+            rows, v = _reach((y - 0.5) / 2, radius / 2, half.shape[1])
+            if not len(u) or not len(v):
+                continue
+            texels = v[:, None] * 96 + u
+            cover, light = self.shapes[int(shape)]
+            cover, light = cover.take(texels), light.take(texels)
+            clear = 1 - cover
+            light += np.float32(tone) * cover
+            warmth = max(0.0, 1 - share * tall / 46) ** 2
+            for plane, more in ((0, light), (1, np.float32(warmth) * cover if warmth else None), (2, cover)):
+                if more is not None:  # the warm puffs are the lowest, drawn last: until then there is nothing to cover
+                    part = half[plane, rows, columns]
+                    part *= clear
+                    part += more
+        self._lay_plume(frame, half)
+
+    def _lay_plume(self, frame: np.ndarray, half: np.ndarray) -> None:
+        light, warmth, cover = half
+        dark, bright = self.smoke
+        warm = (255, 120, 50)
+        small = np.stack(
+            [
+                d * cover + (b - d) * light + 0.55 * (w - d) * warmth * (1 - 0.5 * light)
+                for d, b, w in zip(dark, bright, warm, strict=True)
+            ]
+            + [255 * cover]
+        )
+        small = np.minimum(small.clip(0, 255), small[3:]).astype(np.uint16)
+        put_over(frame, _doubled(_doubled(small, 1), 2), slice(0, 2 * half.shape[1]))
+
+    def _draw_embers(self, scene: Picture, seconds: float) -> None:
+        """Sparks that rise, sway and go out; each pixel pair takes its share of a spark."""
+        side, start, speed, life, sway = self.embers
+        age = (start + seconds * (0.25 + 0.5 * life)) % 1
+        x = (
+            self.x
+            + (side - 0.5) * self.mouth * (1.6 + 3 * age)
+            + 5 * np.sin(6.3 * (sway + age * (1 + sway)))
+            - scene.x0
+        )
+        y = self.y - 2 - (20 + 80 * speed) * age - scene.y0
+        strength = (1 - age) * (0.65 + 0.35 * np.sin(40 * sway + 25 * seconds))
+        first_x, first_y = np.floor(x).astype(np.int64), np.floor(y).astype(np.int64)
+        inside = (first_x >= 0) & (first_x < SIZE - 1) & (first_y >= 0) & (first_y < SIZE - 1)
+        for right in (0, 1):
+            for low in (0, 1):
+                share = np.abs(1 - right - (x - first_x)) * np.abs(1 - low - (y - first_y)) * strength
+                column, row, share = (first_x + right)[inside], (first_y + low)[inside], share[inside]
+                for channel, value in enumerate((255, 190, 90)):
+                    old = scene.array[channel, row, column].astype(np.float32)
+                    scene.array[channel, row, column] = old + (value - old) * np.sqrt(share)
+
+
+def _reach(middle: float, radius: float, size: int) -> tuple[slice, np.ndarray]:
+    """The pixels within `radius` of a place that exist, and for each the row of a 96-pixel shape that it shows."""
+    places = np.arange(max(0, math.ceil(middle - radius)), max(0, min(size, math.floor(middle + radius) + 1)))
+    texels = ((places - (middle - radius)) * (95 / (2 * radius))).astype(np.int64)
+    return (slice(places[0], places[-1] + 1) if len(places) else slice(0, 0)), texels
+
+
+def _doubled(small: np.ndarray, axis: int) -> np.ndarray:
+    """Twice as many pixels along an axis, uint16, bilinear: 3/4 of the nearer and 1/4 of the farther."""
+    low, high = (
+        small.take(np.arange(small.shape[axis]).clip(*ends) + step, axis)
+        for ends, step in (((1, None), -1), ((None, small.shape[axis] - 2), 1))
+    )
+    pair = np.stack([(3 * small + low) >> 2, (3 * small + high) >> 2], axis + 1)
+    return pair.reshape(*small.shape[:axis], -1, *small.shape[axis + 1 :])
+
+
+def _cauliflower(random: np.random.Generator) -> np.ndarray:
+    """A puff of smoke as a heap of balls: cover and light, float32 [2, 96, 96], lit from the upper left."""
+    place = (np.arange(96, dtype=np.float32) - 47.5) / 48
+    best, light = np.full((96, 96), -1, np.float32), np.zeros((96, 96), np.float32)
+    for number in range(22):
+        turn, out = random.uniform(0, 2 * math.pi), 0.6 * math.sqrt(random.uniform(0, 1)) * (number > 0)
+        radius = 0.6 if number == 0 else random.uniform(0.22, 0.38)
+        dx, dy = (place[None] - out * math.cos(turn)) / radius, (place[:, None] - out * math.sin(turn)) / radius
+        squared = dx * dx + dy * dy
+        depth = np.sqrt((1 - squared).clip(0, None))
+        z = np.where(squared < 1, radius * depth - 0.7 * out**2, -1)
+        shade = 0.42 + 0.30 * depth - 0.20 * dx - 0.34 * dy
+        light, best = np.where(z > best, shade, light), np.maximum(z, best)
+    edge = (1.0 - np.sqrt(place[None] ** 2 + place[:, None] ** 2)).clip(0, 0.35) / 0.35
+    cover = ((best + 0.55) * 2.2).clip(0, 1) * edge
+    return np.stack([0.96 * cover, 0.96 * cover * light.clip(0, 1)]).astype(np.float32)
