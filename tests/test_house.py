@@ -76,7 +76,8 @@ def test_every_path_in_the_docs_exists(page: str):
     text = (ROOT / page).read_text()
     named = set(re.findall(r"(?:giffy_ray|jobs|cluster|tests|docs|benchmarks)/[\w./-]*\w", text))
     named |= set(re.findall(r"\]\(([^)#:]+)\)", text))
-    assert named
+    named = {name for name in named if not name.endswith(".bak")}  # what the reader is told to throw away
+    assert named or page != "README.md"
     near = (ROOT, (ROOT / page).parent)
     assert not [name for name in named if not any((folder / name).exists() for folder in near)]
 
