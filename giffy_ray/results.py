@@ -28,6 +28,7 @@ from giffy_ray.evaluate import (
     to_csv,
 )
 from giffy_ray.learners import Learner
+from giffy_ray.metrics import METRICS
 from giffy_ray.reports import line_of, relayed
 from giffy_ray.storage import join, write_bytes
 from giffy_ray.tracking import Tracker, open_run
@@ -98,7 +99,7 @@ def show_results(
     metrics = {
         f"{split}/{summary.method}/{metric}": getattr(summary, metric)[0]
         for summary in summaries[-len(methods) :]
-        for metric in ("l2_report", "psnr", "ssim")
+        for metric in METRICS
     }
     for tracker in trackers:
         tracker.log_results(metrics)
@@ -154,12 +155,11 @@ def _samples(
     methods: Mapping[str, Method], store: Store, rows: np.ndarray, scores: Sequence[Score]
 ) -> list[tuple[str, dict[str, np.ndarray]]]:
     """(title, {real and each method: clip}) of a few clips of every category."""
-    errors = {score.clip_id: score.l2_report for score in scores if score.method == BASELINE}
-    by_method = {(score.method, score.clip_id): score.l2_report for score in scores}
+    l2_of = {(score.method, score.clip_id): score.l2_report for score in scores}
     samples = []
     for category in sorted({store.categories[row] for row in rows}):
         of_category = sorted(
-            (row for row in rows if store.categories[row] == category), key=lambda row: errors[store.ids[row]]
+            (row for row in rows if store.categories[row] == category), key=lambda row: l2_of[BASELINE, store.ids[row]]
         )
         for quantile in _SHOWN_QUANTILES:
             row = of_category[round(quantile * (len(of_category) - 1))]
@@ -167,6 +167,6 @@ def _samples(
             real = torch.from_numpy(store.gather(np.asarray([row])))
             clips = {"real": real[0].numpy()}
             clips |= {name: method(real[:, 0], real[:, -1], [clip_id])[0].numpy() for name, method in methods.items()}
-            l2 = ", ".join(f"{name} {by_method[name, clip_id]:.0f}" for name in methods)
+            l2 = ", ".join(f"{name} {l2_of[name, clip_id]:.0f}" for name in methods)
             samples.append((f"{_category(store, category)}   {Path(clip_id).stem}   l2: {l2}", clips))
     return samples
