@@ -2,6 +2,8 @@
 PYTHON ?= python3
 RAY_USAGE_STATS_ENABLED ?= 0
 export RAY_USAGE_STATS_ENABLED
+# Every Ray worker imports torch: without bytecode on disk each of them would compile it again, for five seconds.
+unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/installed
 
 .PHONY: demo test lint ui lock clean
