@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from giffy_ray import learners
 from giffy_ray.config import ConfigError, Experiment, from_yaml, to_yaml
 from giffy_ray.learners import Learner
-from giffy_ray.storage import filesystem_of, join
+from giffy_ray.storage import filesystem_of, join, read_text
 
 
 @contextmanager
@@ -67,9 +67,9 @@ def newest(experiment: Experiment) -> str:
     """Where the newest checkpoint of the run of the experiment's name lies. Raises ConfigError where there is none."""
     filesystem, base = filesystem_of(join(experiment.storage, experiment.name))
     below = fs.FileSelector(base, allow_not_found=True)
-    names = sorted(
-        info.base_name for info in filesystem.get_file_info(below) if info.base_name.startswith("checkpoint_2")
-    )
+    # Ray Train names them after the moment, so that the last by name is the newest.
+    folders = (info for info in filesystem.get_file_info(below) if info.type == fs.FileType.Directory)
+    names = sorted(info.base_name for info in folders if info.base_name.startswith("checkpoint_"))
     if not names:
         raise ConfigError(
             f"name: no checkpoint in {join(experiment.storage, experiment.name)} (value {experiment.name!r})"
@@ -78,13 +78,19 @@ def newest(experiment: Experiment) -> str:
 
 
 def load(location: str) -> tuple[Learner, Experiment]:
-    """The learner and the experiment of a checkpoint, local or not, on the CPU and ready to generate."""
+    """The learner and the experiment of a checkpoint, local or not, on the CPU and ready to generate.
+
+    Only what that needs is fetched: the optimisers of Table 1 are twice as large as its weights.
+    """
+    text = read_text(join(location, "experiment.yaml"))
+    if text is None:
+        raise FileNotFoundError(f"{location}: not a checkpoint (it has no experiment.yaml)")
+    experiment = from_yaml(text)
+    learner = learners.build(experiment, torch.device("cpu"))
     filesystem, path = filesystem_of(location)
     with tempfile.TemporaryDirectory() as folder:
-        if filesystem.get_file_info(f"{path}/experiment.yaml").type != fs.FileType.File:
-            raise FileNotFoundError(f"{location}: not a checkpoint (it has no experiment.yaml)")
-        fs.copy_files(path, folder, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-        experiment = from_yaml(Path(folder, "experiment.yaml").read_text())
-        learner = learners.build(experiment, torch.device("cpu"))
+        for name in learner.networks:
+            file = f"{name}.safetensors"
+            fs.copy_files(f"{path}/{file}", f"{folder}/{file}", filesystem, fs.LocalFileSystem())
         load_networks(Path(folder), learner)
     return learner, experiment

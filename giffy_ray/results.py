@@ -48,13 +48,13 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     clips = len(store.rows_of("training"))
     print(f"training {experiment.name}: {clips} clips, {experiment.cluster.workers} workers", flush=True)
     with relayed(lambda metrics: print(line_of(metrics, experiment.train.epochs), flush=True)) as relay:
-        trained = train(experiment, store, share, parent.run_id if parent else None, [relay])
-    learner, _ = checkpoints.load(trained.checkpoint)
+        checkpoint = train(experiment, store, share, parent.run_id if parent else None, [relay])
+    learner, _ = checkpoints.load(checkpoint)
     trackers = [open_run(experiment), *([parent] if parent else [])]
     show_results(experiment, learner, store, experiment.evaluate.split, trackers)
     for tracker in trackers:
         tracker.finish()
-    print(f"  {trained.checkpoint}")
+    print(f"  {checkpoint}")
 
 
 def show_results(
@@ -63,7 +63,7 @@ def show_results(
     store: Store,
     split: str,
     trackers: Sequence[Tracker],
-) -> list[Summary]:
+) -> None:
     """Sets the learner beside interpolation on a split: a printed table, and CSV and pictures in the run's folder.
 
     Raises ConfigError where the data set has no such split.
@@ -103,7 +103,6 @@ def show_results(
     }
     for tracker in trackers:
         tracker.log_results(metrics)
-    return summaries
 
 
 def trials_table(study: Study, metric: str) -> Table:

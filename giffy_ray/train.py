@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,8 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data import stream
 from giffy_ray.data.store import Store
+from giffy_ray.evaluate import Method, learner_method
 from giffy_ray.learners import Learner
-from giffy_ray.learners.noise import noise_for
 from giffy_ray.metrics import l2_report, psnr
 from giffy_ray.storage import join, read_text, write_text
 from giffy_ray.tracking import open_run
@@ -36,12 +35,6 @@ _POLL_S = 0.2
 _START_TIMEOUT_S = 900  # a cloud node has to boot
 
 
-@dataclass(frozen=True)
-class Trained:
-    metrics: dict[str, Any]  # of the last report
-    checkpoint: str  # where the last checkpoint lies
-
-
 def train_loop(settings: dict[str, Any]) -> None:
     """What every worker runs. `settings`: the experiment as YAML, the store, and the parent of its MLflow run."""
     experiment = from_yaml(settings["experiment"])
@@ -50,9 +43,11 @@ def train_loop(settings: dict[str, Any]) -> None:
     store = Store(settings["store"])
     tracker = open_run(experiment, rank, settings["parent"], {"data.fingerprint": store.fingerprint})
     learner = learners.build(experiment, ray.train.torch.get_device(), _parallel)
+    make = learner_method(learner, experiment.train.seed)
 
     steps_done = _resume(learner)
     clips, batch, epochs = len(store.rows_of("training")), experiment.train.batch, experiment.train.epochs
+    share = batch // workers
     ends = epoch_ends(clips, batch, epochs)
     steps = range(steps_done, ends[-1])
     batches = stream.batches(store, experiment.train.seed, batch, rank, workers, steps)
@@ -71,11 +66,11 @@ def train_loop(settings: dict[str, Any]) -> None:
         took_s = time.perf_counter() - began_s
 
         metrics = {f"train/{name}": value for name, value in _mean_of(losses).items()}
-        metrics |= {f"val/{name}": value for name, value in validate(learner, store, experiment).items()}
+        metrics |= {f"val/{name}": value for name, value in validate(make, store, share).items()}
         metrics["speed/clips_per_s"] = len(losses) * batch / took_s
         metrics["speed/data_wait_fraction"] = waited_s / took_s
         tracker.log_metrics(metrics, step=epoch)
-        tracker.log_animation(lambda: _samples(learner, store, experiment), "validation", step=epoch)
+        tracker.log_animation(lambda: _samples(make, store, experiment.clip.fps), "validation", step=epoch)
         with checkpoints.written(learner, experiment, end, metrics, rank) as checkpoint:
             ray.train.report(metrics | {"epoch": epoch}, checkpoint=checkpoint)
     tracker.finish()
@@ -87,17 +82,15 @@ def epoch_ends(clips: int, batch: int, epochs: int) -> list[int]:
     return [-(-epoch * clips // batch) for epoch in range(1, epochs + 1)]
 
 
-def validate(learner: Learner, store: Store, experiment: Experiment) -> dict[str, float]:
-    """Means over the validation clips, made from their end images; each worker takes every workers-th clip."""
+def validate(make: Method, store: Store, share: int) -> dict[str, float]:
+    """Means over the validation clips, `share` at a time on each worker, which takes every workers-th clip."""
     rank, workers = torch.distributed.get_rank(), torch.distributed.get_world_size()
     rows = store.rows_of("validation")[rank::workers]
     sums = {"l2_report": 0.0, "psnr": 0.0}
-    share = max(1, experiment.train.batch // workers)
     for first in range(0, len(rows), share):
         chosen = rows[first : first + share]
         real = torch.from_numpy(store.gather(chosen))
-        noise = noise_for(experiment.train.seed, [store.ids[row] for row in chosen], learner.latent)
-        made = learner.generate(real[:, 0], real[:, -1], noise)
+        made = make(real[:, 0], real[:, -1], [store.ids[row] for row in chosen])
         sums["l2_report"] += float(l2_report(made, real).sum())
         sums["psnr"] += float(psnr(made, real).sum())
     totals = _over_workers([*sums.values(), len(rows)])
@@ -110,8 +103,8 @@ def train(
     share: Share,
     parent: str | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
-) -> Trained:
-    """Trains to the end, or goes on where the run of this name was cut.
+) -> str:
+    """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
 
     `parent` is the id of the MLflow run that this one is shown under. Raises ConfigError before anything starts,
     ray.train.TrainingFailedError after.
@@ -140,9 +133,8 @@ def train(
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = trainer.fit()
-    assert result.checkpoint is not None and result.metrics is not None
-    return Trained(result.metrics, join(experiment.storage, experiment.name, Path(result.checkpoint.path).name))
+    trainer.fit()
+    return checkpoints.newest(experiment)
 
 
 def check(experiment: Experiment, store: Store) -> None:
@@ -199,10 +191,9 @@ def _over_workers(values: Iterable[float]) -> list[float]:
     return sums.tolist()
 
 
-def _samples(learner: Learner, store: Store, experiment: Experiment) -> bytes:
+def _samples(make: Method, store: Store, fps: float) -> bytes:
     """Real above made, side by side and moving: the first validation clips."""
     rows = store.rows_of("validation")[:_SAMPLES]
     real = torch.from_numpy(store.gather(rows))
-    noise = noise_for(experiment.train.seed, [store.ids[row] for row in rows], learner.latent)
-    made = learner.generate(real[:, 0], real[:, -1], noise)
-    return render.animation({"real": real.numpy(), "made": made.numpy()}, experiment.clip.fps, "webp")
+    made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
+    return render.animation({"real": real.numpy(), "made": made.numpy()}, fps, "webp")

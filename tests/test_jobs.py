@@ -128,6 +128,9 @@ def test_a_run_started_again_goes_on_and_its_best_yaml_is_ready(head: Head, stor
     second = submit(head, "jobs/train_cvae.py", str(best), *words, "train.epochs=3")
     assert "epoch 1/3" not in second
     assert "epoch 3/3" in second
+    third = submit(head, "jobs/train_cvae.py", str(best), *words, "train.epochs=3")
+    assert "/3  train" not in third  # nothing was left to do, and what there is is shown once more
+    assert "cvae" in third
     (run,) = [run for run in runs_in(storage) if run.info.run_name == "again"]
     history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2, 3]
