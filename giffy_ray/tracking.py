@@ -66,13 +66,17 @@ class Tracker:
             self._client.log_artifact(self.run_id, str(path), folder)
 
     def log_animation(self, draw: Callable[[], bytes], key: str, step: int) -> None:
-        """Draws an animated WebP and logs it under the name that MLflow's image grid, with its step slider, wants."""
+        """Draws an animated WebP and logs it under the names that MLflow's image grid, with its step slider, wants.
+
+        The slider stands at step 0 first; the small picture in the grid is the one called compressed.
+        """
         if self._client:
-            name = f"{key}+step+{step}+timestamp+{int(time.time() * 1000)}+{uuid.uuid4()}.webp"
+            name = f"{key}+step+{step}+timestamp+{int(time.time() * 1000)}+{uuid.uuid4()}"
             with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder) / name
-                path.write_bytes(draw())
-                self._client.log_artifact(self.run_id, str(path), "images")
+                content = draw()
+                for path in (Path(folder) / f"{name}.webp", Path(folder) / f"{name}+compressed.webp"):
+                    path.write_bytes(content)
+                self._client.log_artifacts(self.run_id, folder, "images")
             self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
     def finish(self) -> None:

@@ -52,6 +52,12 @@ def train_loop(settings: dict[str, Any]) -> None:
     steps = range(steps_done, ends[-1])
     batches = stream.batches(store, experiment.train.seed, batch, rank, workers, steps)
 
+    def draw_samples() -> bytes:
+        return _samples(make, store, experiment.clip.fps)
+
+    if steps_done == 0:
+        tracker.log_animation(draw_samples, "validation", step=0)
+
     # ---------------------------------------------------------------------------------- the training
     for epoch, end in enumerate(ends, start=1):
         losses, waited_s, began_s = [], 0.0, time.perf_counter()
@@ -70,7 +76,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         metrics["speed/clips_per_s"] = len(losses) * batch / took_s
         metrics["speed/data_wait_fraction"] = waited_s / took_s
         tracker.log_metrics(metrics, step=epoch)
-        tracker.log_animation(lambda: _samples(make, store, experiment.clip.fps), "validation", step=epoch)
+        tracker.log_animation(draw_samples, "validation", step=epoch)
         with checkpoints.written(learner, experiment, end, metrics, rank) as checkpoint:
             ray.train.report(metrics | {"epoch": epoch}, checkpoint=checkpoint)
     tracker.finish()
