@@ -47,11 +47,24 @@ class SyntheticConfig(Strict):
 
 
 @dataclass(frozen=True)
+class LimitsConfig(Strict):
+    """What a video file may cost. One that asks for more is rejected by name, before it is decoded where possible."""
+
+    file_mb: Positive = 1024
+    pixels: Positive = 4096 * 4096  # of one frame
+    frames: Positive = 1_000_000
+    seconds: Positive = 24 * 3600
+    decode_s: Positive = 60  # of wall time, for one file
+    memory_mb: Positive = 2048  # of the process that decodes
+
+
+@dataclass(frozen=True)
 class DataConfig(Strict):
     root: str | None = None  # folder of videos; none: the built-in data set
     categories: tuple[str, ...] = ()  # empty: all that the folder holds
     # Share of clips held out of training where the folder brings no validation split of its own.
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -63,6 +76,8 @@ class ClipConfig(Strict):
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     height: Positive = 64
     width: Positive = 64
+    # How a picture of another shape is brought to this one: whole but out of shape, cut at the sides, or with margins.
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
 
 
 @dataclass(frozen=True)

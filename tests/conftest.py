@@ -73,5 +73,5 @@ def moving_video(seed: int, frames: int, fps: float, height: int = 48, width: in
     """A smooth picture that moves sideways: something to learn from."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 255, (4, 8, 3)).astype(np.uint8)
-    picture = np.kron(coarse, np.ones((height // 4, width // 4, 1), np.uint8))
+    picture = np.kron(coarse, np.ones((height // 4, width // 8, 1), np.uint8))
     return encode(np.stack([np.roll(picture, shift, axis=1) for shift in range(frames)]), fps, kind)
