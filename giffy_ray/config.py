@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Split = Literal["training", "validation", "test", "shifted"]
 Distribution = Literal["log_uniform", "uniform", "int", "choice"]
 # Left to right, because YAML reads 1e-4 as a string.
 SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
@@ -50,7 +51,7 @@ class SyntheticConfig(Strict):
 class LimitsConfig(Strict):
     """What a video file may cost. One that asks for more is rejected by name, before it is decoded where possible."""
 
-    file_mb: Positive = 1024
+    file_mb: Positive = 256
     pixels: Positive = 4096 * 4096  # of one frame
     frames: Positive = 1_000_000
     seconds: Positive = 24 * 3600
@@ -59,12 +60,39 @@ class LimitsConfig(Strict):
 
 
 @dataclass(frozen=True)
+class IntervalsConfig(Strict):
+    """Training on parts of the videos: the store keeps all their frames, and random intervals of them are dealt."""
+
+    frames: Annotated[int, Field(ge=0)] = 0  # dealt of each interval, evenly spaced; 0: whole clips are dealt
+    shortest_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+
+
+@dataclass(frozen=True)
+class AugmentConfig(Strict):
+    """What may happen to a clip on its way to training, the same to all its frames."""
+
+    flip: bool = False  # every other clip, left to right
+    reverse: bool = False  # every other clip, in time
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the smallest share of height and width that is cut out
+
+
+@dataclass(frozen=True)
 class DataConfig(Strict):
-    root: str | None = None  # folder of videos; none: the built-in data set
-    categories: tuple[str, ...] = ()  # empty: all that the folder holds
-    # Share of clips held out of training where the folder brings no validation split of its own.
-    validation_fraction: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    # A folder of videos, or a list of them (.csv, .parquet); none: the built-in data set.
+    root: str | None = None
+    categories: tuple[str, ...] = ()  # empty: all that there are
+    # The most videos of a category ('*': of each other one) in a split: {skiing: {training: 1800, validation: 81}}.
+    caps: dict[str, dict[Split, Positive]] = field(default_factory=dict)
+    # Share of the videos held out of training, by what they were cut from; the data set's own validation split then
+    # becomes `test`. None: its own split, or a tenth where it has none.
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ucf101_list: Literal[1, 2, 3] = 1  # which of its three split lists
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # nothing is trained on what is left over beyond
+    keep: bool = True  # decoded clips are kept on disk; false: videos are decoded again whenever they are dealt
+    keep_gb: Annotated[float, Field(gt=0)] | None = None  # the most that decoded clips may take; none: the disk
     limits: LimitsConfig = field(default_factory=LimitsConfig)
+    intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
 
@@ -157,6 +185,7 @@ class Experiment(Strict):
 
 
 _EXPERIMENT = TypeAdapter(Experiment)
+_OPEN = ("search.space", "data.caps")  # fields whose names the user chooses: values, not sections
 
 
 def load(path: str | Path | None = None, words: Iterable[str] = ()) -> Experiment:
@@ -229,7 +258,7 @@ def _tree(experiment: Experiment) -> dict[str, Any]:
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     for name, value in node.items():
-        if isinstance(value, Mapping) and prefix + name != "search.space":
+        if isinstance(value, Mapping) and prefix + name not in _OPEN:
             yield from _leaves(value, f"{prefix}{name}.")
         else:
             yield prefix + name, value

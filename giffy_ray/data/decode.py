@@ -48,13 +48,15 @@ class Source:
 
 class Sampled(NamedTuple):
     clip: np.ndarray  # uint8 [frames, height, width, 3]
-    padded: int  # how many frames at the end repeat the last one, because the video was too short
+    times_s: np.ndarray  # float64 [frames]: when each was shown, after the first
+    padded: int  # how many frames of a clip, at its end, repeat the last one, because the video was too short
     source: Source
 
 
 class _Chosen(NamedTuple):
     packets: list[av.Packet]  # of the first seconds, in decoding order
     times: list[int]  # when each frame of the clip is shown, in units of the stream
+    times_s: np.ndarray
     padded: int
     droppable: bool  # whether each packet says when it is shown, so that unwanted ones may be left undecoded
 
@@ -71,6 +73,22 @@ def sample_clip(video: bytes, clip: ClipConfig, limits: LimitsConfig = _LIMITS) 
     repeats its last frame. The picture is turned upright and brought to size as `clip.fit` says; transparency is
     left out. Raises RejectedVideo.
     """
+    return _sample(video, clip, limits, every=False)
+
+
+def sample_source(video: bytes, clip: ClipConfig, limits: LimitsConfig = _LIMITS) -> Sampled:
+    """Takes every frame that the video has between the first and the last that `sample_clip` takes."""
+    return _sample(video, clip, limits, every=True)
+
+
+def nearest_frames(times_s: np.ndarray, clip: ClipConfig) -> np.ndarray:
+    """int64 [clip.frames]: for each moment of a clip the frame nearest to it, of frames shown at `times_s`."""
+    wanted_s = np.arange(clip.frames) / clip.fps
+    # Rounded to the nanosecond, so that of two equally near frames it is always the earlier.
+    return np.abs(times_s[None, :] - wanted_s[:, None]).round(9).argmin(axis=1)
+
+
+def _sample(video: bytes, clip: ClipConfig, limits: LimitsConfig, every: bool) -> Sampled:
     if not video:
         raise RejectedVideo("empty", "the file has no bytes")
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(limits.pixels)}
@@ -83,7 +101,7 @@ def sample_clip(video: bytes, clip: ClipConfig, limits: LimitsConfig = _LIMITS) 
     with container:
         try:
             stream, source = _inspect(container, limits)
-            chosen = _choose(container, stream, clip, limits)
+            chosen = _choose(container, stream, clip, limits, every)
             frames = _decode(stream, chosen, clip)
         except (MemoryError, av.error.MemoryError) as error:
             raise RejectedVideo("memory", _short(error)) from error
@@ -91,8 +109,8 @@ def sample_clip(video: bytes, clip: ClipConfig, limits: LimitsConfig = _LIMITS) 
             raise RejectedVideo("damaged", _short(error)) from error
     missing = [time for time in chosen.times if time not in frames]
     if missing:
-        raise RejectedVideo("damaged", f"{len(missing)} of {clip.frames} frames did not decode")
-    return Sampled(np.stack([frames[time] for time in chosen.times]), chosen.padded, source)
+        raise RejectedVideo("damaged", f"{len(missing)} of {len(chosen.times)} frames did not decode")
+    return Sampled(np.stack([frames[time] for time in chosen.times]), chosen.times_s, chosen.padded, source)
 
 
 def _inspect(container, limits: LimitsConfig) -> tuple[av.VideoStream, Source]:
@@ -118,7 +136,9 @@ def _inspect(container, limits: LimitsConfig) -> tuple[av.VideoStream, Source]:
     return stream, source
 
 
-def _choose(container, stream: av.VideoStream, clip: ClipConfig, limits: LimitsConfig) -> _Chosen:
+def _choose(
+    container, stream: av.VideoStream, clip: ClipConfig, limits: LimitsConfig, every: bool
+) -> _Chosen:
     """Reads the packets of the first seconds, undecoded, and picks frames by their presentation times."""
     unit_s = float(stream.time_base)  # type: ignore[arg-type]
     last_wanted_s = (clip.frames - 1) / clip.fps
@@ -139,14 +159,16 @@ def _choose(container, stream: av.VideoStream, clip: ClipConfig, limits: LimitsC
     if not times:
         raise RejectedVideo("no_frames", "the video stream holds no frames")
     shown = np.unique(np.asarray(times, dtype=np.int64))
+    if len(shown) < 2:
+        raise RejectedVideo("still", "it has a single frame; a clip needs a start and an end")
     seconds = (shown - shown[0]) * unit_s
-    wanted_s = np.arange(clip.frames) / clip.fps
-    # Rounded to the nanosecond, so that of two equally near frames it is always the earlier.
-    nearest = np.abs(seconds[None, :] - wanted_s[:, None]).round(9).argmin(axis=1)
+    taken = nearest_frames(seconds, clip)
     # A frame stays on screen until the next; the last for about as long as the one before it.
-    frame_s = float(np.median(np.diff(seconds))) if len(seconds) > 1 else 0.0
-    padded = int((wanted_s >= seconds[-1] + max(frame_s, 1e-6)).sum())
-    return _Chosen(packets, shown[nearest].tolist(), padded, droppable)
+    stays_s = max(float(np.median(np.diff(seconds))), 1e-6)
+    padded = int((np.arange(clip.frames) / clip.fps >= seconds[-1] + stays_s - 1e-6).sum())
+    if every:
+        taken = np.arange(taken[-1] + 1)
+    return _Chosen(packets, shown[taken].tolist(), seconds[taken], padded, droppable)
 
 
 def _decode(stream: av.VideoStream, chosen: _Chosen, clip: ClipConfig) -> dict[int, np.ndarray]:

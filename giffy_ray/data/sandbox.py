@@ -79,9 +79,10 @@ class Sandbox:
         said = json.loads(self._connection.recv_bytes())
         if "reason" in said:
             raise RejectedVideo(said["reason"], said["detail"])
-        shape = (self.clip.frames, self.clip.height, self.clip.width, 3)
+        times_s = np.asarray(said["times_s"])
+        shape = (len(times_s), self.clip.height, self.clip.width, 3)
         clip = np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(shape)
-        return Sampled(clip, said["padded"], Source(**said["source"]))
+        return Sampled(clip, times_s, said["padded"], Source(**said["source"]))
 
     def _end(self) -> str:
         """Ends the process, if it has not ended by itself; says how it ended."""
@@ -130,7 +131,11 @@ def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, sampl
             detail = f"decoding wanted more than data.limits.memory_mb={limits.memory_mb}"
             connection.send_bytes(json.dumps({"reason": "memory", "detail": detail}).encode())
         else:
-            facts = {"padded": sampled.padded, "source": dataclasses.asdict(sampled.source)}
+            facts = {
+                "times_s": sampled.times_s.tolist(),
+                "padded": sampled.padded,
+                "source": dataclasses.asdict(sampled.source),
+            }
             connection.send_bytes(json.dumps(facts).encode())
             connection.send_bytes(np.ascontiguousarray(sampled.clip).data.cast("B"))
         signal.alarm(0)
