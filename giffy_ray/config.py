@@ -13,7 +13,7 @@ import difflib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
@@ -21,6 +21,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 Distribution = Literal["log_uniform", "uniform", "int", "choice"]
 # Left to right, because YAML reads 1e-4 as a string.
 SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
@@ -63,8 +64,9 @@ class LimitsConfig(Strict):
 class IntervalsConfig(Strict):
     """Training on parts of the videos: the store keeps all their frames, and random intervals of them are dealt."""
 
-    frames: Annotated[int, Field(ge=0)] = 0  # dealt of each interval, evenly spaced; 0: whole clips are dealt
+    frames: Literal[0] | Annotated[int, Field(ge=2)] = 0  # dealt of each interval; 0: whole clips are dealt
     shortest_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    moments: Literal["even", "random"] = "even"  # of the frames between start and end
 
 
 @dataclass(frozen=True)

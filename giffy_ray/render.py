@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-_PAPER, _INK, _FAINT = (250, 250, 248), (32, 34, 38), (120, 124, 130)
+PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (120, 124, 130)
 _TEXT_PX, _GAP_PX, _MARGIN_PX = 14, 3, 14
+_FONT_PX, _LINE_PX = 13, 18
 _COLUMNS = 8
 _SHOWN_PX = 128
 _LAST_FRAME_S = 0.7  # the eye needs to see where it ends before it starts again
@@ -28,7 +32,7 @@ def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "
         left + clips * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
         2 * _MARGIN_PX + len(rows) * (height + _GAP_PX) - _GAP_PX,
     )
-    blank = Image.new("RGB", canvas, _PAPER)
+    blank = Image.new("RGB", canvas, PAPER)
     for row, label in enumerate(rows):
         _label(blank, label, _MARGIN_PX + row * (height + _GAP_PX) + height // 2)
     frames = []
@@ -42,35 +46,39 @@ def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "
     return _animated(frames, fps, kind)
 
 
-def contact_sheet(samples: Sequence[tuple[str, Mapping[str, np.ndarray]]], fps: float) -> bytes:
-    """A PNG with a block for each sample, a row for each method and a column for each of eight moments.
+def contact_sheet(
+    samples: Sequence[tuple[str, Mapping[str, np.ndarray]]], fps: float, header: Sequence[str] = ()
+) -> bytes:
+    """A PNG with a block for each sample, a row for each of its clips and a column for each of eight moments.
 
-    `samples`: (title, {label: uint8 [time, height, width, 3]}). First and last column are the given images.
+    `samples`: (title, {label: uint8 [time, height, width, 3]}), of one shape. First and last column are a clip's first
+    and last frame. `header`: lines above it all. A label's second line is faint, as are all but the header's first.
     """
-    labels = list(samples[0][1])
-    time, *size = samples[0][1][labels[0]].shape
+    time, *size = next(iter(samples[0][1].values())).shape
     height, width = _shown_size(*size[:2])
     moments = np.linspace(0, time - 1, _COLUMNS).round().astype(int)
-    left, title_px = _label_width(labels), 2 * _TEXT_PX
-    block_px = title_px + len(labels) * (height + _GAP_PX) + _TEXT_PX
-    sheet = Image.new(
-        "RGB",
-        (left + _COLUMNS * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX, 2 * _TEXT_PX + len(samples) * block_px),
-        _PAPER,
-    )
+    left, title_px = _label_width(label for _, clips in samples for label in clips), 2 * _TEXT_PX
+    header_px = len(header) * _LINE_PX + _MARGIN_PX if header else 0
+    block_px = [title_px + len(clips) * (height + _GAP_PX) + _TEXT_PX for _, clips in samples]
+    inside = [_COLUMNS * (width + _GAP_PX) - _GAP_PX, *(_font().getlength(title) for title, _ in samples)]
+    across = [left + max(inside), *(_MARGIN_PX + _font().getlength(line) for line in header)]
+    sheet = Image.new("RGB", (round(max(across)) + _MARGIN_PX, header_px + 2 * _TEXT_PX + sum(block_px)), PAPER)
     draw = ImageDraw.Draw(sheet)
+    for number, line in enumerate(header):
+        draw.text((_MARGIN_PX, _MARGIN_PX + number * _LINE_PX), line, FAINT if number else INK, _font(), anchor="lt")
     for column, moment in enumerate(moments):
         middle = left + column * (width + _GAP_PX) + width // 2
-        draw.text((middle, _TEXT_PX), f"{moment / fps:.1f} s", _FAINT, _font(), anchor="mm")
-    for block, (title, clips) in enumerate(samples):
-        top = 2 * _TEXT_PX + block * block_px
-        draw.text((left, top + title_px // 2), title, _INK, _font(), anchor="lm")
-        for row, label in enumerate(labels):
+        draw.text((middle, header_px + _TEXT_PX), f"{moment / fps:.1f} s", FAINT, _font(), anchor="mm")
+    top = header_px + 2 * _TEXT_PX
+    for (title, clips), down in zip(samples, block_px, strict=True):
+        draw.text((left, top + title_px // 2), title, INK, _font(), anchor="lm")
+        for row, (label, clip) in enumerate(clips.items()):
             y = top + title_px + row * (height + _GAP_PX)
             _label(sheet, label, y + height // 2)
             for column, moment in enumerate(moments):
-                picture = _enlarged(clips[label][moment], width, height)
+                picture = _enlarged(clip[moment], width, height)
                 sheet.paste(picture, (left + column * (width + _GAP_PX), y))
+        top += down
     out = io.BytesIO()
     sheet.save(out, "PNG", optimize=True)
     return out.getvalue()
@@ -103,13 +111,20 @@ def _enlarged(frame: np.ndarray, width: int, height: int) -> Image.Image:
     return Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(_TEXT_PX)
+@functools.cache
+def _font() -> ImageFont.FreeTypeFont:
+    # Pillow's own font has no letters with accents. Found without importing matplotlib, which is slow.
+    spec = importlib.util.find_spec("matplotlib")
+    assert spec and spec.origin
+    return ImageFont.truetype(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", _FONT_PX)
 
 
-def _label_width(labels: Mapping[str, object] | Sequence[str]) -> int:
-    return round(max(_font().getlength(label) for label in labels)) + 2 * _MARGIN_PX
+def _label_width(labels: Iterable[str]) -> int:
+    return round(max(_font().getlength(line) for label in labels for line in label.split("\n"))) + 2 * _MARGIN_PX
 
 
 def _label(image: Image.Image, label: str, middle: int) -> None:
-    ImageDraw.Draw(image).text((_MARGIN_PX, middle), label, _INK, _font(), anchor="lm")
+    lines = label.split("\n")
+    for number, line in enumerate(lines):
+        y = middle + round((number - (len(lines) - 1) / 2) * _LINE_PX)
+        ImageDraw.Draw(image).text((_MARGIN_PX, y), line, FAINT if number else INK, _font(), anchor="lm")

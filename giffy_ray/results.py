@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from rich.table import Table
 
 from giffy_ray import checkpoints, render
 from giffy_ray.cluster import Share
-from giffy_ray.config import ConfigError, Experiment
+from giffy_ray.config import SPLITS, ConfigError, Experiment
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
     ALL,
@@ -30,14 +31,34 @@ from giffy_ray.evaluate import (
 from giffy_ray.learners import Learner
 from giffy_ray.metrics import METRICS
 from giffy_ray.reports import line_of, relayed
-from giffy_ray.storage import join, write_bytes
+from giffy_ray.storage import join, read_bytes, write_bytes
+from giffy_ray.survey import survey
 from giffy_ray.tracking import Tracker, open_run
 from giffy_ray.train import train
 from giffy_ray.tune import Study
 
+_SHOWN_CATEGORIES = 30
 _WIDTH = 100  # of the table; a job's log has no terminal to ask
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
+
+
+def show_data_set(store: Store) -> None:
+    """What a data set holds: a printed table, and pictures in its folder."""
+    Console(width=_WIDTH).print(data_table(store))
+    for name, content in survey(store).items():
+        write_bytes(join(store.location, name), content)
+        print(f"  {join(store.location, name)}")
+
+
+def log_data_set(store: Store, trackers: Sequence[Tracker]) -> None:
+    """The same to MLflow: pictures, the list of rejects, and counts."""
+    rejects = read_bytes(join(store.location, "rejects.parquet"))
+    _log_files({**survey(store), "rejects.parquet": rejects}, trackers, "data_set")
+    counts = {"clips": len(store), "rejects": len(store.rejects), "stored_gb": store.bytes / 1e9}
+    counts |= {f"rejects/{reason}": count for reason, count in store.reject_counts().items()}
+    for tracker in trackers:
+        tracker.log_results({f"data/{name}": value for name, value in counts.items()})
 
 
 def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:
@@ -51,6 +72,8 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
         checkpoint = train(experiment, store, share, parent.run_id if parent else None, [relay])
     learner, _ = checkpoints.load(checkpoint)
     trackers = [open_run(experiment), *([parent] if parent else [])]
+    if parent is None:
+        log_data_set(store, trackers)
     show_results(experiment, learner, store, experiment.evaluate.split, trackers)
     for tracker in trackers:
         tracker.finish()
@@ -91,11 +114,7 @@ def show_results(
     for name, content in files.items():
         write_bytes(join(folder, name), content)
         print(f"  {join(folder, name)}")
-    with tempfile.TemporaryDirectory() as local:
-        for name, content in files.items():
-            Path(local, name).write_bytes(content)
-            for tracker in trackers:
-                tracker.log_file(Path(local, name))
+    _log_files(files, trackers)
     metrics = {
         f"{split}/{summary.method}/{metric}": getattr(summary, metric)[0]
         for summary in summaries[-len(methods) :]
@@ -103,6 +122,27 @@ def show_results(
     }
     for tracker in trackers:
         tracker.log_results(metrics)
+
+
+def data_table(store: Store) -> Table:
+    """How many clips there are of each category in each split, and how many videos were rejected."""
+    splits = [split for split in SPLITS if len(store.rows_of(split))]
+    kept = f"{store.bytes / 1e9:.2f} GB" if store.recipe.keep else "decoded anew each time"
+    table = Table(title=f"{store.name}: {len(store)} clips, {kept}", title_justify="left")
+    table.add_column("category", no_wrap=True)
+    for heading in (*splits, "rejected"):
+        table.add_column(heading, justify="right")
+    clips = Counter((store.categories[row], split) for split in splits for row in store.rows_of(split))
+    rejects = Counter(reject["category"] for reject in store.rejects)
+    names = sorted({category for category, _ in clips} | set(rejects))
+    for name in names[:_SHOWN_CATEGORIES]:
+        table.add_row(name, *(str(clips[name, split]) for split in splits), str(rejects[name]))
+    if len(names) > _SHOWN_CATEGORIES:
+        table.add_row(f"and {len(names) - _SHOWN_CATEGORIES} more")
+    if len(names) > 1:
+        table.add_section()
+        table.add_row(ALL, *(str(len(store.rows_of(split))) for split in splits), str(len(store.rejects)))
+    return table
 
 
 def trials_table(study: Study, metric: str) -> Table:
@@ -144,6 +184,14 @@ def table_of(summaries: Sequence[Summary], store: Store, split: str) -> Table:
             "" if summary.won is None else f"{summary.won:.0%}",
         )
     return table
+
+
+def _log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: str | None = None) -> None:
+    with tempfile.TemporaryDirectory() as local:
+        for name, content in files.items():
+            Path(local, name).write_bytes(content)
+            for tracker in trackers:
+                tracker.log_file(Path(local, name), folder)
 
 
 def _category(store: Store, category: str) -> str:

@@ -2,16 +2,29 @@
 
 from __future__ import annotations
 
+import functools
+import uuid
 from pathlib import Path
 
 from pyarrow import fs
 
+PARTIAL = ".partial"  # how the name of a file ends that is still being written
+
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
     """(filesystem, path on it) of a local path, relative or not, or of an address."""
-    if "://" in location:
+    scheme, separator, rest = location.partition("://")
+    if scheme in ("s3", "gs"):
+        return _bucket(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
+    if separator:
         return fs.FileSystem.from_uri(location)
     return fs.LocalFileSystem(), str(Path(location).expanduser().absolute())
+
+
+@functools.lru_cache
+def _bucket(address: str) -> fs.FileSystem:
+    """Asked once for each bucket, as pyarrow asks the network where it is."""
+    return fs.FileSystem.from_uri(address)[0]
 
 
 def is_local(location: str) -> bool:
@@ -46,13 +59,23 @@ def read_text(location: str) -> str | None:
         return stream.read().decode()
 
 
+def read_bytes(location: str) -> bytes:
+    filesystem, path = filesystem_of(location)
+    with filesystem.open_input_stream(path) as stream:
+        return stream.read()
+
+
 def write_text(location: str, text: str) -> None:
     write_bytes(location, text.encode())
 
 
 def write_bytes(location: str, content: bytes) -> None:
-    """Writes a file, making the folders above it."""
+    """Writes a file, making the folders above it. Readers see it whole or not at all, whatever happens to us."""
     filesystem, path = filesystem_of(location)
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    with filesystem.open_output_stream(path) as stream:
+    # Object stores show an object when it is complete; a local file is written beside its place and renamed.
+    written = f"{path}.{uuid.uuid4().hex}{PARTIAL}" if is_local(location) else path
+    with filesystem.open_output_stream(written) as stream:
         stream.write(content)
+    if written != path:
+        filesystem.move(written, path)

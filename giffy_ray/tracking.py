@@ -93,8 +93,9 @@ class Tracker:
 
     def _last_step(self) -> int:
         assert self._client
-        names = list(self._client.get_run(self.run_id).data.metrics)
-        return self._client.get_metric_history(self.run_id, names[0])[-1].step if names else 0
+        names = self._client.get_run(self.run_id).data.metrics
+        histories = [self._client.get_metric_history(self.run_id, name) for name in names]
+        return max((history[-1].step for history in histories), default=0)
 
 
 def open_run(

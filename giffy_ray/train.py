@@ -50,7 +50,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     share = batch // workers
     ends = epoch_ends(clips, batch, epochs)
     steps = range(steps_done, ends[-1])
-    batches = stream.batches(store, experiment.train.seed, batch, rank, workers, steps)
+    batches = stream.batches(store, experiment.data, experiment.train.seed, batch, rank, workers, steps)
 
     def draw_samples() -> bytes:
         return _samples(make, store, experiment.clip.fps)
@@ -116,7 +116,7 @@ def train(
     ray.train.TrainingFailedError after.
     """
     check(experiment, store)
-    _claim(experiment)
+    _claim(experiment, store)
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
@@ -153,19 +153,25 @@ def check(experiment: Experiment, store: Store) -> None:
             raise ConfigError(f"data.root: no {split} clips in it; see {store.location} for what was rejected")
 
 
-def _claim(experiment: Experiment) -> None:
-    """Leaves the experiment in the run's folder, or compares it with the one that was started there."""
-    location = join(experiment.storage, experiment.name, "experiment.yaml")
-    text = read_text(location)
+def _claim(experiment: Experiment, store: Store) -> None:
+    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there."""
+    folder = join(experiment.storage, experiment.name)
+    text = read_text(join(folder, "experiment.yaml"))
     if text is None:
-        write_text(location, to_yaml(experiment))
+        write_text(join(folder, "data_set"), store.fingerprint)
+        write_text(join(folder, "experiment.yaml"), to_yaml(experiment))
         return
+    if read_text(join(folder, "data_set")) != store.fingerprint:
+        raise ConfigError(
+            f"data.root: the run {experiment.name!r} was started with other clips than there are now in "
+            f"{store.location}; give another name=..., or remove {folder}"
+        )
     before, now = flatten(from_yaml(text)), flatten(experiment)
     for name in now:
         if before[name] != now[name] and not name.startswith(_MAY_CHANGE):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
-                f"give another name=..., or remove {join(experiment.storage, experiment.name)}"
+                f"give another name=..., or remove {folder}"
             )
 
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from giffy_ray import cluster, command, tune
 from giffy_ray.config import Experiment, differences, override
 from giffy_ray.data.prepare import prepare
-from giffy_ray.results import train_and_show, trials_table
+from giffy_ray.results import log_data_set, train_and_show, trials_table
 from giffy_ray.storage import join, write_text
 from giffy_ray.tracking import close_children, open_run
 
@@ -25,6 +25,7 @@ def main(experiment: Experiment) -> None:
     store = prepare(searched)
 
     parent = open_run(searched)
+    log_data_set(store, [parent])
     print(f"searching {study_name}: {searched.search.trials} trials, {share.trainings} at a time", flush=True)
     study = tune.search(searched, store, share, parent.run_id)
     close_children(searched, parent)

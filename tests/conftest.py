@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
+import secrets
+import tempfile
 from collections.abc import Iterator
 
 import av
@@ -15,6 +18,12 @@ install_import_hook(
     [f"giffy_ray.{name}" for name in ("shapes", "models", "losses", "metrics", "learners.cvae", "learners.noise")],
     "beartype.beartype",
 )
+
+# Ray reads this when it is imported. A token of our own keeps others out of the Ray that tests start in this process.
+os.environ["RAY_AUTH_MODE"] = "token"
+os.environ["RAY_AUTH_TOKEN_PATH"] = f"{tempfile.mkdtemp(prefix='giffy_ray-')}/token"
+with open(os.environ["RAY_AUTH_TOKEN_PATH"], "x") as _file:
+    _file.write(secrets.token_hex(32))
 
 from giffy_ray.config import Experiment, override  # noqa: E402
 from giffy_ray.head import Head, local_head  # noqa: E402
@@ -44,6 +53,24 @@ def tiny() -> Experiment:
 def head() -> Iterator[Head]:
     with local_head(cpus=2) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def local_ray() -> Iterator[None]:
+    """A Ray that this process has joined, with two CPUs and about the smallest object store there is."""
+    import ray
+
+    with tempfile.TemporaryDirectory(prefix="giffy_ray-", ignore_cleanup_errors=True) as folder:
+        ray.init(
+            address="local",
+            num_cpus=2,
+            object_store_memory=80 * 2**20,
+            include_dashboard=False,
+            log_to_driver=False,
+            _temp_dir=folder,
+        )
+        yield
+        ray.shutdown()
 
 
 def grey_levels(frames: int) -> np.ndarray:

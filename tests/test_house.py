@@ -15,7 +15,7 @@ FLOORS = [
     {"config", "shapes", "storage", "progress"},
     {"data", "models", "losses", "metrics", "render", "head", "reports"},
     {"cluster", "learners", "tracking"},
-    {"checkpoints", "evaluate"},
+    {"checkpoints", "evaluate", "survey"},
     {"train"},
     {"tune"},
     {"results", "command"},

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
-from giffy_ray.cluster import share_of
-from giffy_ray.config import ConfigError, Experiment, override
-from giffy_ray.train import check, epoch_ends
+from giffy_ray.cluster import Share, share_of
+from giffy_ray.config import ConfigError, Experiment, override, to_yaml
+from giffy_ray.train import check, epoch_ends, train
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
@@ -15,7 +15,7 @@ def test_an_epoch_ends_with_the_step_that_completes_it(clips: int, batch: int):
 
 
 class Store:
-    location = "the-store"
+    location, fingerprint = "the-store", "abc"
 
     def __init__(self, training: int, validation: int):
         self.rows = {"training": np.arange(training), "validation": np.arange(validation)}
@@ -36,6 +36,21 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(changes, store
     with pytest.raises(ConfigError, match=message):
         check(override(Experiment(), changes), store)
     check(Experiment(), Store(5, 5))  # type: ignore[arg-type]
+
+
+def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    store, share = Store(5, 5), Share(1, 0, 1)
+    store.fingerprint = "now"
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data_set").write_text("before")
+    (tmp_path / "mine" / "experiment.yaml").write_text(to_yaml(experiment))
+    with pytest.raises(ConfigError, match="'mine' was started with other clips than there are now in the-store"):
+        train(experiment, store, share)  # type: ignore[arg-type]
+    (tmp_path / "mine" / "data_set").write_text("now")
+    changed = override(experiment, {"optim.lr": 0.5})
+    with pytest.raises(ConfigError, match=r"optim\.lr: the run 'mine' was started with 0\.0001 \(value 0\.5\)"):
+        train(changed, store, share)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

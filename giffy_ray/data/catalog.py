@@ -1,36 +1,44 @@
-"""Which videos there are: a folder -> rows of id, path, category and split. Nothing is opened here.
+"""Which videos there are: a folder, or a list of its videos -> rows of id, path, category, split and source.
 
-Three layouts are read, locally or on s3:// and gs://:
+Nothing is opened but lists; `layouts` knows how data sets lie. What looks like a video and is none (a pipe, a link to
+nowhere, a file that a list names and that is gone) stays a row of no size, so that decoding rejects it by its name.
 
-    training/<category>/*.mp4, validation/<category>/*.mp4     Moments in Time; `test/` likewise where there is one.
-        Where trainingSet.csv or validationSet.csv (no header, first column `category/file.mp4`) is there too, it is
-        the list: a file that it names and that is missing is rejected by name later; others are not used.
-    <category>/*.mp4                                           class folders
-    *.mp4                                                      one category, named like the folder
-
-The last two have no splits, so a share of the clips is held out by a hash of their id: adding videos moves none.
+Videos without a split are dealt by a hash of what they were cut from: two cuts of one video are never parted, and
+adding videos moves none that are there.
 """
 
 from __future__ import annotations
 
-import csv
+import difflib
 import hashlib
-import io
-from collections import Counter
-from collections.abc import Iterable
+import heapq
+import os
+import stat
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
+from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, DataConfig
-from giffy_ray.storage import filesystem_of, join, read_text
+from giffy_ray.data import layouts
+from giffy_ray.data.layouts import Row
+from giffy_ray.storage import filesystem_of, join
 
-SPLITS = ("training", "validation", "test", "shifted")
 EXTENSIONS = (".mp4", ".mov", ".mkv", ".webm", ".avi")
+LISTS = (".csv", ".parquet")
+VALIDATION_FRACTION = 0.1  # where neither the user nor the data set says
+_HEADER_BYTES = 4096  # enough of a list to see whether it is one of Kinetics
+
+Facts = tuple[int, int]  # bytes, and time of the last change in nanoseconds
+NO_FILE: Facts = (-1, 0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Video:
     """One row. `id` is the path below the root: unique, and the same on every machine."""
 
@@ -38,7 +46,14 @@ class Video:
     path: str  # as `filesystem` takes it
     category: str
     split: str
-    size_bytes: int
+    source: str  # what it was cut from; one source is in one split, unless the data set parts it
+    size_bytes: int  # -1: there is no regular file
+    modified_ns: int  # 0: there is no regular file
+
+    @property
+    def identity(self) -> str:
+        """What a store knows the video by: another file, or the same one changed, has another."""
+        return hashlib.sha256(f"{self.path}\0{self.size_bytes}\0{self.modified_ns}".encode()).hexdigest()[:32]
 
 
 @dataclass(frozen=True)
@@ -50,73 +65,228 @@ class Catalog:
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a video is added, removed, resized, renamed or moved to another split."""
+        """Changes when a video is added, removed, resized, renamed or moved to another split, category or source."""
         digest = hashlib.sha256()
-        for video in self.videos:
-            digest.update(f"{video.id}\0{video.split}\0{video.size_bytes}\n".encode())
+        listed = self.root.lower().endswith(LISTS)
+        for v in self.videos:
+            # The category of files in no folder is the root's name, which says where the root lies.
+            alone = not listed and "/" not in v.id and v.category == PurePosixPath(v.path).parent.name
+            category = "" if alone else v.category
+            digest.update(f"{v.id}\0{category}\0{v.split}\0{v.source}\0{v.size_bytes}\n".encode())
         return digest.hexdigest()[:16]
 
 
 def read_catalog(root: str, data: DataConfig, name: str | None = None) -> Catalog:
-    """Lists the videos below `root` that belong to `data.categories`. Raises ConfigError."""
+    """Lists the videos of `root`, a folder or a list (.csv, .parquet), that `data` asks for. Raises ConfigError."""
     filesystem, base = filesystem_of(root)
-    if filesystem.get_file_info(base).type != fs.FileType.Directory:
-        raise ConfigError(f"data.root: no such folder (value {root!r})")
-    sizes = {
-        info.path.removeprefix(base).lstrip("/"): info.size
-        for info in filesystem.get_file_info(fs.FileSelector(base, recursive=True))
-        if info.type == fs.FileType.File and info.path.lower().endswith(EXTENSIONS)
-    }
-    listed = _moments_in_time(root, sizes) or _class_folders(base, sizes, data.validation_fraction)
+    kind = filesystem.get_file_info(base).type
+    if kind == fs.FileType.Directory:
+        found = dict(_listed(filesystem, base, _may_matter))
+        title = PurePosixPath(base).name
+        rows = _rows_of_folder(filesystem, base, found, data)
+    elif kind == fs.FileType.File and base.lower().endswith(LISTS):
+        title = PurePosixPath(base).stem
+        rows = _rows_of_manifest(filesystem, base, root)
+        base = base.rpartition("/")[0]
+        found = _facts_of(filesystem, base, {row.id for row in rows})
+    else:
+        raise ConfigError(f"data.root: no such folder or list (.csv, .parquet) of videos (value {root!r})")
+    _check_categories(rows, data, root)
+    rows = [row for row in rows if not data.categories or row.category in data.categories]
     videos = [
-        Video(video_id, f"{base}/{video_id}", category, split, sizes.get(video_id, 0))
-        for video_id, category, split in sorted(listed)
+        Video(row.id, join(base, row.id), row.category, split, row.source, *found.get(row.id, NO_FILE))
+        for row, split in zip(rows, deal_splits(rows, data.validation_fraction), strict=True)
     ]
-    videos = _of_categories(videos, data.categories, root)
+    videos = _capped(videos, data.caps)
     if not any(video.split == "training" for video in videos):
         raise ConfigError(
-            f"data.root: no training videos ({', '.join(EXTENSIONS)}) below it; expected "
-            f"training/<category>/, <category>/ or the files themselves (value {root!r})"
+            f"data.root: no training videos ({', '.join(EXTENSIONS)}); expected training/<category>/, <category>/ or "
+            f"the files themselves below a folder, or a list that names some (value {root!r})"
         )
-    return Catalog(name or PurePosixPath(base).name, root, filesystem, tuple(videos))
+    return Catalog(name or title, root, filesystem, tuple(sorted(videos, key=lambda video: video.id)))
 
 
-def _moments_in_time(root: str, found: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(id, category, split) of the files below training/, validation/ and test/; empty without such folders."""
-    videos = []
-    for split in SPLITS:
-        text = read_text(join(root, f"{split}Set.csv"))
-        if text is not None:
-            names = [f"{split}/{line[0]}" for line in csv.reader(io.StringIO(text)) if line]
-        else:
-            names = [name for name in found if name.startswith(f"{split}/") and name.count("/") >= 2]
-        videos += [(name, name.split("/")[1], split) for name in names]
-    return videos
+def deal_splits(rows: Sequence[Row], fraction: float | None) -> list[str]:
+    """The split of each row. `fraction` of the sources of what is dealt go to validation.
+
+    Dealt is what has no split, and training too where `fraction` is given or there is no validation split; the data
+    set's own validation then is `test`.
+    """
+    own = any(row.split == "validation" for row in rows)
+    carved = fraction is not None
+
+    def given(row: Row) -> str | None:
+        if row.split == "training" and (carved or not own):
+            return None
+        return "test" if row.split == "validation" and carved else row.split
+
+    splits = [given(row) for row in rows]
+    # What has no split goes where the data set put other cuts of the same source.
+    placed = {row.source: split for row, split in zip(rows, splits, strict=True) if split}
+    splits = [split if row.split else placed.get(row.source) for row, split in zip(rows, splits, strict=True)]
+    hashes = {row.source: _hash(row.source) for row, split in zip(rows, splits, strict=True) if not split}
+    share = VALIDATION_FRACTION if fraction is None else fraction
+    held_out = {source for source, drawn in hashes.items() if drawn < share}
+    if len(hashes) > 1:  # neither split stays empty
+        if not held_out and "validation" not in splits:
+            held_out = {min(hashes, key=hashes.__getitem__)}
+        elif len(held_out) == len(hashes) and "training" not in splits:
+            held_out.remove(max(hashes, key=hashes.__getitem__))
+    dealt = {source: "validation" if source in held_out else "training" for source in hashes}
+    return [split or dealt[row.source] for row, split in zip(rows, splits, strict=True)]
 
 
-def _class_folders(base: str, found: Iterable[str], fraction: float) -> list[tuple[str, str, str]]:
-    """(id, category, split) of <category>/*.mp4 or *.mp4, with `fraction` of them held out for validation."""
-    names = list(found)
-    hashes = {name: int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) / 2**32 for name in names}
-    held_out = {name for name in names if hashes[name] < fraction}
-    if not held_out and len(names) > 1:
-        held_out = {min(names, key=hashes.__getitem__)}
-    alone = PurePosixPath(base).name
-    return [
-        (
-            name,
-            name.split("/")[0] if "/" in name else alone,
-            "validation" if name in held_out else "training",
-        )
-        for name in names
-    ]
+def _hash(text: str) -> float:
+    """In [0, 1), the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:6], "big") / 2**48
 
 
-def _of_categories(videos: list[Video], categories: tuple[str, ...], root: str) -> list[Video]:
-    present = Counter(video.category for video in videos)
-    missing = [category for category in categories if category not in present]
-    if missing:
-        raise ConfigError(
-            f"data.categories: {missing[0]!r} is not in {root!r}, which has {', '.join(sorted(present)) or 'none'}"
-        )
-    return [video for video in videos if not categories or video.category in categories]
+def _capped(videos: list[Video], caps: Mapping[str, Mapping[Any, int]]) -> list[Video]:
+    """At most so many of a category in a split, by a hash of their ids: adding a video replaces one or none."""
+    groups = defaultdict(list)
+    for video in videos:
+        groups[video.category, video.split].append(video)
+    kept = []
+    for (category, split), group in groups.items():
+        most = caps.get(category, caps.get("*", {})).get(split)
+        kept += group if most is None else heapq.nsmallest(most, group, key=lambda video: _hash(video.id))
+    return kept
+
+
+def _check_categories(rows: Sequence[Row], data: DataConfig, root: str) -> None:
+    present = sorted({row.category for row in rows})
+    for category in data.categories:
+        if category not in present:
+            raise ConfigError(
+                f"data.categories: {category!r} is not in {root!r}, which has {', '.join(present) or 'none'}"
+            )
+    for category in data.caps:
+        if category not in present and category != "*":
+            near = difflib.get_close_matches(category, present, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(present) or 'none'}"
+            raise ConfigError(f"data.caps.{category}: no such category in {root!r}; {hint}")
+
+
+def _rows_of_folder(filesystem: fs.FileSystem, base: str, found: Mapping[str, Facts], data: DataConfig) -> list[Row]:
+    texts = {
+        name: _text(filesystem, join(base, name))
+        for name, facts in found.items()
+        # A pipe would keep us waiting, and other tables are not read to their end.
+        if layouts.is_list(name) and facts != NO_FILE and _is_ours(filesystem, base, name)
+    }
+    names = sorted(name for name in found if name.lower().endswith(EXTENSIONS))
+    return (
+        layouts.moments_in_time(names, texts)
+        or layouts.ucf101(names, texts, data.ucf101_list)
+        or layouts.kinetics(names, texts)
+        or layouts.split_folders(names)
+        or layouts.class_folders(names, PurePosixPath(base).name)
+    )
+
+
+def _rows_of_manifest(filesystem: fs.FileSystem, path: str, root: str) -> list[Row]:
+    if path.lower().endswith(".csv"):
+        return layouts.manifest(root, *layouts.records_of(_text(filesystem, path), root))
+    try:
+        with filesystem.open_input_file(path) as stream:
+            table = pq.ParquetFile(stream)
+            columns = table.schema_arrow.names
+            records = table.read([name for name in layouts.MANIFEST_COLUMNS if name in columns]).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{root}: not a whole Parquet file: {error}") from None
+    return layouts.manifest(root, columns, enumerate(records, start=1))
+
+
+def _is_ours(filesystem: fs.FileSystem, base: str, name: str) -> bool:
+    if name in layouts.MOMENTS_LISTS or not name.endswith(".csv"):
+        return True
+    with filesystem.open_input_stream(join(base, name)) as stream:
+        return layouts.is_kinetics(stream.read(_HEADER_BYTES).decode("utf-8-sig", errors="replace"))
+
+
+def _text(filesystem: fs.FileSystem, path: str) -> str:
+    with filesystem.open_input_stream(path) as stream:
+        content = stream.read()
+    try:
+        return content.decode("utf-8-sig")  # spreadsheets write the mark that -sig takes off
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 text at byte {error.start}; save it as UTF-8") from None
+
+
+def _may_matter(name: str) -> bool:
+    """Videos and lists, but nothing hidden: `._a.mp4` is what macOS leaves beside a.mp4, and no video."""
+    return (name.lower().endswith(EXTENSIONS) or layouts.is_list(name)) and "/." not in f"/{name}"
+
+
+def _facts_of(filesystem: fs.FileSystem, base: str, names: set[str]) -> dict[str, Facts]:
+    """Of files that are known by name, whatever their endings."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        return {name: _stat(join(base, name)) for name in names}
+    return dict(_listed(filesystem, base, names.__contains__))  # a thousand names a request, where one would cost one
+
+
+def _listed(filesystem: fs.FileSystem, base: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Facts]]:
+    """(name below `base`, facts) of the entries that are `wanted` by their names."""
+    if isinstance(filesystem, fs.LocalFileSystem):
+        yield from _walked(base, wanted)
+        return
+    for info in filesystem.get_file_info(fs.FileSelector(base, recursive=True)):
+        name = info.path[len(base) :].lstrip("/")
+        if wanted(name):
+            yield name, (info.size, info.mtime_ns or 0) if info.type == fs.FileType.File else NO_FILE
+
+
+def _walked(base: str, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Facts]]:
+    """`_listed` of a local folder.
+
+    Not with pyarrow's FileSelector: it leaves out links to nowhere, follows a link to a folder above 40 times (two of
+    them 2^40 times), and one name that is not UTF-8 ends the whole listing.
+    """
+    through_links: set[tuple[int, int]] = set()
+    pending: deque[tuple[str, tuple[tuple[int, int], ...], bool]] = deque([("", (), False)])
+    while pending:
+        below, above, linked = pending.popleft()  # those nearest to the root first
+        try:
+            about = os.stat(join(base, below))
+            here = about.st_dev, about.st_ino
+            # Besides its own place, a folder is listed in one that links lead to, however they cross.
+            if here in above or (linked and here in through_links):
+                continue
+            if linked:
+                through_links.add(here)
+            with os.scandir(join(base, below)) as scanned:
+                entries = sorted(scanned, key=lambda entry: entry.name)
+        except OSError as error:
+            raise ConfigError(f"data.root: {join(base, below)!r} cannot be listed: {error.strerror}") from error
+        for entry in entries:
+            name = below + entry.name
+            if wanted(name):
+                yield _speakable(name, _stat(entry.path))
+            if not entry.name.startswith(".") and _is_folder(entry):
+                pending.append((f"{name}/", (*above, here), linked or entry.is_symlink()))
+
+
+def _speakable(name: str, facts: Facts) -> tuple[str, Facts]:
+    """A name that is not UTF-8 is escaped and has no file: pyarrow opens such a file only by bytes, and no string of
+    Arrow or Parquet can hold its name. So it becomes one reject instead of an error about all the others.
+    """
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return os.fsencode(name).decode(errors="backslashreplace"), NO_FILE
+    return name, facts
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def _stat(path: str) -> Facts:
+    try:
+        about = os.stat(path)
+    except OSError:
+        return NO_FILE
+    return (about.st_size, about.st_mtime_ns) if stat.S_ISREG(about.st_mode) else NO_FILE

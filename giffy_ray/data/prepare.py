@@ -1,17 +1,26 @@
-"""The whole way from an Experiment to its Store: render the built-in videos if need be, list, decode once."""
+"""The whole way from an Experiment to its Store: render the built-in videos if need be, list, decode what is new."""
 
 from __future__ import annotations
 
+import functools
+import shutil
 import sys
 import time
+from collections.abc import Sequence
 
-from giffy_ray.config import Experiment
+import pyarrow as pa
+
+from giffy_ray.config import ConfigError, Experiment
+from giffy_ray.data import shards, stream, synthetic
 from giffy_ray.data import store as stores
-from giffy_ray.data import stream, synthetic
 from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.shards import PASSING, Recipe
 from giffy_ray.data.store import Store
 from giffy_ray.progress import Bar
-from giffy_ray.storage import join
+from giffy_ray.storage import filesystem_of, is_local, join, read_text
+
+_USUAL_FPS = 30
+_LISTED_REJECTS = 20
 
 
 def catalog_of(experiment: Experiment) -> Catalog:
@@ -22,20 +31,105 @@ def catalog_of(experiment: Experiment) -> Catalog:
     return read_catalog(root, experiment.data, name=synthetic.NAME)
 
 
-def prepare(experiment: Experiment) -> Store:
-    """Decodes what is not stored yet, and says what was rejected and why. Raises ConfigError."""
-    catalog = catalog_of(experiment)
-    location = join(experiment.storage, "stores", stores.store_key(catalog, experiment.clip))
-    if not stores.is_finished(location):
-        began_s = time.perf_counter()
-        with Bar(f"decoding {catalog.name}", len(catalog.videos), "videos") as bar:
-            stream.fill_store(catalog, experiment.clip, location, bar.advance)
-        rate = len(catalog.videos) / (time.perf_counter() - began_s)
-        print(f"decoded {len(catalog.videos)} videos at {rate:.0f} a second into {location}")
-    store = Store(location)
-    if store.rejects:
-        counts = ", ".join(f"{count} {reason}" for reason, count in sorted(store.reject_counts().items()))
-        print(f"{len(store.rejects)} of {len(catalog.videos)} videos rejected ({counts}):", file=sys.stderr)
-        for reject in store.rejects:
-            print(f"  {reject['id']}: {reject['reason']}: {reject['detail']}", file=sys.stderr)
+def prepare(experiment: Experiment, again: bool = False, decoder: str | None = None) -> Store:
+    """Decodes what is not stored yet, and says what was rejected and why. Raises ConfigError.
+
+    `again`: also checks what is stored, and tries rejected videos again where another try may help. Without it a
+    data set that was prepared stays as it is, so that a training that goes on sees the same clips. `decoder`: see
+    `shards.decode_shard`.
+    """
+    catalog, data = catalog_of(experiment), experiment.data
+    recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
+    location = join(experiment.storage, "stores", recipe.key)
+    place = stores.set_location(location, catalog)
+    if again or not stores.is_finished(place):
+        if read_text(join(location, "recipe.json")) is None:
+            shards.write_recipe(location, recipe)
+        index = shards.read_index(location)
+        if again:
+            index = _checked(location, index)
+        known = dict(zip(index["identity"].to_pylist(), index["reason"].to_pylist(), strict=True))
+        new = [video for video in catalog.videos if video.identity not in known]
+        retried = [video for video in catalog.videos if again and known.get(video.identity) in PASSING]
+        if new or retried:
+            _check_space(location, recipe, data.keep_gb, index, len(new))
+            # Apart from each other, so that the new ones are dealt to shards as if nothing had ever been rejected.
+            chunks = [*shards.chunks_of(new), *shards.chunks_of(retried)]
+            decode = functools.partial(
+                shards.decode_shard,
+                filesystem=catalog.filesystem,
+                recipe=recipe,
+                limits=data.limits,
+                location=location,
+                decoder=decoder,
+            )
+            _decode(catalog.name, chunks, decode, len(new) + len(retried))
+            index = shards.read_index(location)
+        stores.write_set(location, catalog, index, data.limits)
+    store = Store(place)
+    _tell_rejects(store, len(catalog.videos))
+    _refuse_scraps(store, len(catalog.videos), data.max_reject_fraction)
     return store
+
+
+def _decode(name: str, chunks: Sequence[pa.Table], decode: functools.partial, videos: int) -> None:
+    began_s, frames, clips = time.perf_counter(), 0, 0
+    with Bar(f"decoding {name}", videos, "videos") as bar:
+        for table in stream.decode_all(chunks, decode):
+            bar.advance(len(table))
+            clips += table["reason"].null_count
+            frames += table["shard_bytes"][0].as_py() if len(table) else 0
+    took_s = time.perf_counter() - began_s
+    print(f"{clips} clips, {frames / 1e9:.2f} GB, {clips / took_s:.0f} clips a second")
+
+
+def _checked(location: str, index: pa.Table) -> pa.Table:
+    """The index without the shards that are not what was written; they are removed."""
+    damaged = shards.damaged_shards(location, index)
+    for shard, found in damaged.items():
+        print(f"{shards.shard_path(location, shard)}: {found}; decoding its videos again", file=sys.stderr)
+    shards.forget(location, damaged)
+    return shards.read_index(location) if damaged else index
+
+
+def _check_space(location: str, recipe: Recipe, keep_gb: float | None, index: pa.Table, videos: int) -> None:
+    """Refuses, before anything is decoded, what would not fit. Raises ConfigError."""
+    if not recipe.keep:
+        return
+    clip = recipe.clip
+    frames = max(clip.frames, (clip.frames - 1) / clip.fps * _USUAL_FPS) if recipe.every else clip.frames
+    needed = videos * frames * clip.height * clip.width * 3
+    stored = sum(index.group_by("shard").aggregate([("shard_bytes", "max")])["shard_bytes_max"].to_pylist() or [0])
+    if keep_gb is not None and stored + needed > keep_gb * 1e9:
+        raise ConfigError(
+            f"data.keep_gb: {videos} more videos take about {needed / 1e9:.1f} GB beside the {stored / 1e9:.1f} GB in "
+            f"{location} (value {keep_gb}); give more, fewer videos (data.caps), or data.keep=false"
+        )
+    if is_local(location):
+        free = shutil.disk_usage(filesystem_of(location)[1]).free
+        if needed > free:
+            raise ConfigError(
+                f"storage: {videos} videos take about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on the "
+                f"disk of {location}; give another folder, fewer videos (data.caps), or data.keep=false"
+            )
+
+
+def _tell_rejects(store: Store, videos: int) -> None:
+    if not store.rejects:
+        return
+    counts = ", ".join(f"{count} {reason}" for reason, count in sorted(store.reject_counts().items()))
+    print(f"{len(store.rejects)} of {videos} videos rejected ({counts}):", file=sys.stderr)
+    for reject in store.rejects[:_LISTED_REJECTS]:
+        line = f"{reject['id']}: {reject['reason']}: {reject['detail']}"
+        print(f"  {line.encode('unicode_escape').decode() if not line.isprintable() else line}", file=sys.stderr)
+    if len(store.rejects) > _LISTED_REJECTS:
+        print(f"  and {len(store.rejects) - _LISTED_REJECTS} more", file=sys.stderr)
+    print(f"  {join(store.location, 'rejects.parquet')}", file=sys.stderr)
+
+
+def _refuse_scraps(store: Store, videos: int, most: float) -> None:
+    if len(store.rejects) > most * videos:
+        raise ConfigError(
+            f"data.max_reject_fraction: {len(store.rejects)} of {videos} videos gave no clip (value {most}); they are "
+            f"listed in {join(store.location, 'rejects.parquet')}. Mend them, or raise the field"
+        )

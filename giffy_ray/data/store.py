@@ -1,142 +1,126 @@
-"""Decoded clips on disk, written once and memory-mapped: the store of one catalog at one ClipConfig.
+"""The clips of one data set, by row: memory-mapped out of the shards that decoding left.
 
-    <storage>/stores/<key>/
-        clips-00000.u8 ...    up to SHARD_CLIPS clips each, raw uint8, one after another
-        rows.parquet          id, category, split, padded, shard, index: one row a clip, sorted by id
-        rejects.parquet       id, reason, detail: the videos that gave no clip
-        store.json            counts and settings; written last, so a store without it is not finished
+    <storage>/stores/<key>/sets/<key>/
+        rows.parquet        id, category, split, source, path and what `shards` knows: one row a clip, sorted by id
+        rejects.parquet     id, path, category, split, reason, detail: the videos that gave no clip
+        set.json            name, root, fingerprint and counts; written last, so a set without it is not finished
 
-Shards are written by the tasks that decode them, straight to the storage, so no clip passes through the driver.
+Several sets share the shards of a store: all of a folder, one category of it, the folder as it was last week.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+from filelock import FileLock
 from pyarrow import fs
 
-from giffy_ray.config import ClipConfig
+from giffy_ray.config import ConfigError, LimitsConfig
 from giffy_ray.data.catalog import Catalog
-from giffy_ray.data.decode import RejectedVideo, sample_clip
-from giffy_ray.storage import filesystem_of, is_local, join, read_text, write_text
+from giffy_ray.data.decode import RejectedVideo, nearest_frames
+from giffy_ray.data.sandbox import sandbox_for
+from giffy_ray.data.shards import Recipe, read_video, shard_path
+from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_bytes, write_text
 
-SHARD_CLIPS = 32
-VERSION = 1  # of what decoding gives; raise it when the same video would give another clip
-ROW_SCHEMA = pa.schema(
-    {
-        "id": pa.string(),
-        "category": pa.string(),
-        "split": pa.string(),
-        "padded": pa.int32(),
-        "shard": pa.int32(),
-        "index": pa.int32(),
-    }
+_VIDEO_SCHEMA = pa.schema(
+    {name: pa.string() for name in ("identity", "id", "path", "category", "split", "source")}
+    | {"size_bytes": pa.int64()}
 )
-REJECT_SCHEMA = pa.schema({"id": pa.string(), "reason": pa.string(), "detail": pa.string()})
-OUTCOME_SCHEMA = pa.unify_schemas([ROW_SCHEMA, REJECT_SCHEMA])
+_REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
+_MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
 
 
-def store_key(catalog: Catalog, clip: ClipConfig) -> str:
-    """Names the store of these videos at these settings; another video or setting is another store."""
-    settings = json.dumps([VERSION, catalog.name, catalog.fingerprint, dataclasses.asdict(clip)], sort_keys=True)
-    return hashlib.sha256(settings.encode()).hexdigest()[:16]
+def set_location(location: str, catalog: Catalog) -> str:
+    """Where the set of these videos is, or will be, in the store at `location`."""
+    digest = hashlib.sha256(catalog.name.encode())
+    for video in catalog.videos:
+        digest.update(f"\0{video.id}\0{video.split}\0{video.category}\0{video.source}\0{video.identity}".encode())
+    return join(location, "sets", digest.hexdigest()[:16])
 
 
-def decode_shard(videos: pa.Table, filesystem: fs.FileSystem, clip: ClipConfig, location: str) -> pa.Table:
-    """One task's work: rows (shard, id, path, category, split) of one shard -> its file, and what became of each.
+def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsConfig) -> str:
+    """Writes the set of a catalog whose videos are all in the index. Returns its location.
 
-    Returns a row for each video: of OUTCOME_SCHEMA, with `reason` null where there is a clip.
+    Rows in are clips and rejects: a video that is neither is a RuntimeError.
     """
-    clips, outcomes = [], []
-    for video in videos.to_pylist():
-        outcome = {name: video[name] for name in ("id", "category", "split")}
-        try:
-            sampled = sample_clip(_read(filesystem, video["path"]), clip)
-        except RejectedVideo as rejected:
-            outcome |= {"reason": rejected.reason, "detail": rejected.detail}
-        else:
-            outcome |= {"padded": sampled.padded, "shard": video["shard"], "index": len(clips)}
-            clips.append(sampled.clip)
-        outcomes.append(outcome)
-    if clips:
-        target, base = filesystem_of(location)
-        target.create_dir(base, recursive=True)
-        with target.open_output_stream(f"{base}/{_shard_name(videos['shard'][0].as_py())}") as stream:
-            for one in clips:
-                stream.write(one)
-    return pa.Table.from_pylist(outcomes, OUTCOME_SCHEMA)
-
-
-def _read(filesystem: fs.FileSystem, path: str) -> bytes:
-    try:
-        with filesystem.open_input_stream(path) as stream:
-            return stream.read()
-    except OSError as error:
-        raise RejectedVideo("unreadable", str(error)) from error
-
-
-def finish_store(location: str, catalog: Catalog, clip: ClipConfig, outcomes: Sequence[Mapping]) -> None:
-    """Writes the tables and the manifest of a store whose shards are there. Every video must be accounted for."""
-    rows = [outcome for outcome in outcomes if outcome["reason"] is None]
-    rejects = [outcome for outcome in outcomes if outcome["reason"] is not None]
-    if {outcome["id"] for outcome in outcomes} != {video.id for video in catalog.videos}:
+    videos = pa.Table.from_pylist(
+        [{name: getattr(video, name) for name in _VIDEO_SCHEMA.names} for video in catalog.videos], _VIDEO_SCHEMA
+    )
+    places = pc.index_in(videos["identity"], value_set=index["identity"])  # type: ignore[attr-defined]
+    known = videos.filter(places.is_valid())
+    for name, column in zip(index.column_names, index.take(places.drop_null()).columns, strict=True):
+        if name != "identity":
+            known = known.append_column(name, column)
+    joined = known.sort_by("id")
+    rows = joined.filter(joined["reason"].is_null())
+    rejects = joined.filter(joined["reason"].is_valid()).select(_REJECT_COLUMNS)
+    if len(rows) + len(rejects) != len(catalog.videos):
         raise RuntimeError(
             f"{location}: {len(rows)} clips and {len(rejects)} rejects do not account for the "
             f"{len(catalog.videos)} videos of {catalog.name}"
         )
-    filesystem, base = filesystem_of(location)
-    filesystem.create_dir(base, recursive=True)
-    for name, schema, table in (("rows", ROW_SCHEMA, rows), ("rejects", REJECT_SCHEMA, rejects)):
-        ordered = sorted(table, key=lambda row: row["id"])
-        pq.write_table(pa.Table.from_pylist(ordered, schema), f"{base}/{name}.parquet", filesystem=filesystem)
-    manifest = {
-        "version": VERSION,
+    place = set_location(location, catalog)
+    for name, table in (("rows", rows.drop_columns(["reason", "detail"])), ("rejects", rejects)):
+        content = pa.BufferOutputStream()
+        pq.write_table(table, content)
+        write_bytes(join(place, f"{name}.parquet"), content.getvalue().to_pybytes())
+    facts = {
         "name": catalog.name,
-        "fingerprint": catalog.fingerprint,
-        "clip": dataclasses.asdict(clip),
+        "root": catalog.root,
+        "videos": catalog.fingerprint,
         "clips": len(rows),
         "rejects": len(rejects),
+        "limits": dataclasses.asdict(limits),
     }
-    write_text(join(location, "store.json"), json.dumps(manifest, indent=2))
+    write_text(join(place, "set.json"), json.dumps(facts, indent=2))
+    return place
 
 
 def is_finished(location: str) -> bool:
-    return read_text(join(location, "store.json")) is not None
+    return read_text(join(location, "set.json")) is not None
 
 
 class Store:
-    """Random access to the clips of a finished store. Opening one on s3:// or gs:// copies it to this node once."""
+    """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use."""
 
     def __init__(self, location: str):
         self.location = location
-        folder = _on_this_node(location)
-        manifest = json.loads((folder / "store.json").read_text())
-        self.name: str = manifest["name"]  # of the data set
-        self.fingerprint: str = manifest["fingerprint"]
-        self.clip = ClipConfig(**manifest["clip"])
-        self.rejects: list[dict] = pq.read_table(folder / "rejects.parquet").to_pylist()
-        rows = pq.read_table(folder / "rows.parquet")
+        self._store = location.rsplit("/", 2)[0]
+        about = json.loads(_text(join(location, "set.json")))
+        self.name: str = about["name"]  # of the data set
+        self._root, self._limits = about["root"], LimitsConfig(**about["limits"])
+        self.recipe = Recipe.from_json(_text(join(self._store, "recipe.json")))
+        self.clip = self.recipe.clip
+        self.rejects: list[dict] = _table(join(location, "rejects.parquet")).to_pylist()
+        rows = _table(join(location, "rows.parquet"))
         self.ids: list[str] = rows["id"].to_pylist()
         self.categories: list[str] = rows["category"].to_pylist()
+        self.facts: pa.Table = rows.select(
+            ["codec", "source_width", "source_height", "source_fps", "seconds", "padded", "frames"]
+        )
         self._splits = np.asarray(rows["split"].to_pylist(), dtype=str)
-        self.padded = rows["padded"].to_numpy()
-        self._places = np.stack([rows["shard"].to_numpy(), rows["index"].to_numpy()], axis=1)
-        shape = (self.clip.frames, self.clip.height, self.clip.width, 3)
-        self._shards = {
-            int(shard): np.memmap(folder / _shard_name(shard), np.uint8, "r").reshape(-1, *shape)
-            for shard in np.unique(self._places[:, 0])
-        }
+        self._paths, self._times_s = rows["path"], rows["times_s"]
+        self._shards: list[str] = rows["shard"].to_pylist()
+        self._firsts, self._frames = rows["first"].to_numpy(), rows["frames"].to_numpy()
+        self._sums = dict(zip(self._shards, rows["sha256"].to_pylist(), strict=True))
+        self.bytes = int(self._frames.sum()) * self.clip.height * self.clip.width * 3 if self.recipe.keep else 0
+        self.fingerprint = _fingerprint(rows)
+        self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+
+    def __reduce__(self):
+        return Store, (self.location,)  # what is mapped stays in its process
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,34 +129,98 @@ class Store:
         """int64: the rows of the clips of a split, in order of their ids."""
         return np.flatnonzero(self._splits == split)
 
+    def frames_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        """All frames that are kept of a video: uint8 [frames, height, width, 3], not to be written to; float64
+        [frames]: the times they are shown at, in seconds after the first.
+
+        Where no frames are kept the video is decoded; one that was good before and is not now is a RuntimeError.
+        """
+        if not self.recipe.keep:
+            return self._decoded(row)
+        first, frames = self._firsts[row], self._frames[row]
+        pixels = self._mapped(self._shards[row])[first : first + frames]
+        return pixels, self._times_of(row)
+
     def gather(self, rows: np.ndarray) -> np.ndarray:
-        """Copies clips out of the memory map: uint8 [len(rows), frames, height, width, 3]."""
+        """Copies clips out: uint8 [len(rows), frames, height, width, 3]."""
         clips = np.empty((len(rows), self.clip.frames, self.clip.height, self.clip.width, 3), np.uint8)
-        for place, (shard, index) in enumerate(self._places[rows]):
-            clips[place] = self._shards[int(shard)][index]
+        for place, row in enumerate(rows):
+            frames, times_s = self.frames_of(int(row))
+            clips[place] = frames[nearest_frames(times_s, self.clip)] if self.recipe.every else frames
         return clips
 
     def reject_counts(self) -> Counter[str]:
         return Counter(reject["reason"] for reject in self.rejects)
 
+    def _times_of(self, row: int) -> np.ndarray:
+        if self.recipe.every:
+            return self._times_s[row].values.to_numpy()
+        return np.arange(self.clip.frames) / self.clip.fps
 
-def _shard_name(shard: int) -> str:
-    return f"clips-{shard:05d}.u8"
+    def _map(self, shard: str) -> np.ndarray:
+        path = self._on_this_node(shard)
+        return np.memmap(path, np.uint8, "r").reshape(-1, self.clip.height, self.clip.width, 3)
 
-
-def _on_this_node(location: str) -> Path:
-    """The store's folder on a local disk. A remote one is copied whole, then renamed, so readers see all or nothing."""
-    filesystem, base = filesystem_of(location)
-    if is_local(location):
-        return Path(base)
-    cache = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "stores"
-    folder = cache / hashlib.sha256(location.encode()).hexdigest()[:16]
-    if not folder.exists():
+    def _on_this_node(self, shard: str) -> Path:
+        """A shard on a local disk: where it is, or a copy that all processes of this node share."""
+        remote = shard_path(self._store, shard)
+        filesystem, path = filesystem_of(remote)
+        if is_local(remote):
+            return Path(path)
+        cache = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards" / self.recipe.key
+        copy = cache / f"{shard}.u8"
+        if copy.exists():
+            return copy
         cache.mkdir(parents=True, exist_ok=True)
-        partial = tempfile.mkdtemp(dir=cache)
-        fs.copy_files(base, partial, source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+        with FileLock(cache / f"{shard}.lock"):
+            if not copy.exists():
+                _bring(filesystem, path, copy, self._sums[shard])
+        return copy
+
+    def _decoded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        filesystem, _ = filesystem_of(self._root)
+        path = self._paths[row].as_py()
         try:
-            os.rename(partial, folder)
-        except OSError:  # another worker of this node was first
-            shutil.rmtree(partial)
-    return folder
+            video = read_video(filesystem, path, self._limits)
+            sampled = sandbox_for(self.clip, self._limits, self.recipe.decoder).sample(video)
+        except RejectedVideo as rejected:
+            raise RuntimeError(f"{path}: gave a clip when the data set was prepared, and now: {rejected}") from rejected
+        return sampled.clip, sampled.times_s
+
+
+def _bring(filesystem: fs.FileSystem, remote: str, copy: Path, sha256: str) -> None:
+    """Copies a shard to this node, and checks it before it has its name."""
+    size, free = filesystem.get_file_info(remote).size, shutil.disk_usage(copy.parent).free
+    if free < 2 * size:
+        raise ConfigError(
+            f"{copy.parent}: {free / 1e9:.1f} GB are free, too little for the clips that this node reads; "
+            f"set TMPDIR to a larger disk, or data.keep=false"
+        )
+    partial = copy.with_suffix(".partial")
+    fs.copy_files(remote, str(partial), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
+    with partial.open("rb") as content:
+        found = hashlib.file_digest(content, "sha256").hexdigest()
+    if found != sha256:
+        raise RuntimeError(
+            f"{remote}: its sha256 is {found}, not {sha256}; run jobs/prepare.py, which decodes it again"
+        )
+    partial.rename(copy)
+
+
+def _fingerprint(rows: pa.Table) -> str:
+    """Changes with the clips that there are, their videos and their splits; not with where the data set lies."""
+    digest = hashlib.sha256()
+    for row in rows.select(["id", "split", "size_bytes"]).to_pylist():
+        digest.update("{id}\0{split}\0{size_bytes}\n".format(**row).encode())
+    return digest.hexdigest()[:16]
+
+
+def _text(location: str) -> str:
+    text = read_text(location)
+    if text is None:
+        raise FileNotFoundError(f"{location}: no such file; run jobs/prepare.py with the same experiment")
+    return text
+
+
+def _table(location: str) -> pa.Table:
+    return pq.read_table(pa.BufferReader(read_bytes(location)))

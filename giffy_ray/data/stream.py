@@ -1,18 +1,18 @@
-"""The Ray Data graphs, and the only importer of ray.data: videos -> store, and positions -> batches.
+"""The Ray Data graphs, and the only importer of ray.data: videos -> shards, and positions -> batches.
 
-The sample stream is a function of position: position p is clip permutation(seed, epoch)[p mod N] of epoch p div N.
-Step s of a run with global batch G is positions [s*G, (s+1)*G), whatever the number of workers; rank r of W takes
-the r-th of W equal slices. So resuming is starting at a step, and one execution feeds a whole training.
+    videos, 32 to a block --decode_shard, in tasks of the whole cluster--> shards, and rows that say what became of each
+    steps, in order --Dealer, in the worker or in tasks--> this worker's batch of each
 
-Ray Data deals the steps; the worker gathers its slice of each from the node's memory map, which is ten times as
-fast as sending clips through the object store, in the threads that Ray Data prefetches with.
+One execution deals a whole training. Where clips are kept, Ray Data deals the numbers of the steps and the worker
+gathers its slice of each from the node's memory map, in the threads that Ray Data prefetches with: ten times as fast
+as sending clips through the object store. Where they are not kept, tasks of the cluster decode the slices.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -23,96 +23,98 @@ import ray.data
 import torch
 from ray.data.collate_fn import NumpyBatchCollateFn
 
-from giffy_ray.config import ClipConfig
-from giffy_ray.data import store as stores
-from giffy_ray.data.catalog import Catalog
-from giffy_ray.data.store import SHARD_CLIPS, Store
-from giffy_ray.shapes import Clips, Positions
+from giffy_ray.config import DataConfig
+from giffy_ray.data.deal import Dealer, slice_of
+from giffy_ray.data.store import Store
+from giffy_ray.shapes import Clips, Positions, Times
 
-_PREFETCH_BATCHES = 2
+_PREFETCH = 2
+_STEPS_PER_DEAL = 4  # dealing a number costs Ray Data as much as gathering its clips costs us
 _STEPS_PER_BLOCK = 100
 
 
 @dataclass(frozen=True)
 class Batch:
     clips: Clips
+    times: Times
     positions: Positions
 
 
-def fill_store(
-    catalog: Catalog, clip: ClipConfig, location: str, progress: Callable[[int], None] = lambda videos: None
-) -> None:
-    """Decodes every video of the catalog into the store at `location`, one Ray task for each shard.
-
-    `progress` is called with the number of videos done since its last call.
-    """
+def decode_all(chunks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """Runs `decode` on each chunk in a task of its own and gives what it returns, in the order that tasks end."""
     _be_quiet()
-    videos = [{"id": v.id, "path": v.path, "category": v.category, "split": v.split} for v in catalog.videos]
-    parts = [
-        pa.Table.from_pylist([video | {"shard": shard} for video in videos[first : first + SHARD_CLIPS]])
-        for shard, first in enumerate(range(0, len(videos), SHARD_CLIPS))
-    ]
-    decode = functools.partial(stores.decode_shard, filesystem=catalog.filesystem, clip=clip, location=location)
-    outcomes: list[dict[str, Any]] = []
-    dataset = ray.data.from_arrow(parts).map_batches(decode, batch_size=None, batch_format="pyarrow")
-    for table in dataset.iter_batches(batch_size=None, batch_format="pyarrow"):
-        done = cast(pa.Table, table).to_pylist()
-        outcomes += done
-        progress(len(done))
-    stores.finish_store(location, catalog, clip, outcomes)
+    dataset = ray.data.from_arrow(list(chunks)).map_batches(decode, batch_size=None, batch_format="pyarrow")
+    yield from cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """The store rows at positions of the sample stream over `rows`: each row once an epoch, in seeded order."""
-    epochs, places = np.divmod(positions, len(rows))
-    chosen = np.empty(len(positions), dtype=np.int64)
-    for epoch in np.unique(epochs):
-        here = epochs == epoch
-        chosen[here] = rows[_permutation(seed, int(epoch), len(rows))[places[here]]]
-    return chosen
+class _Deal:
+    """The number of a step -> the clips, times and positions of this worker's slice of it."""
 
-
-@functools.lru_cache(maxsize=4)
-def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
-    return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
-
-
-def slice_of(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
-    """int64: the positions that rank `rank` of `workers` takes in a step of `batch` clips over all workers."""
-    share = batch // workers
-    return step * batch + rank * share + np.arange(share)
-
-
-class _Gather(NumpyBatchCollateFn):
-    """The number of a step -> this worker's Batch of that step."""
-
-    def __init__(self, store: Store, seed: int, batch: int, rank: int, workers: int, first_step: int):
-        super().__init__()
-        self.store, self.rows, self.seed, self.first_step = store, store.rows_of("training"), seed, first_step
+    def __init__(self, dealer: Dealer, batch: int, rank: int, workers: int, first_step: int):
+        self.dealer, self.first_step = dealer, first_step
         self.positions = functools.partial(slice_of, batch=batch, rank=rank, workers=workers)
 
-    def __call__(self, batch: dict[str, np.ndarray]) -> Batch:
-        positions = self.positions(self.first_step + int(batch["id"][0]))
-        clips = self.store.gather(rows_at(positions, self.rows, self.seed))
-        return Batch(torch.from_numpy(clips), torch.from_numpy(positions))
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        positions = self.positions(self.first_step + step)
+        clips, times = self.dealer(positions)
+        return {"clips": clips, "times": times, "positions": positions}
 
 
-def batches(store: Store, seed: int, batch: int, rank: int, workers: int, steps: range) -> Iterator[Batch]:
+class _Gathered(NumpyBatchCollateFn):
+    """Numbers of steps -> their batches, gathered here."""
+
+    def __init__(self, deal: _Deal):
+        super().__init__()
+        self.deal = deal
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> list[Batch]:
+        return [_batch_of(self.deal(int(step))) for step in batch["id"]]
+
+
+class _Decoded(NumpyBatchCollateFn):
+    """A slice that a task has dealt -> its batch. What lies in the object store may not be written to."""
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> list[Batch]:
+        return [_batch_of({name: np.array(array) for name, array in batch.items()})]
+
+
+def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
+    """In pinned memory where there is a GPU, which then fetches it while it computes."""
+    pinned = torch.cuda.is_available()
+    tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    return Batch(**{name: tensor.pin_memory() if pinned else tensor for name, tensor in tensors.items()})
+
+
+def batches(
+    store: Store, data: DataConfig, seed: int, batch: int, rank: int, workers: int, steps: range
+) -> Iterator[Batch]:
     """This worker's batches of the training split for `steps`, in order. One execution serves all of them.
 
     Nothing is started before the first batch is asked for.
     """
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    dealt = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
-    gather = _Gather(store, seed, batch, rank, workers, steps.start)
-    dealing = dealt.iter_torch_batches(batch_size=1, prefetch_batches=_PREFETCH_BATCHES, collate_fn=gather)
-    yield from cast(Iterator[Batch], dealing)
+    numbers = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
+    deal = _Deal(Dealer(store, data, seed), batch, rank, workers, steps.start)
+    if store.recipe.keep:
+        dealing = numbers.iter_torch_batches(
+            batch_size=_STEPS_PER_DEAL, prefetch_batches=_PREFETCH, collate_fn=_Gathered(deal)
+        )
+    else:
+
+        def decode(numbers: Any) -> dict[str, np.ndarray]:
+            return deal(int(numbers["id"][0]))
+
+        dealing = numbers.map_batches(decode, batch_size=1).iter_torch_batches(
+            batch_size=batch // workers, prefetch_batches=_PREFETCH, collate_fn=_Decoded()
+        )
+    for dealt in cast(Iterator[list[Batch]], dealing):
+        yield from dealt
 
 
 def _be_quiet() -> None:
     """Ray Data's bars and notes are for whoever builds a graph, not for whoever waits for one."""
-    context = ray.data.DataContext.get_current()
+    context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -1,17 +1,24 @@
+"""What is stored of a data set, shard by shard; Ray Data's part in it is in tests/data/test_prepare.py."""
+
+import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from giffy_ray.config import ClipConfig, DataConfig
+from giffy_ray.config import ClipConfig, DataConfig, LimitsConfig
+from giffy_ray.data import shards
 from giffy_ray.data import store as stores
-from giffy_ray.data.catalog import read_catalog
-from giffy_ray.data.decode import decode_clip
+from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.decode import decode_clip, sample_source
+from giffy_ray.data.shards import Recipe
 from giffy_ray.data.store import Store
 from tests.conftest import moving_video
 
 CLIP = ClipConfig(frames=6, fps=10, height=16, width=16)
+LIMITS = LimitsConfig()
 
 
 @pytest.fixture
@@ -24,62 +31,172 @@ def root(tmp_path: Path) -> Path:
     (root / "validation" / "y").mkdir(parents=True)
     (root / "validation" / "y" / "held.mp4").write_bytes(moving_video(9, 6, 30))
     (root / "training" / "x" / "broken.mp4").write_bytes(b"no video")
-    (root / "trainingSet.csv").write_text(
-        "".join(f"x/{name}.mp4,x,3,0\n" for name in ("0", "1", "2", "broken", "gone"))
-    )
+    names = ("0", "1", "2", "broken", "gone")
+    (root / "trainingSet.csv").write_text("".join(f"x/{name}.mp4,x,3,0\n" for name in names))
     return root
 
 
-@pytest.fixture
-def location(root: Path, tmp_path: Path) -> str:
-    """A store of two shards, filled as the tasks of the Ray Data graph fill it."""
-    catalog = read_catalog(str(root), DataConfig())
-    location, outcomes = str(tmp_path / "store"), []
-    for shard, part in enumerate(np.array_split(np.asarray(catalog.videos, dtype=object), 2)):
-        rows = [{"shard": shard, "id": v.id, "path": v.path, "category": v.category, "split": v.split} for v in part]
-        done = stores.decode_shard(pa.Table.from_pylist(rows), catalog.filesystem, CLIP, location)
-        outcomes += done.to_pylist()
-    assert not stores.is_finished(location)
-    stores.finish_store(location, catalog, CLIP, outcomes)
-    return location
+def catalog_of(root: Path) -> Catalog:
+    return read_catalog(str(root), DataConfig())
 
 
-def test_clips_come_back_by_row_whatever_shard_they_are_in(location: str, root: Path):
-    store = Store(location)
+def decode(catalog: Catalog, recipe: Recipe, location: str, chunks: Iterable[pa.Table] | None = None) -> None:
+    shards.write_recipe(location, recipe)
+    for chunk in shards.chunks_of(catalog.videos) if chunks is None else chunks:
+        shards.decode_shard(chunk, catalog.filesystem, recipe, LIMITS, location)
+
+
+def stored(root: Path, location: Path, recipe: Recipe) -> Store:
+    catalog = catalog_of(root)
+    decode(catalog, recipe, str(location))
+    return Store(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
+
+
+def test_gather_gives_the_clip_of_every_row(root: Path, tmp_path: Path):
+    store = stored(root, tmp_path / "store", Recipe(CLIP))
     assert store.ids == [*(f"training/x/{number}.mp4" for number in range(3)), "validation/y/held.mp4"]
     expected = np.stack([decode_clip((root / clip_id).read_bytes(), CLIP) for clip_id in store.ids])
     for order in ([3, 0, 2, 1], [1, 1], []):
         assert np.array_equal(store.gather(np.asarray(order, dtype=int)), expected[order])
 
 
-def test_rows_and_rejects_account_for_every_video(location: str):
-    store = Store(location)
+@pytest.mark.parametrize("recipe", [Recipe(CLIP, every=True), Recipe(CLIP, keep=False), Recipe(CLIP, True, False)])
+def test_what_is_kept_changes_no_clip(root: Path, tmp_path: Path, recipe: Recipe):
+    usual = stored(root, tmp_path / "store", Recipe(CLIP))
+    other = stored(root, tmp_path / "other", recipe)
+    assert np.array_equal(other.gather(np.arange(4)), usual.gather(np.arange(4)))
+    if recipe.every:
+        frames, times_s = other.frames_of(0)
+        source = sample_source((root / other.ids[0]).read_bytes(), CLIP)
+        assert np.array_equal(frames, source.clip)
+        # 6 frames at 10 a second end after 0.5 s, which are 16 frames at 30 a second.
+        assert np.allclose(times_s, np.arange(16) / 30)
+    if not recipe.keep:
+        assert other.bytes == 0
+        assert not list((tmp_path / "other" / "shards").glob("*.u8"))
+
+
+def test_rows_and_rejects_account_for_every_video(root: Path, tmp_path: Path):
+    store = stored(root, tmp_path / "store", Recipe(CLIP))
     assert {reject["id"]: reject["reason"] for reject in store.rejects} == {
         "training/x/broken.mp4": "not_video",
-        "training/x/gone.mp4": "unreadable",
+        "training/x/gone.mp4": "missing",
     }
     assert all(reject["detail"] for reject in store.rejects)
     assert store.rows_of("training").tolist() == [0, 1, 2]
     assert store.rows_of("validation").tolist() == [3]
-    assert store.padded.tolist() == [
-        0,
-        0,
-        0,
-        4,
-    ]  # 6 frames at 30 a second are 0.2 s: two frames at 10 a second
+    # 6 frames at 30 a second are 0.2 s: two frames at 10 a second.
+    assert store.facts["padded"].to_pylist() == [0, 0, 0, 4]
+    assert store.facts["codec"].to_pylist() == ["h264"] * 4
+    assert store.facts["source_fps"].to_pylist() == [30] * 4
+    assert store.facts["source_width"].to_pylist() == [64] * 4
 
 
 def test_a_video_that_nobody_accounts_for_is_an_error(root: Path, tmp_path: Path):
-    catalog = read_catalog(str(root), DataConfig())
-    with pytest.raises(RuntimeError, match="do not account for the 6 videos"):
-        stores.finish_store(str(tmp_path / "short"), catalog, CLIP, [])
-    assert not stores.is_finished(str(tmp_path / "short"))
+    with pytest.raises(RuntimeError, match="0 clips and 0 rejects do not account for the 6 videos"):
+        stores.write_set(str(tmp_path / "store"), catalog_of(root), shards.ROW_SCHEMA.empty_table(), LIMITS)
+    assert not stores.is_finished(stores.set_location(str(tmp_path / "store"), catalog_of(root)))
 
 
-def test_the_key_depends_on_videos_and_settings(root: Path):
-    catalog = read_catalog(str(root), DataConfig())
-    key = stores.store_key(catalog, CLIP)
-    assert key == stores.store_key(read_catalog(str(root), DataConfig()), CLIP)
-    assert key != stores.store_key(catalog, ClipConfig())
-    (root / "training" / "x" / "0.mp4").write_bytes(b"changed")
-    assert key != stores.store_key(read_catalog(str(root), DataConfig()), CLIP)
+def test_only_what_is_new_is_decoded_and_sets_share_it(root: Path, tmp_path: Path):
+    location = tmp_path / "store"
+    before = stored(root, location, Recipe(CLIP))
+    files = {path: path.stat().st_mtime_ns for path in (location / "shards").iterdir()}
+    (root / "validation" / "y" / "more.mp4").write_bytes(moving_video(4, 20, 30))
+    catalog = catalog_of(root)
+    index = shards.read_index(str(location))
+    new = [video for video in catalog.videos if video.identity not in set(index["identity"].to_pylist())]
+    assert [video.id for video in new] == ["validation/y/more.mp4"]
+    decode(catalog, Recipe(CLIP), str(location), shards.chunks_of(new))
+    after = Store(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
+    assert files.items() <= {path: path.stat().st_mtime_ns for path in (location / "shards").iterdir()}.items()
+    assert after.ids == [*before.ids, "validation/y/more.mp4"]
+    assert np.array_equal(after.gather(np.arange(4)), before.gather(np.arange(4)))
+    assert after.fingerprint != before.fingerprint
+    assert Store(before.location).ids == before.ids
+
+
+def test_another_setting_is_another_store_and_another_place_is_the_same_data(root: Path, tmp_path: Path):
+    recipes = [
+        Recipe(CLIP),
+        Recipe(ClipConfig()),
+        Recipe(ClipConfig(frames=6, fps=10, height=16, width=16, fit="crop")),
+        Recipe(CLIP, every=True),
+        Recipe(CLIP, keep=False),
+    ]
+    assert len({recipe.key for recipe in recipes}) == len(recipes)
+    assert all(Recipe.from_json(recipe.to_json()) == recipe for recipe in recipes)
+    first = stored(root, tmp_path / "store", Recipe(CLIP))
+    moved = root.rename(tmp_path / "elsewhere")
+    moved.joinpath("training/x/gone.mp4").unlink(missing_ok=True)
+    assert stored(moved, tmp_path / "store", Recipe(CLIP)).fingerprint == first.fingerprint
+
+
+def test_damage_is_found_and_forgotten(root: Path, tmp_path: Path):
+    location = tmp_path / "store"
+    store = stored(root, location, Recipe(CLIP))
+    index = shards.read_index(str(location))
+    assert shards.damaged_shards(str(location), index) == {}
+    (shard,) = (location / "shards").glob("*.u8")
+    content = bytearray(shard.read_bytes())
+    assert hashlib.sha256(content).hexdigest() == index["sha256"][0].as_py()
+    content[1000] ^= 1
+    shard.write_bytes(content)
+    damaged = shards.damaged_shards(str(location), index)
+    assert list(damaged) == [shard.stem]
+    assert "sha256" in damaged[shard.stem]
+    shard.unlink()
+    assert shards.damaged_shards(str(location), index) == {shard.stem: "it is gone"}
+    shards.forget(str(location), damaged)
+    assert len(shards.read_index(str(location))) == 0
+    decode(catalog_of(root), Recipe(CLIP), str(location))
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == index["sha256"][0].as_py()
+    assert np.array_equal(Store(store.location).gather(np.arange(4)), store.gather(np.arange(4)))
+
+
+def test_a_clip_goes_before_a_reject_of_the_same_video(root: Path, tmp_path: Path):
+    catalog, location = catalog_of(root), str(tmp_path / "store")
+    shards.write_recipe(location, Recipe(CLIP))
+    tight = LimitsConfig(pixels=16)
+    for chunk in shards.chunks_of(catalog.videos):
+        shards.decode_shard(chunk, catalog.filesystem, Recipe(CLIP), tight, location)
+    reasons = shards.read_index(location)["reason"].to_pylist()
+    assert sorted(map(str, reasons)) == ["missing", "not_video", "too_large", "too_large", "too_large", "too_large"]
+    decode(catalog, Recipe(CLIP), location, shards.chunks_of(catalog.videos[:2]))
+    index = shards.read_index(location)
+    assert len(index) == 6
+    assert index["reason"].null_count == 2
+
+
+def test_what_a_killed_job_left_half_written_is_no_clip(root: Path, tmp_path: Path):
+    location = tmp_path / "store"
+    (location / "shards").mkdir(parents=True)
+    (location / "shards" / "abc.u8").write_bytes(b"frames without a list")
+    (location / "shards" / "def.parquet.123.partial").write_bytes(b"PAR1")
+    assert len(shards.read_index(str(location))) == 0
+    assert len(stored(root, location, Recipe(CLIP))) == 4
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda path: None, "missing"),
+        (lambda path: path.symlink_to(path), "missing|unreadable|not_file"),
+        (lambda path: path.symlink_to("nowhere"), "missing"),
+        (lambda path: path.mkdir(), "not_file"),
+        (lambda path: __import__("os").mkfifo(path), "not_file"),
+        (lambda path: path.symlink_to("/proc/self/mem"), "unreadable"),
+        (lambda path: path.symlink_to("/dev/zero"), "not_file"),
+        (lambda path: path.write_bytes(bytes(2**20 + 1)), "too_large"),
+    ],
+)
+def test_what_cannot_be_read_has_a_reason(tmp_path: Path, make, reason: str):
+    from pyarrow import fs
+
+    from giffy_ray.data.decode import RejectedVideo
+
+    path = tmp_path / "x.mp4"
+    make(path)
+    with pytest.raises(RejectedVideo) as raised:
+        shards.read_video(fs.LocalFileSystem(), str(path), LimitsConfig(file_mb=1))
+    assert raised.value.reason in reason.split("|")

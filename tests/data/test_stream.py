@@ -1,29 +1,86 @@
-"""The sample stream is a function of position; Ray Data's part in it is in tests/test_jobs.py."""
+"""Ray Data deals every position once, to any number of workers, from any step on, whatever is kept of the videos."""
+
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-from giffy_ray.data.stream import rows_at, slice_of
+from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, Experiment, override
+from giffy_ray.data import stream
+from giffy_ray.data.deal import rows_at
+from giffy_ray.data.prepare import prepare
+from giffy_ray.data.store import Store
+from tests.conftest import moving_video
 
-ROWS = np.asarray([3, 5, 8, 9, 12, 40, 41])
-
-
-def test_each_epoch_holds_every_row_once():
-    dealt = rows_at(np.arange(5 * len(ROWS)), ROWS, seed=1).reshape(5, -1)
-    assert all(sorted(epoch) == ROWS.tolist() for epoch in dealt.tolist())
-    assert len({tuple(epoch) for epoch in dealt.tolist()}) > 1
-
-
-def test_a_position_is_the_same_clip_wherever_one_starts():
-    positions = np.arange(50)
-    whole = rows_at(positions, ROWS, seed=1)
-    assert [int(rows_at(np.asarray([p]), ROWS, seed=1)[0]) for p in positions] == whole.tolist()
-    assert rows_at(positions, ROWS, seed=2).tolist() != whole.tolist()
+BATCH, CLIPS = 6, 13
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3, 6])
-def test_workers_share_a_step_without_gap_or_overlap(workers: int):
-    for step in (0, 7):
-        shares = [slice_of(step, 6, rank, workers) for rank in range(workers)]
-        assert np.concatenate(shares).tolist() == list(range(6 * step, 6 * step + 6))
-        assert {len(share) for share in shares} == {6 // workers}
+@pytest.fixture(scope="module")
+def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    folder = tmp_path_factory.mktemp("stream")
+    (folder / "videos" / "training" / "x").mkdir(parents=True)
+    for number in range(CLIPS):
+        (folder / "videos" / "training" / "x" / f"{number:02}.mp4").write_bytes(moving_video(number, 20, 30))
+    clip = {"clip.frames": 4, "clip.height": 8, "clip.width": 8}
+    root = str(folder / "videos")
+    return override(Experiment(), {**clip, "storage": str(folder), "data.root": root, "data.validation_fraction": 0.01})
+
+
+@pytest.fixture(scope="module")
+def store(experiment: Experiment, local_ray: None) -> Store:
+    return prepare(experiment)
+
+
+def dealt(store: Store, data: DataConfig, workers: int, steps: range) -> list[stream.Batch]:
+    """The batches of all ranks, step by step."""
+    ranks = [list(stream.batches(store, data, 3, BATCH, rank, workers, steps)) for rank in range(workers)]
+    assert {len(batches) for batches in ranks} == {len(steps)}
+    return [batches[step] for step in range(len(steps)) for batches in ranks]
+
+
+@pytest.mark.parametrize(("workers", "first"), [(1, 0), (2, 0), (3, 5), (6, 1)])
+def test_every_position_is_dealt_once_in_order(store: Store, workers: int, first: int):
+    steps = range(first, first + 11)
+    batches = dealt(store, DataConfig(), workers, steps)
+    positions = torch.cat([batch.positions for batch in batches]).numpy()
+    assert positions.tolist() == list(range(first * BATCH, (first + 11) * BATCH))
+    rows = rows_at(positions, store.rows_of("training"), 3)
+    assert np.array_equal(torch.cat([batch.clips for batch in batches]).numpy(), store.gather(rows))
+    assert {tuple(batch.clips.shape) for batch in batches} == {(BATCH // workers, 4, 8, 8, 3)}
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_without_a_store_the_same_clips_are_dealt(experiment: Experiment, store: Store, keep: bool):
+    changed = override(
+        experiment, {"data.keep": keep, "data.augment.flip": True, "data.intervals.frames": 3, "data.augment.crop": 0.5}
+    )
+    other = prepare(changed)
+    batches = dealt(other, changed.data, 2, range(2, 7))
+    expected = dealt(prepare(override(changed, {"data.keep": True})), changed.data, 1, range(2, 7))
+    assert torch.equal(torch.cat([b.clips for b in batches]), torch.cat([b.clips for b in expected]))
+    assert torch.equal(torch.cat([b.times for b in batches]), torch.cat([b.times for b in expected]))
+    assert torch.equal(torch.cat([b.positions for b in batches]), torch.cat([b.positions for b in expected]))
+    for batch in batches:
+        batch.clips[0] = 0  # a learner may write to what it is given
+
+
+def test_a_video_that_went_bad_after_it_was_prepared_is_named(experiment: Experiment, tmp_path: Path):
+    root = tmp_path / "videos"
+    (root / "x").mkdir(parents=True)
+    for number in range(4):
+        (root / "x" / f"{number}.mp4").write_bytes(moving_video(number, 20, 30))
+    changed = override(experiment, {"data.root": str(root), "data.keep": False, "storage": str(tmp_path)})
+    store = prepare(changed)
+    (root / "x" / "2.mp4").write_bytes(b"nothing")
+    with pytest.raises(RuntimeError, match=r"2\.mp4: gave a clip when the data set was prepared, and now: not_video"):
+        store.gather(np.arange(len(store)))
+
+
+def test_the_batch_says_what_it_holds(store: Store):
+    (batch,) = dealt(store, DataConfig(augment=AugmentConfig(reverse=True)), 1, range(1))
+    assert batch.clips.dtype == torch.uint8
+    assert batch.times.dtype == torch.float32
+    assert batch.positions.dtype == torch.int64
+    assert batch.times.shape == (BATCH, 4)
+    assert ClipConfig(frames=4, height=8, width=8) == store.clip

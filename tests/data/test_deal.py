@@ -1,0 +1,146 @@
+"""The sample stream is a function of position; Ray Data's part in it is in tests/data/test_stream.py."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, IntervalsConfig
+from giffy_ray.data.deal import Dealer, augmented, interval_of, rows_at, slice_of
+
+ROWS = np.asarray([3, 5, 8, 9, 12, 40, 41])
+
+
+def test_each_epoch_holds_every_row_once():
+    dealt = rows_at(np.arange(5 * len(ROWS)), ROWS, seed=1).reshape(5, -1)
+    assert all(sorted(epoch) == ROWS.tolist() for epoch in dealt.tolist())
+    assert len({tuple(epoch) for epoch in dealt.tolist()}) > 1
+
+
+def test_a_position_is_the_same_clip_wherever_one_starts():
+    positions = np.arange(50)
+    whole = rows_at(positions, ROWS, seed=1)
+    assert [int(rows_at(np.asarray([p]), ROWS, seed=1)[0]) for p in positions] == whole.tolist()
+    assert rows_at(positions, ROWS, seed=2).tolist() != whole.tolist()
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 6])
+def test_workers_share_a_step_without_gap_or_overlap(workers: int):
+    for step in (0, 7):
+        shares = [slice_of(step, 6, rank, workers) for rank in range(workers)]
+        assert np.concatenate(shares).tolist() == list(range(6 * step, 6 * step + 6))
+        assert {len(share) for share in shares} == {6 // workers}
+
+
+class FakeStore:
+    """Each clip names its row, frame, line and column in its channels."""
+
+    clip = ClipConfig(frames=6, fps=10, height=8, width=8)
+    source_frames = 31
+
+    def rows_of(self, split: str) -> np.ndarray:
+        return ROWS
+
+    def frames_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+        frames = np.zeros((self.source_frames, 8, 8, 3), np.uint8)
+        frames[..., 0] = row
+        frames[..., 1] = np.arange(self.source_frames)[:, None, None]
+        frames[..., 2] = 8 * np.arange(8)[:, None] + np.arange(8)
+        return frames, np.arange(self.source_frames) / 10
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return np.stack([self.frames_of(int(row))[0][:6] for row in rows])
+
+
+def dealt(positions: np.ndarray, seed: int = 0, **fields) -> tuple[np.ndarray, np.ndarray]:
+    return Dealer(FakeStore(), DataConfig(**fields), seed)(positions)  # type: ignore[arg-type]
+
+
+EVERYTHING = {
+    "augment": AugmentConfig(flip=True, reverse=True, crop=0.5),
+    "intervals": IntervalsConfig(frames=5, shortest_s=0.4, moments="random"),
+}
+
+
+def test_without_augmentation_a_clip_is_what_the_store_holds():
+    clips, times = dealt(np.arange(7))
+    assert clips[:, 0, 0, 0, 0].tolist() == rows_at(np.arange(7), ROWS, 0).tolist()
+    assert clips[:, :, 0, 0, 1].tolist() == [list(range(6))] * 7
+    assert np.allclose(times, np.arange(6) / 5)
+    assert times.dtype == np.float32
+
+
+@settings(deadline=None)  # the first of them imports torch
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=8), st.integers(0, 2**31))
+def test_what_is_done_to_a_clip_depends_on_seed_and_position_alone(positions: list[int], seed: int):
+    together = dealt(np.asarray(positions), seed, **EVERYTHING)
+    for place, position in enumerate(positions):
+        alone = dealt(np.asarray([position]), seed, **EVERYTHING)
+        assert np.array_equal(together[0][place], alone[0][0])
+        assert np.array_equal(together[1][place], alone[1][0])
+
+
+def test_half_of_the_clips_are_mirrored_and_half_are_reversed_independently():
+    clips, times = dealt(np.arange(4000), augment=AugmentConfig(flip=True, reverse=True))
+    mirrored = clips[:, 0, 0, 0, 2] == 7
+    backwards = clips[:, 0, 0, 0, 1] == 5
+    # A fair coin thrown 4,000 times: 2,000 +- 32, and both at once 1,000 +- 27.
+    assert abs(mirrored.sum() - 2000) < 4 * 32
+    assert abs(backwards.sum() - 2000) < 4 * 32
+    assert abs((mirrored & backwards).sum() - 1000) < 4 * 27
+    assert np.array_equal(clips[mirrored][:, :, 0, :, 2], np.broadcast_to(np.arange(7, -1, -1), (mirrored.sum(), 6, 8)))
+    assert np.array_equal(clips[backwards][:, :, 0, 0, 1], np.broadcast_to(np.arange(5, -1, -1), (backwards.sum(), 6)))
+    assert np.allclose(times, np.arange(6) / 5)  # evenly spaced times stay what they are
+    other, _ = dealt(np.arange(4000), seed=1, augment=AugmentConfig(flip=True))
+    assert ((other[:, 0, 0, 0, 2] == 7) != mirrored).any()
+
+
+def test_a_crop_is_a_window_of_the_picture_alike_in_all_frames():
+    gradient = np.zeros((3, 32, 32, 3), np.uint8)
+    gradient[..., 0], gradient[..., 1] = 4 * np.arange(32)[:, None], 4 * np.arange(32)
+    augment = AugmentConfig(crop=0.5)
+    # Draws: flip, reverse, size, top, left. A size draw of 1 cuts half: 16 lines from line 4, columns from column 8.
+    cropped = augmented(gradient, augment, np.asarray([0, 0, 1, 4.5 / 17, 8.5 / 17]))
+    assert cropped.shape == gradient.shape
+    assert np.array_equal(cropped[0], cropped[2])
+    # Line i of the result shows the middle of line 4 + (i + 0.5) / 2 - 0.5; at the edges it is held.
+    lines = 4 * np.clip(4 + (np.arange(32) + 0.5) / 2 - 0.5, 4, 19)
+    columns = 4 * np.clip(8 + (np.arange(32) + 0.5) / 2 - 0.5, 8, 23)
+    assert np.abs(cropped[0, :, 5, 0] - lines).max() <= 1
+    assert np.abs(cropped[0, 5, :, 1] - columns).max() <= 1
+    assert np.array_equal(augmented(gradient, augment, np.zeros(5)), gradient)  # a size draw of 0 cuts nothing
+
+
+def test_intervals_are_anywhere_in_the_video_and_of_every_length():
+    clips, times = dealt(np.arange(3000), intervals=IntervalsConfig(frames=5, shortest_s=0.5))
+    frames = clips[:, :, 0, 0, 1].astype(int)
+    first, last = frames[:, 0], frames[:, -1]
+    assert (np.diff(frames, axis=1) > 0).all()
+    assert first.min() == 0
+    assert last.max() == 30
+    assert (last - first).min() == 5
+    assert (last - first).max() == 30
+    # Uniform between 0.5 and 3 s: mean 1.75, standard error 0.72 / sqrt(3000) = 0.013.
+    assert np.mean(last - first) / 10 == pytest.approx(1.75, abs=4 * 0.013)
+    assert np.allclose(times, (frames - first[:, None]) / (last - first)[:, None], atol=1e-6)
+    even = np.round(first[:, None] + np.linspace(0, 1, 5) * (last - first)[:, None])
+    assert np.abs(frames - even).max() <= 1
+
+
+def test_random_moments_are_in_order_and_everywhere_between():
+    intervals = IntervalsConfig(frames=3, shortest_s=3, moments="random")
+    clips, times = dealt(np.arange(3000), intervals=intervals, augment=AugmentConfig(reverse=True))
+    frames = clips[:, :, 0, 0, 1].astype(int)
+    assert {tuple(ends) for ends in frames[:, [0, 2]].tolist()} == {(0, 30), (30, 0)}
+    middle = np.bincount(np.minimum(frames[:, 1], 30), minlength=31)
+    assert middle[1:30].min() > 50  # 100 each of 3,000
+    backwards = frames[:, 0] == 30
+    assert np.allclose(times[~backwards, 1], frames[~backwards, 1] / 30)
+    assert np.allclose(times[backwards, 1], 1 - frames[backwards, 1] / 30, atol=1e-6)
+
+
+def test_a_video_shorter_than_the_shortest_interval_is_dealt_whole():
+    times_s = np.asarray([0, 0.1, 0.3])
+    for draws in (np.zeros(9), np.full(9, 0.99)):
+        assert interval_of(times_s, IntervalsConfig(frames=2), draws).tolist() == [0, 2]
+        assert interval_of(times_s, IntervalsConfig(frames=5), draws).tolist() == [0, 1, 1, 2, 2]
