@@ -6,13 +6,22 @@ export RAY_USAGE_STATS_ENABLED
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/installed
 
-.PHONY: demo test lint ui lock clean
+.PHONY: demo test chaos bench lint ui lock clean
 
 demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; ends with a table and pictures
 	@.venv/bin/python jobs/demo.py
 
 test: $(INSTALLED)
 	.venv/bin/python -m pytest
+
+chaos: $(INSTALLED)  ## what takes minutes: jobs killed on the way, five minutes of mutated files
+	.venv/bin/python -m pytest -m chaos tests/test_chaos.py
+	GIFFY_RAY_FUZZ_S=300 .venv/bin/python -m pytest -s tests/data/test_fuzz.py
+
+bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's quarter on a quiet machine
+	.venv/bin/pip install -qq --no-deps opencv-python-headless==5.0.0.93 torchcodec==0.13.0 decord==0.6.0
+	PYTHONPATH=. .venv/bin/python benchmarks/decode.py
+	PYTHONPATH=. .venv/bin/python benchmarks/ingest.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -11,6 +11,7 @@ Then: the time to the first batch, memory over 100 epochs, and decoding a data s
 from __future__ import annotations
 
 import argparse
+import functools
 import statistics
 import tempfile
 import time
@@ -29,10 +30,12 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from giffy_ray.config import ClipConfig, DataConfig, Experiment, LimitsConfig, SyntheticConfig, override
-from giffy_ray.data import stream, synthetic
+from giffy_ray.data import shards, stream, synthetic
+from giffy_ray.data.catalog import read_catalog
 from giffy_ray.data.deal import rows_at
 from giffy_ray.data.decode import Sampled, Source
 from giffy_ray.data.prepare import prepare
+from giffy_ray.data.shards import Recipe
 from giffy_ray.data.store import Store
 
 CLIPS, BATCH, EPOCHS, DECODED = 1000, 20, 5, 240
@@ -200,6 +203,45 @@ def memory_over_epochs(store: Store, epochs: int) -> list[float]:
     return seen
 
 
+def start_ray(cpus: int) -> None:
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+def decoded_per_s(videos: list[Path], cpus: int, folder: Path) -> float:
+    """Videos a second, from the end of the first shard to that of the last: what a long preparation comes to."""
+    start_ray(cpus)
+    catalog = read_catalog(str(videos[0].parents[2]), DataConfig(validation_fraction=1e-9))
+    decode = functools.partial(
+        shards.decode_shard,
+        filesystem=catalog.filesystem,
+        recipe=Recipe(CLIP),
+        limits=LimitsConfig(),
+        location=str(folder),
+    )
+    ends_s, done = [], []
+    for table in stream.decode_all(shards.chunks_of(catalog.videos * 4), decode):
+        ends_s.append(time.perf_counter())
+        done.append(len(table))
+    ray.shutdown()
+    # The first `cpus` shards end at about the same time, as do the last.
+    return sum(done[cpus:]) / (ends_s[-1] - ends_s[cpus - 1])
+
+
+def preparing(folder: Path, videos: list[Path], rounds: int) -> str:
+    rates = {cpus: [] for cpus in (1, 2)}
+    for number in range(rounds):
+        for cpus, found in rates.items():
+            found.append(decoded_per_s(videos, cpus, folder / f"prepared-{number}-{cpus}"))
+    alone, both = (statistics.median(found) for found in rates.values())
+    ratios = [two / one for one, two in zip(*rates.values(), strict=True)]
+    return (
+        f"decoding into the store: {alone:.0f} videos a second with one process, {both:.0f} with two "
+        f"({statistics.median(ratios):.2f} times; {min(ratios):.2f} to {max(ratios):.2f}). "
+        f"A million: {1e6 / both / 3600:.1f} hours on two cores, {1e6 / alone / 64 / 3600 * 60:.0f} minutes on 64, "
+        f"and {1e6 * _CLIP_BYTES / 1e9:.0f} GB"
+    )
+
+
 def main() -> None:
     words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     words.add_argument("--rounds", type=int, default=5)
@@ -207,13 +249,14 @@ def main() -> None:
     console = Console(width=110)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        start_ray(2)
         store = noise_store(folder)
         videos = real_videos(folder, DECODED)
         console.print(f"first batch after {', '.join(f'{s:.2f}' for s in first_batch_s(store))} s")
         console.print(compare(folder, store, videos, rounds))
         console.print("MB of memory over 100 epochs:", *(f"{mb:.0f}" for mb in memory_over_epochs(store, 100)))
         ray.shutdown()
+        console.print(preparing(folder, videos, rounds))
 
 
 if __name__ == "__main__":

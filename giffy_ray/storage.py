@@ -72,9 +72,11 @@ def write_text(location: str, text: str) -> None:
 def write_bytes(location: str, content: bytes) -> None:
     """Writes a file, making the folders above it. Readers see it whole or not at all, whatever happens to us."""
     filesystem, path = filesystem_of(location)
-    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-    # Object stores show an object when it is complete; a local file is written beside its place and renamed.
-    written = f"{path}.{uuid.uuid4().hex}{PARTIAL}" if is_local(location) else path
+    written = path
+    # Object stores know no folders and show an object when it is complete; a local file is written beside its place.
+    if is_local(location):
+        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        written = f"{path}.{uuid.uuid4().hex}{PARTIAL}"
     with filesystem.open_output_stream(written) as stream:
         stream.write(content)
     if written != path:

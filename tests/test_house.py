@@ -61,6 +61,7 @@ def test_a_library_has_one_importer(library: str):
         ("giffy_ray.models", "ray mlflow av"),
         ("giffy_ray.learners", "ray mlflow av"),
         ("giffy_ray.metrics", "ray mlflow torchmetrics"),
+        ("giffy_ray.survey", "ray mlflow matplotlib"),
     ],
 )
 def test_what_a_task_imports_is_light(module: str, forbidden: str):

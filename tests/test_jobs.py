@@ -72,7 +72,7 @@ def test_broken_files_are_reported_by_name_and_the_job_goes_on(tuned: str, stora
     assert "3 of 23 videos rejected" in tuned
     for name in BROKEN:
         assert f"{name}: " in tuned
-    (location,) = (storage / "stores").iterdir()
+    (location,) = storage.glob("stores/*/sets/*")
     store = Store(str(location))
     assert len(store) == 20
     assert {reject["id"] for reject in store.rejects} == set(BROKEN)
@@ -101,7 +101,7 @@ def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Pa
 def test_the_results_lie_in_the_storage(tuned: str, storage: Path):
     (folder,) = storage.glob("tiny-*-best")
     rows = list(csv.DictReader((folder / "evaluation.csv").open()))
-    (location,) = (storage / "stores").iterdir()
+    (location,) = storage.glob("stores/*/sets/*")
     store = Store(str(location))
     held_out = {store.ids[row] for row in store.rows_of("validation")}
     for method in ("linear", "cvae"):

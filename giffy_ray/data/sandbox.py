@@ -10,12 +10,15 @@ pickle, so that a decoder taken over by its input has nothing to say to Ray.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import json
+import math
 import os
 import resource
 import signal
 import socket
+import struct
 import subprocess
 import sys
 from multiprocessing.connection import Connection
@@ -29,13 +32,14 @@ from giffy_ray.data.decode import RejectedVideo, Sampled, Source
 _SAMPLE = "giffy_ray.data.decode:sample_clip"
 _START_S = 60  # for a new process to import what it needs
 _ATTEMPTS = 2  # a video in whose time the process ended is tried once more, in a new one
+_LONGEST_FACTS = 64 * 2**20  # bytes: the times of a million frames are a third of it
 _GRACE_S = 5  # after which a process that nobody waits for ends itself
 
 
 class Sandbox:
     """`sample_clip` behind a wall: the same results, the same RejectedVideo, and a few reasons more.
 
-    crash: the decoder was ended, and once more when it was tried again. timeout: it took longer than
+    crash: the decoder failed or was ended, and once more when it was tried again. timeout: it took longer than
     `limits.decode_s`. memory: it wanted more than `limits.memory_mb`.
     """
 
@@ -49,16 +53,26 @@ class Sandbox:
                 self._start()
             try:
                 return self._ask(video)
-            except (EOFError, ConnectionError):
+            except BlockingIOError:
+                self._end()
+                limit = f"data.limits.decode_s={self.limits.decode_s} s"
+                raise RejectedVideo("timeout", f"decoding took longer than {limit}") from None
+            except (EOFError, OSError):
                 ended = self._end()
+            except (ValueError, TypeError, KeyError, AttributeError):
+                self._end()
+                raise RejectedVideo("crash", "the decoder's answer is no clip") from None
         raise RejectedVideo("crash", f"it ended the decoder with {ended}")
 
     def _start(self) -> None:
         ours, theirs = socket.socketpair()
+        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # it may stop in the middle of a message
+            ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self.limits.decode_s, 0))
         settings = json.dumps([dataclasses.asdict(self.clip), dataclasses.asdict(self.limits), self._sample])
         command = [sys.executable, "-m", "giffy_ray.data.sandbox", str(theirs.fileno()), settings]
-        # Its one thread decodes; those that numpy's BLAS would start count against its memory.
-        environment = os.environ | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        # None of our tokens and keys. Its one thread decodes; those of numpy's BLAS would count against its memory.
+        environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
+        environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
             command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
         )
@@ -68,20 +82,19 @@ class Sandbox:
             if not self._connection.poll(_START_S):
                 raise EOFError
             self._connection.recv_bytes()
-        except (EOFError, ConnectionError) as error:
+        except (EOFError, OSError) as error:
             raise RuntimeError(f"the decoding process did not start ({self._end()}): {' '.join(command)}") from error
 
     def _ask(self, video: bytes) -> Sampled:
         self._connection.send_bytes(video)
         if not self._connection.poll(self.limits.decode_s):
-            self._end()
-            raise RejectedVideo("timeout", f"decoding took longer than data.limits.decode_s={self.limits.decode_s} s")
-        said = json.loads(self._connection.recv_bytes())
+            raise BlockingIOError
+        said = json.loads(self._connection.recv_bytes(_LONGEST_FACTS))
         if "reason" in said:
-            raise RejectedVideo(said["reason"], said["detail"])
-        times_s = np.asarray(said["times_s"])
+            raise RejectedVideo(str(said["reason"])[:20], str(said["detail"])[:1000])
+        times_s = np.asarray(said["times_s"], dtype=np.float64)
         shape = (len(times_s), self.clip.height, self.clip.width, 3)
-        clip = np.frombuffer(self._connection.recv_bytes(), np.uint8).reshape(shape)
+        clip = np.frombuffer(self._connection.recv_bytes(math.prod(shape)), np.uint8).reshape(shape)
         return Sampled(clip, times_s, said["padded"], Source(**said["source"]))
 
     def _end(self) -> str:
@@ -109,6 +122,12 @@ class Sandbox:
         self.close()
 
 
+@functools.lru_cache(maxsize=1)
+def sandbox_for(clip: ClipConfig, limits: LimitsConfig, sample: str) -> Sandbox:
+    """The one of this process, kept over tasks."""
+    return Sandbox(clip, limits, sample)
+
+
 def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, sample: str) -> None:
     """Answers one video after another until the other side is gone."""
     module, _, function = sample.partition(":")
@@ -130,6 +149,9 @@ def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, sampl
         except MemoryError:
             detail = f"decoding wanted more than data.limits.memory_mb={limits.memory_mb}"
             connection.send_bytes(json.dumps({"reason": "memory", "detail": detail}).encode())
+        except Exception as error:
+            detail = f"it made the decoder fail: {type(error).__name__}: {error}"
+            connection.send_bytes(json.dumps({"reason": "crash", "detail": detail}).encode())
         else:
             facts = {
                 "times_s": sampled.times_s.tolist(),

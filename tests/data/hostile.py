@@ -2,10 +2,14 @@
 
 import os
 import signal
+import struct
+import sys
 import time
 
 from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data.decode import Sampled, sample_clip
+
+_HALF_AN_ANSWER = struct.pack("!i", 1000) + b"{"
 
 
 def sample(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
@@ -18,4 +22,19 @@ def sample(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
             bytearray(limits.memory_mb * 2**20)
         case b"exits":
             os._exit(3)
+        case b"raise":
+            raise KeyError("moov")
+        case b"halts":
+            os.write(int(sys.argv[1]), _HALF_AN_ANSWER)
+            time.sleep(1000)
+        case b"halve":
+            os.write(int(sys.argv[1]), _HALF_AN_ANSWER)
+            os._exit(3)
+        case b"lying":
+            answer = b'{"times_s": 7, "padded": [], "source": "none"}'
+            os.write(int(sys.argv[1]), struct.pack("!i", len(answer)) + answer)
+            time.sleep(1000)
+        case b"large":
+            os.write(int(sys.argv[1]), struct.pack("!i", 2**31 - 1) + b"{" * 100)
+            time.sleep(1000)
     return sample_clip(video, clip, limits)

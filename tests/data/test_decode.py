@@ -1,15 +1,23 @@
 """Frames are told apart by their grey level, so that each test knows which source frame came out."""
 
+import functools
+import io
+import struct
 from fractions import Fraction
 
+import av
 import numpy as np
 import pytest
+from av.video.reformatter import VideoReformatter
 
 from giffy_ray.config import ClipConfig
-from giffy_ray.data.decode import RejectedVideo, decode_clip, sample_clip
+from giffy_ray.data.decode import _SCALING, RejectedVideo, decode_clip, nearest_frames, sample_clip, sample_source
 from tests.conftest import encode, grey_levels, grey_video
+from tests.data.boxes import box, replaced
+from tests.data.corpus import of_packets
 
 CLIP = ClipConfig()
+_NOTHING_NEW = b"\0\0\1\xb6\x50\0\0"  # a frame of MPEG-4 that is the one before
 _TOLERANCE = 3  # grey levels that encoding may cost; neighbours differ by 37
 
 
@@ -100,28 +108,173 @@ def test_what_is_no_video_is_rejected_with_a_reason(video: bytes, reason: str):
     assert raised.value.detail
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.9])
-def test_a_truncated_video_is_rejected(share: float):
-    faststart = encode(
-        np.random.default_rng(0).integers(0, 255, (90, 64, 64, 3), dtype=np.uint8), 30, movflags="faststart"
-    )
-    for video in (GOOD, faststart):
-        with pytest.raises(RejectedVideo):
-            decode_clip(video[: int(len(video) * share)], CLIP)
-
-
-def test_sound_alone_is_rejected():
-    import io
-
-    import av
-
+@pytest.mark.parametrize(
+    ("kind", "codec", "tag"),
+    [("matroska", "libx264", b"DURATION"), ("matroska", "libx264", b"DIRECTOR"), ("avi", "mpeg4", b"DURATION")],
+)
+def test_a_video_that_lasts_less_long_than_its_sound_is_whole(kind: str, codec: str, tag: bytes):
     out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("aac", rate=16000)
-        stream.layout = "mono"
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
+    with av.open(out, "w", format=kind) as container:
+        video, sound = container.add_stream(codec, rate=10), container.add_stream("pcm_s16le", rate=8000)
+        video.width, video.height, video.pix_fmt, sound.layout = 64, 64, "yuv420p", "mono"
+        for level in grey_levels(10):
+            picture = np.full((64, 64, 3), level, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 24000), np.int16), format="s16", layout="mono")
+        noise.sample_rate = 8000
+        container.mux([*sound.encode(noise), *sound.encode()])
+    sampled = sample_clip(out.getvalue().replace(b"DURATION", tag), CLIP)
+    assert sampled.padded == 20
+    assert np.allclose(levels(sampled.clip)[:10], grey_levels(10), atol=_TOLERANCE)
+
+
+def test_an_avi_without_its_index_is_whole():
+    video = grey_video(60, kind="avi")
+    without, whole = sample_clip(video[: video.rindex(b"idx1")], CLIP), sample_clip(video, CLIP)
+    assert np.array_equal(without.clip, whole.clip)
+    assert without.padded == whole.padded == 10
+
+
+def test_what_was_cut_off_after_the_clip_is_not_missed():
+    video = grey_video(200, kind="matroska")
+    with av.open(io.BytesIO(video)) as container:
+        cut = next(packet.pos for packet in container.demux(video=0) if packet.pts >= 3300)
+    assert np.array_equal(decode_clip(video[:cut], CLIP), decode_clip(video, CLIP))
+
+
+def test_frames_that_the_decoder_keeps_back_are_missed():
+    first = encode(np.zeros((1, 64, 64, 3), np.uint8), 10, "avi", "mpeg4")
+    with av.open(io.BytesIO(first)) as container:
+        packet = bytes(next(container.demux(video=0)))
+    video = of_packets([packet, *[_NOTHING_NEW] * 29], "mp4", 64, 64, "mpeg4")
+    with pytest.raises(RejectedVideo, match="of 30 frames did not decode"):
+        decode_clip(video, CLIP)
+
+
+def at_times(times: list[int], unit: Fraction, kind: str, codec: str = "libx264") -> bytes:
+    """A grey video whose frame i is shown at `times[i]` units."""
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuv420p"
+        stream.codec_context.time_base = unit
+        for level, time in zip(grey_levels(len(times)), times, strict=True):
+            frame = av.VideoFrame.from_ndarray(np.full((64, 64, 3), level, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = time, unit
+            container.mux(stream.encode(frame))
         container.mux(stream.encode())
-    with pytest.raises(RejectedVideo, match="no_video"):
-        decode_clip(out.getvalue(), CLIP)
+    return out.getvalue()
+
+
+def nearest_of(times: list[int], unit: Fraction) -> list[int]:
+    """For each moment of a clip the frame nearest to it, the earlier of two that are equally near; in fractions."""
+    since = [(time - times[0]) * unit for time in times]
+    return [min(range(len(times)), key=lambda i: (abs(since[i] - Fraction(k, 10)), i)) for k in range(30)]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+def test_frames_at_uneven_times(kind: str):
+    times = np.random.default_rng(0).integers(5, 200, 60).cumsum().tolist()
+    sampled, wanted = sample_clip(at_times(times, Fraction(1, 1000), kind), CLIP), nearest_of(times, Fraction(1, 1000))
+    assert np.allclose(levels(sampled.clip), grey_levels(60)[wanted], atol=_TOLERANCE)
+    assert np.allclose(sampled.times_s, [(times[i] - times[0]) / 1000 for i in wanted], atol=2e-3)
+
+
+def test_an_avi_may_leave_frames_out():
+    times = [0, 1, 2, 10, 11, 20, 21, 22, 23, 40, 41, 42, 43, 44, 60, 70, 80, 90]
+    sampled = sample_clip(at_times(times, Fraction(1, 30), "avi", "mpeg4"), CLIP)
+    wanted = nearest_of(times, Fraction(1, 30))
+    assert np.allclose(levels(sampled.clip), grey_levels(len(times))[wanted], atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("entries", "first", "last"),
+    [
+        ([(3000, 1024)], 0, 89),
+        ([(2500, 1024 + 15 * 512)], 15, 89),  # the frames before are decoded and not shown: their times are negative
+        ([(1000, 1024 + 30 * 512)], 30, 59),
+        ([(400, -1), (3000, 1024)], 0, 89),  # nothing for 0.4 s
+    ],
+)
+def test_edit_lists(entries: list[tuple[int, int]], first: int, last: int):
+    packed = b"".join(struct.pack(">IiI", length, start, 1 << 16) for length, start in entries)
+    video = replaced(GOOD, "moov/trak/edts/elst", box("elst", struct.pack(">II", 0, len(entries)), packed))
+    sampled = sample_clip(video, CLIP)
+    shown = [min(first + 3 * moment, last) for moment in range(30)]
+    assert np.allclose(levels(sampled.clip), grey_levels(90)[shown], atol=_TOLERANCE)
+    assert sampled.padded == sum(first + 3 * moment > last for moment in range(30))
+
+
+X264 = "bframes=5:b-adapt=0:b-pyramid=normal:ref=6:open-gop=1:keyint=24"
+ORDERS = {
+    "h264": ("mp4", "libx264", {}),
+    "h264 with pyramids and open groups": ("mp4", "libx264", {"x264-params": X264}),
+    "h264 without": ("mp4", "libx264", {"x264-params": "bframes=0"}),
+    "h264 in mkv": ("matroska", "libx264", {}),
+    "h264 in avi": ("avi", "libx264", {}),
+    "hevc": ("mp4", "libx265", {"x265-params": "log-level=none"}),
+    "vp9": ("webm", "libvpx-vp9", {"lag-in-frames": "16", "auto-alt-ref": "1", "cpu-used": "5", "deadline": "good"}),
+    "mpeg4 in mp4": ("mp4", "mpeg4", {"bf": "2"}),
+    "mpeg4 in avi": ("avi", "mpeg4", {}),
+    "mpeg4 in avi, foretold": ("avi", "mpeg4", {"bf": "2"}),
+}
+
+
+@functools.cache
+def moving_frames() -> np.ndarray:
+    """uint8 [90, 64, 64, 3]: coloured blocks on their way to the right; no two frames alike."""
+    blocks = np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
+    return np.stack([np.roll(blocks, shift, axis=1)[:, :64] for shift in range(90)])
+
+
+def all_frames(video: bytes) -> np.ndarray:
+    """Everything that the decoder gives, in its order, brought to size by the same scaler."""
+    scaler, frames = VideoReformatter(), []
+    with av.open(io.BytesIO(video)) as container:
+        for frame in container.decode(video=0):
+            small = scaler.reformat(frame, 64, 64, "rgb24", interpolation=_SCALING, threads=1)
+            frames.append(small.to_ndarray())
+    return np.stack(frames)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "mpeg4 in avi, packed"])
+def test_leaving_out_frames_changes_no_other(order: str):
+    video = (
+        packed_avi()
+        if "packed" in order
+        else encode(moving_frames(), 30, ORDERS[order][0], ORDERS[order][1], **ORDERS[order][2])
+    )
+    plain = all_frames(video)
+    # The plain decode is in the order in which the frames were encoded.
+    thin, real = plain[:, ::8].astype(int), moving_frames()[:, ::8]
+    assert [np.abs(real - frame).mean(axis=(1, 2, 3)).argmin() for frame in thin] == list(range(90))
+    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
+    assert np.array_equal(sampled.clip, plain[0:90:3])
+    assert np.array_equal(source.clip, plain[:88])
+    assert np.allclose(source.times_s, np.arange(88) / 30, atol=1e-3)
+    assert np.array_equal(source.clip[nearest_frames(source.times_s, CLIP)], sampled.clip)
+    assert sampled.padded == source.padded == 0
+
+
+def packed_avi() -> bytes:
+    """As DivX and Xvid wrote them: a frame and the one before it in one packet, then an empty one to make up for it."""
+    plain = encode(moving_frames(), 30, "avi", "mpeg4", bf="1", b_strategy="0", sc_threshold="1000000000")
+    name = b"\0\0\1\xb2"
+    with av.open(io.BytesIO(plain)) as container:
+        packets = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    begin = packets[0].index(name)
+    end = packets[0].index(b"\0\0\1", begin + 4)
+    packed = [packets[0][:begin] + name + b"DivX503b1393p" + packets[0][end:]]
+    for packet in packets[1:]:
+        if packet[packet.index(b"\0\0\1\xb6") + 4] >> 6 == 2:  # shown before the one that came before it
+            packed[-1:] = [packed[-1] + packet, _NOTHING_NEW]
+        else:
+            packed.append(packet)
+    return of_packets(packed, "avi", 64, 64, "mpeg4", 30)
+
+
+def test_the_source_of_a_short_video_is_all_of_it():
+    source = sample_source(grey_video(20, 30), CLIP)
+    assert np.allclose(levels(source.clip), grey_levels(20), atol=_TOLERANCE)
+    assert source.padded == 23

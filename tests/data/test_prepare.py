@@ -52,7 +52,7 @@ def test_rejects_are_told_by_name_whatever_their_names(experiment, tmp_path, cap
     store = prepare(experiment)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "3 of 7 videos rejected (3 not_video):"
-    assert lines[1].startswith("  training/x/-rf.mp4: not_video: no mp4, mov, mkv, webm or avi: ")
+    assert lines[1].startswith("  training/x/-rf.mp4: not_video: not readable as mp4, mov, mkv, webm or avi: ")
     assert lines[2].startswith(r"  training/x/new\nline.mp4: not_video: ")
     assert lines[3].startswith("  training/x/with space é.mp4: not_video: ")
     assert lines[4] == f"  {store.location}/rejects.parquet"

@@ -38,6 +38,11 @@ def test_it_gives_what_the_decoder_gives():
         (b"exits", "crash", "it ended the decoder with exit code 3"),
         (b"hangs", "timeout", "decoding took longer than data.limits.decode_s=1 s"),
         (b"grows", "memory", "decoding wanted more than data.limits.memory_mb=1024"),
+        (b"raise", "crash", "it made the decoder fail: KeyError: 'moov'"),
+        (b"halts", "timeout", "decoding took longer than data.limits.decode_s=1 s"),
+        (b"halve", "crash", "it ended the decoder with exit code 3"),
+        (b"lying", "crash", "the decoder's answer is no clip"),
+        (b"large", "crash", "it ended the decoder with SIGKILL"),
     ],
 )
 def test_what_a_file_does_to_the_decoder_is_its_own_affair(video: bytes, reason: str, detail: str):
