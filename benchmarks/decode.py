@@ -101,8 +101,8 @@ def decord(path: Path) -> np.ndarray:
 WAYS: dict[str, Way] = {
     "OpenCV": opencv,
     "giffy_ray": ours,
-    "PyAV, all frames, no pixels": bare,
-    "torchcodec": torchcodec,
+    "bare PyAV (no pixels)": bare,
+    "torchcodec 0.13": torchcodec,
     "PyAV, plain": plain_pyav,
     "decord": decord,
     "the study's way": authors,

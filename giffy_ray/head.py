@@ -7,7 +7,6 @@ asked for it, however that ends: it lives as long as its standard input is open.
 from __future__ import annotations
 
 import json
-import logging
 import os
 import secrets
 import shutil
@@ -19,6 +18,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import tenacity
 
 # Only tables and positions pass through it; clips are read from memory maps.
 _OBJECT_STORE_BYTES = 256 * 2**20
@@ -69,21 +70,28 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
 
 
 def _main(folder: str, cpus: int) -> None:
-    import ray
+    port = _free_port()
+    command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
+    command += [f"--temp-dir={folder}", f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
+    # All of them free ones: on its usual ports, the jobs API of a machine's second Ray does not work.
+    command += ["--port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"]
+    command += [f"--dashboard-port={port}", "--node-ip-address=127.0.0.1"]
+    with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as ray:
+        try:
+            _wait_for_jobs(f"http://127.0.0.1:{port}", ray)
+            print(json.dumps({"dashboard": f"http://127.0.0.1:{port}"}), flush=True)
+            sys.stdin.read()
+        finally:
+            ray.terminate()
 
-    context = ray.init(
-        address="local",
-        num_cpus=cpus,
-        include_dashboard=True,
-        dashboard_port=_free_port(),
-        object_store_memory=_OBJECT_STORE_BYTES,
-        logging_level=logging.ERROR,
-        log_to_driver=False,
-        _temp_dir=folder,
-    )
-    print(json.dumps({"dashboard": f"http://{context.dashboard_url}"}), flush=True)
-    sys.stdin.read()
-    ray.shutdown()
+
+@tenacity.retry(wait=tenacity.wait_fixed(0.2), stop=tenacity.stop_after_delay(60), reraise=True)
+def _wait_for_jobs(dashboard: str, ray: subprocess.Popen) -> None:
+    from ray.job_submission import JobSubmissionClient
+
+    if ray.poll() is not None:
+        raise SystemExit(f"`ray start` ended with {ray.returncode}")
+    JobSubmissionClient(dashboard).list_jobs()
 
 
 def _free_port() -> int:

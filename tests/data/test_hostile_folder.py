@@ -1,4 +1,4 @@
-"""Two hundred good videos among every hostile file there is, through Ray Data: nothing is lost, followed or left out."""
+"""Two hundred good videos among every hostile file there is, through Ray Data: none is lost, followed or left out."""
 
 import os
 import threading
