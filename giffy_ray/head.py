@@ -75,7 +75,7 @@ def _main(folder: str, cpus: int) -> None:
     command += [f"--temp-dir={folder}", f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
     # All of them free ones: on its usual ports, the jobs API of a machine's second Ray does not work.
     command += ["--port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"]
-    command += [f"--dashboard-port={port}", "--node-ip-address=127.0.0.1"]
+    command += [f"--dashboard-port={port}"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as ray:
         try:
             _wait_for_jobs(f"http://127.0.0.1:{port}", ray)
