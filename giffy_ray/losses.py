@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from giffy_ray.shapes import PerClip
+from giffy_ray.shapes import ClipFloats, PerClip, Times
 
 # Keeps the logarithm finite where a standard deviation underflows; the authors' code has the same constant.
 _TINY = 1e-8
@@ -21,3 +21,27 @@ def gaussian_kl(mean: Tensor, std: Tensor) -> PerClip:
     Closed form of Kingma & Welling 2014 (arXiv 1312.6114), appendix B.
     """
     return 0.5 * (mean.square() + std.square() - (std.square() + _TINY).log() - 1).sum(1)
+
+
+def gaussian_kl_between(mean: Tensor, std: Tensor, prior_mean: Tensor, prior_std: Tensor) -> Tensor:
+    """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, of each value: all [batch, latent]."""
+    return (prior_std / std).log() + (std.square() + (mean - prior_mean).square()) / (2 * prior_std.square()) - 0.5
+
+
+def free_nats(kl: Tensor, free: float) -> Tensor:
+    """[batch, latent] -> scalar: the sum over the latent of what each value costs on average beyond `free` nats.
+
+    Free bits (Kingma et al. 2016, arXiv 1606.04934, eq. 15): below it a value costs the same, so it is not given up.
+    """
+    return kl.mean(0).clamp(min=free).sum() if len(kl) else kl.sum()
+
+
+def relative_error(made: Tensor, real: ClipFloats, times: Times, floor: float) -> PerClip:
+    """Mean squared error of the frames between, over that of linear interpolation at their times plus `floor`.
+
+    `real` has the end frames, `made` only those between.
+    """
+    time, between = times[:, None, 1:-1, None, None], real[:, :, 1:-1]
+    linear = real[:, :, :1] * (1 - time) + real[:, :, -1:] * time
+    error, baseline = ((guess - between).square().flatten(1).mean(1) for guess in (made, linear))
+    return error / (baseline + floor)

@@ -42,13 +42,14 @@ def train_loop(settings: dict[str, Any]) -> None:
     rank, workers = context.get_world_rank(), context.get_world_size()
     store = Store(settings["store"])
     tracker = open_run(experiment, rank, settings["parent"], {"data.fingerprint": store.fingerprint})
-    learner = learners.build(experiment, ray.train.torch.get_device(), _parallel)
-    make = learner_method(learner, experiment.train.seed)
-
-    steps_done = _resume(learner)
     clips, batch, epochs = len(store.rows_of("training")), experiment.train.batch, experiment.train.epochs
     share = batch // workers
     ends = epoch_ends(clips, batch, epochs)
+    validated = [epoch for epoch in range(1, epochs + 1) if epoch % experiment.train.validate_every == 0]
+    learner = learners.build(experiment, ray.train.torch.get_device(), _parallel, steps=ends[-1])
+    make = learner_method(learner, experiment.train.seed)
+
+    steps_done = _resume(learner)
     steps = range(steps_done, ends[-1])
     batches = stream.batches(store, experiment.data, experiment.train.seed, batch, rank, workers, steps)
 
@@ -59,17 +60,18 @@ def train_loop(settings: dict[str, Any]) -> None:
         tracker.log_animation(draw_samples, "validation", step=0)
 
     # ---------------------------------------------------------------------------------- the training
-    for epoch, end in enumerate(ends, start=1):
+    for epoch in sorted({*validated, epochs}):
         losses, waited_s, began_s = [], 0.0, time.perf_counter()
-        while steps_done < end:
+        while steps_done < ends[epoch - 1]:
             asked_s = time.perf_counter()
             dealt = next(batches)
             waited_s += time.perf_counter() - asked_s
-            losses.append(learner.update(dealt.clips, dealt.positions))
+            losses.append(learner.update(dealt.clips, dealt.times, dealt.positions))
             steps_done += 1
         if not losses:
-            continue  # an epoch that was seen before the run was cut
+            continue  # seen before the run was cut
         took_s = time.perf_counter() - began_s
+        _share_buffers(learner)
 
         metrics = {f"train/{name}": value for name, value in _mean_of(losses).items()}
         metrics |= {f"val/{name}": value for name, value in validate(make, store, share).items()}
@@ -77,7 +79,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         metrics["speed/data_wait_fraction"] = waited_s / took_s
         tracker.log_metrics(metrics, step=epoch)
         tracker.log_animation(draw_samples, "validation", step=epoch)
-        with checkpoints.written(learner, experiment, end, metrics, rank) as checkpoint:
+        with checkpoints.written(learner, experiment, steps_done, metrics, rank) as checkpoint:
             ray.train.report(metrics | {"epoch": epoch}, checkpoint=checkpoint)
     tracker.finish()
     # ----------------------------------------------------------------------------------
@@ -179,6 +181,13 @@ def _parallel(network: nn.Module) -> nn.Module:
     if torch.distributed.get_world_size() == 1:
         return network
     return DistributedDataParallel(network)
+
+
+def _share_buffers(learner: Learner) -> None:
+    """Gives all workers the statistics of rank 0's batch norms: those that its checkpoint will hold."""
+    for network in learner.networks.values():
+        for buffer in network.buffers():
+            torch.distributed.broadcast(buffer, src=0)
 
 
 def _resume(learner: Learner) -> int:

@@ -1,9 +1,12 @@
 from pathlib import Path
 
 import pytest
+import yaml
 
 from giffy_ray.config import (
+    BetweenConfig,
     ConfigError,
+    CVAEConfig,
     Experiment,
     differences,
     flatten,
@@ -51,7 +54,7 @@ def test_words_override_the_file(tmp_path: Path):
         ("optim.lr=.inf", "optim.lr", "inf", "finite"),
         ("train.batch=0", "train.batch", "0", "greater than 0"),
         ("train.epochs=2.5", "train.epochs", "2.5", "integer"),
-        ("model.kind=cgan", "model.kind", "'cgan'", "'cvae'"),
+        ("model.kind=cvea", "model.kind", "'cvea'", "'cvae'"),
         ("model.video_widths=[8, 8]", "model.video_widths", "", "required"),
         ("optim=3", "optim", "3", "section"),
         ("name=a b", "name", "'a b'", "pattern"),
@@ -64,6 +67,17 @@ def test_a_mistake_names_field_value_and_what_would_do(word: str, field: str, va
     assert message.startswith(field)
     assert value in message
     assert nearest in message
+
+
+def test_another_kind_of_model_has_its_own_fields_and_defaults(tmp_path: Path):
+    between = load(None, ["model.kind=between", "model.latent_channels=2"])
+    assert between.model == BetweenConfig(latent_channels=2)
+    assert from_yaml(to_yaml(between)) == between
+    assert yaml.safe_load(differences(between)) == {"model": {"kind": "between", "latent_channels": 2}}
+    with pytest.raises(ConfigError, match=r"model\.latent: no such field \(value 7\); did you mean 'model\.latent_"):
+        override(between, {"model.latent": 7})
+    (tmp_path / "file.yaml").write_text("model: {latent: 7}\n")
+    assert load(tmp_path / "file.yaml").model == CVAEConfig(latent=7)  # the report's where none is named
 
 
 def test_a_misspelt_section_in_a_file_is_as_clear_as_a_word(tmp_path: Path):

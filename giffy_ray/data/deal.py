@@ -15,7 +15,7 @@ from giffy_ray.config import AugmentConfig, DataConfig, IntervalsConfig
 from giffy_ray.data.store import Store
 
 _AUGMENT = 2**64 - 1  # where an epoch's number stands in the keys of permutations
-_DRAWS = 7  # flip, reverse, crop: size and place; interval: length and start
+_DRAWS = 8  # flip, reverse, crop: size and place, brightness; interval: length and start
 
 
 def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
@@ -59,7 +59,7 @@ class Dealer:
             draws = self._draws(int(position))
             if self.intervals.frames:
                 frames, times_s = self.store.frames_of(int(row))
-                chosen = interval_of(times_s, self.intervals, draws[5:])
+                chosen = interval_of(times_s, self.intervals, draws[6:])
                 frames, times[place] = frames[chosen], _shares(times_s[chosen])
             else:
                 frames = self.store.gather(rows[place : place + 1])[0]
@@ -95,7 +95,7 @@ def interval_of(times_s: np.ndarray, intervals: IntervalsConfig, draws: np.ndarr
 
 
 def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
-    """uint8 [time, height, width, 3], a view where it can be: mirrored, reversed or cropped, all frames alike."""
+    """uint8 [time, height, width, 3], a view where it can be: mirrored, reversed, cropped, lit: all frames alike."""
     if augment.flip and draws[0] < 0.5:
         frames = frames[:, :, ::-1]
     if augment.reverse and draws[1] < 0.5:
@@ -106,6 +106,9 @@ def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> 
         cut_height, cut_width = round(share * height), round(share * width)
         top, left = int(draws[3] * (height - cut_height + 1)), int(draws[4] * (width - cut_width + 1))
         frames = _resized(frames[:, top : top + cut_height, left : left + cut_width], height, width)
+    if augment.brightness:
+        gain = 1 + (2 * draws[5] - 1) * augment.brightness
+        frames = np.minimum(np.round(np.arange(256) * gain), 255).astype(np.uint8)[frames]
     return frames
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from giffy_ray.config import Experiment
+from giffy_ray.learners.between import BetweenLearner
 from giffy_ray.learners.cvae import CVAELearner
-from giffy_ray.shapes import Clips, Images, Noise, Positions
+from giffy_ray.shapes import Clips, Images, Noise, Positions, Times
 
 
 class Learner(Protocol):
@@ -18,22 +19,31 @@ class Learner(Protocol):
     optimizers: dict[str, torch.optim.Optimizer]
     latent: int  # width of the noise that `generate` takes
 
-    def update(self, clips: Clips, positions: Positions) -> dict[str, Tensor]:
-        """One optimiser step. Returns named losses, scalars averaged over this worker's clips."""
+    def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
+        """One step on clips whose frames are shown at `times`. Returns named losses, averaged over these clips.
+
+        `positions` are the clips' places in the sample stream: noise and learning rate follow from them.
+        """
         ...
 
-    def generate(self, start: Images, end: Images, noise: Noise) -> Clips: ...
+    def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
+        """Makes clips from their two ends. `frames` other than the experiment's: ConfigError where it cannot."""
+        ...
 
 
 def build(
     experiment: Experiment,
     device: torch.device,
     parallel: Callable[[nn.Module], nn.Module] = lambda network: network,
+    steps: int = 1,
 ) -> Learner:
     """The learner of `experiment.model.kind`, with weights drawn from `experiment.train.seed`.
 
-    `parallel` wraps every network that is trained, with DistributedDataParallel where there are several workers.
+    `parallel` wraps every network that is trained, with DistributedDataParallel where there are several workers;
+    `steps` is how many the whole training has, which the learning rate may depend on.
     """
     match experiment.model.kind:
-        case "cvae":
-            return CVAELearner(experiment, device, parallel)
+        case "cvae" | "advanced_cvae":
+            return CVAELearner(experiment, device, parallel, steps)
+        case "between":
+            return BetweenLearner(experiment, device, parallel, steps)

@@ -111,6 +111,14 @@ def test_a_crop_is_a_window_of_the_picture_alike_in_all_frames():
     assert np.array_equal(augmented(gradient, augment, np.zeros(5)), gradient)  # a size draw of 0 cuts nothing
 
 
+def test_brightness_is_one_factor_for_all_values_of_a_clip():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    for draw in (0.0, 0.3, 0.9):
+        lit = augmented(frames, AugmentConfig(brightness=0.4), np.asarray([0, 0, 0, 0, 0, draw]))
+        factor = 0.6 + 0.8 * draw
+        assert np.array_equal(lit, np.minimum(np.round(frames * factor), 255))
+
+
 def test_intervals_are_anywhere_in_the_video_and_of_every_length():
     clips, times = dealt(np.arange(3000), intervals=IntervalsConfig(frames=5, shortest_s=0.5))
     frames = clips[:, :, 0, 0, 1].astype(int)

@@ -1,0 +1,159 @@
+"""The sections of an Experiment, with their defaults. Those of the models are in `models`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, get_args
+
+from giffy_ray.config.models import CVAEConfig, ModelConfig
+from giffy_ray.config.values import Positive, Strict, Weight
+from pydantic import Field
+
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Split = Literal["training", "validation", "test", "shifted"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+Distribution = Literal["log_uniform", "uniform", "int", "choice"]
+# Left to right, because YAML reads 1e-4 as a string.
+SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
+
+
+@dataclass(frozen=True)
+class SyntheticConfig(Strict):
+    """The built-in data set, rendered when `data.root` is not given. Counts are clips per category."""
+
+    training_clips: Annotated[int, Field(gt=0, le=1_000_000)] = 400
+    validation_clips: Annotated[int, Field(gt=0, le=1_000_000)] = 50
+    test_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # seen by neither training nor tuning
+    shifted_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # a test outside the range of the others
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class LimitsConfig(Strict):
+    """What a video file may cost. One that asks for more is rejected by name, before it is decoded where possible."""
+
+    file_mb: Positive = 256
+    pixels: Positive = 4096 * 4096  # of one frame
+    frames: Positive = 1_000_000
+    seconds: Positive = 24 * 3600
+    decode_s: Positive = 60  # of wall time, for one file
+    memory_mb: Positive = 2048  # of the process that decodes
+
+
+@dataclass(frozen=True)
+class IntervalsConfig(Strict):
+    """Training on parts of the videos: the store keeps all their frames, and random intervals of them are dealt."""
+
+    frames: Literal[0] | Annotated[int, Field(ge=2)] = 0  # dealt of each interval; 0: whole clips are dealt
+    shortest_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
+    moments: Literal["even", "random"] = "even"  # of the frames between start and end
+
+
+@dataclass(frozen=True)
+class AugmentConfig(Strict):
+    """What may happen to a clip on its way to training, the same to all its frames."""
+
+    flip: bool = False  # every other clip, left to right
+    reverse: bool = False  # every other clip, in time
+    crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the smallest share of height and width that is cut out
+    brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
+
+
+@dataclass(frozen=True)
+class DataConfig(Strict):
+    # A folder of videos, or a list of them (.csv, .parquet); none: the built-in data set.
+    root: str | None = None
+    categories: tuple[str, ...] = ()  # empty: all that there are
+    # The most videos of a category ('*': of each other one) in a split: {skiing: {training: 1800, validation: 81}}.
+    caps: dict[str, dict[Split, Positive]] = field(default_factory=dict)
+    # Share of the videos held out of training, by what they were cut from; the data set's own validation split then
+    # becomes `test`. None: its own split, or a tenth where it has none.
+    validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    ucf101_list: Literal[1, 2, 3] = 1  # which of its three split lists
+    max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # nothing is trained on what is left over beyond
+    keep: bool = True  # decoded clips are kept on disk; false: videos are decoded again whenever they are dealt
+    keep_gb: Annotated[float, Field(gt=0)] | None = None  # the most that decoded clips may take; none: the disk
+    limits: LimitsConfig = field(default_factory=LimitsConfig)
+    intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
+
+
+@dataclass(frozen=True)
+class ClipConfig(Strict):
+    """What is kept of a video: `frames` frames at `fps`, from its beginning (30 at 10 fps: the first 3 s)."""
+
+    frames: Annotated[int, Field(ge=3)] = 30
+    fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
+    height: Positive = 64
+    width: Positive = 64
+    # How a picture of another shape is brought to this one: whole but out of shape, cut at the sides, or with margins.
+    fit: Literal["stretch", "crop", "pad"] = "stretch"
+
+
+@dataclass(frozen=True)
+class OptimConfig(Strict):
+    """Adam, as the report used it; the rest is for who asks for it."""
+
+    lr: Rate = 1e-4
+    discriminator_lr: Rate | None = None  # none: that of the generator
+    beta1: Annotated[float, Field(ge=0, lt=1)] = 0.8
+    beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
+    weight_decay: Weight = 0.0  # decoupled from the gradient (AdamW)
+    warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which the learning rate rises to its value
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to nothing at the last step
+    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient of a network
+    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, which then makes the clips
+
+
+@dataclass(frozen=True)
+class TrainConfig(Strict):
+    epochs: Positive = 100
+    batch: Positive = 20  # clips per optimiser step, over all workers together
+    validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class ClusterConfig(Strict):
+    workers: Positive = 1  # DDP workers
+    max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint before a run is given up
+    gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs at the start
+
+
+@dataclass(frozen=True)
+class TrackingConfig(Strict):
+    uri: str | None = None  # none: an SQLite file in `storage`
+    experiment: str = "giffy_ray"
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(Strict):
+    split: Literal["validation", "test", "shifted"] = "validation"
+
+
+@dataclass(frozen=True)
+class SearchConfig(Strict):
+    """What `jobs/tune_*.py` tries. `space` maps a field of the experiment to {distribution: [low, high]}."""
+
+    trials: Positive = 12
+    epochs: Positive = 20  # of the longest trial; ASHA ends poor ones sooner
+    grace_epochs: Positive = 2  # no trial is ended before
+    metric: str = "val/l2_report"  # minimised; must not depend on what is searched
+    seed: Annotated[int, Field(ge=0)] = 0
+    space: dict[str, dict[Distribution, tuple[SearchValue, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Experiment(Strict):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "default"
+    storage: str = "runs/"  # where runs, stores and results are written: a folder, s3://... or gs://...
+    data: DataConfig = field(default_factory=DataConfig)
+    clip: ClipConfig = field(default_factory=ClipConfig)
+    model: ModelConfig = field(default_factory=CVAEConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
