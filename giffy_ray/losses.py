@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional
 
 from giffy_ray.shapes import ClipFloats, PerClip, Times
 
@@ -45,3 +46,33 @@ def relative_error(made: Tensor, real: ClipFloats, times: Times, floor: float) -
     linear = real[:, :, :1] * (1 - time) + real[:, :, -1:] * time
     error, baseline = ((guess - between).square().flatten(1).mean(1) for guess in (made, linear))
     return error / (baseline + floor)
+
+
+def absolute_error(made: Tensor, real: Tensor) -> PerClip:
+    """|real - made|, summed over every axis but the first."""
+    return (made - real).abs().flatten(1).sum(1)
+
+
+def logistic_discriminator(real_logits: PerClip, made_logits: PerClip, real_label: float) -> PerClip:
+    """Cross entropy of the discriminator in nats: real clips against `real_label`, made ones against 0.
+
+    Goodfellow et al. 2014 (arXiv 1406.2661), eq. 1, with one-sided label smoothing where `real_label` is below 1
+    (Salimans et al. 2016, arXiv 1606.03498, section 3.4).
+    """
+    real = real_label * functional.softplus(-real_logits) + (1 - real_label) * functional.softplus(real_logits)
+    return real + functional.softplus(made_logits)
+
+
+def logistic_generator(made_logits: PerClip) -> PerClip:
+    """-log D(made) in nats, which does not saturate where D is sure: Goodfellow et al. 2014, section 3."""
+    return functional.softplus(-made_logits)
+
+
+def hinge_discriminator(real_logits: PerClip, made_logits: PerClip) -> PerClip:
+    """Real clips are to be above 1, made ones below -1: Lim & Ye 2017 (arXiv 1705.02894)."""
+    return functional.relu(1 - real_logits) + functional.relu(1 + made_logits)
+
+
+def hinge_generator(made_logits: PerClip) -> PerClip:
+    """The generator's side of the hinge loss: -D(made), as in SAGAN (Zhang et al. 2019, arXiv 1805.08318), eq. 4."""
+    return -made_logits

@@ -14,7 +14,7 @@ CLIP = ClipConfig(frames=6, height=16, width=24)
 SMALL = {
     "model.kind": "between",
     "model.widths": (4, 6, 8),
-    "model.latent_channels": 2,
+    "model.latent": 2,
     "clip.frames": 6,
     "clip.height": 16,
     "clip.width": 24,
@@ -39,7 +39,7 @@ def scrambled(network: nn.Module, random: torch.Generator) -> Between:
 
 
 def small() -> Between:
-    network = models.build(BetweenConfig(widths=(4, 6, 8), latent_channels=2), CLIP)
+    network = models.build(BetweenConfig(widths=(4, 6, 8), latent=2), CLIP)
     assert isinstance(network, Between)
     return network
 
@@ -98,7 +98,7 @@ def test_before_training_it_is_linear_interpolation(random: torch.Generator):
 def test_both_ends_are_exact_whatever_the_weights(random: torch.Generator):
     network = scrambled(small(), random)
     start, end = torch.rand(2, 2, 3, 16, 24, generator=random)
-    noise = torch.randn(2, network.latent, generator=random)
+    noise = torch.randn(2, 2, generator=random)
     made = network.generate(start, end, noise, torch.linspace(0, 1, 5).expand(2, -1))
     torch.testing.assert_close(made[:, :, 0], start, atol=1e-5, rtol=0)
     torch.testing.assert_close(made[:, :, -1], end, atol=1e-5, rtol=0)
@@ -108,7 +108,7 @@ def test_both_ends_are_exact_whatever_the_weights(random: torch.Generator):
 def test_a_frame_depends_on_its_time_only_and_any_number_can_be_asked_for(random: torch.Generator):
     network = scrambled(small(), random)
     start, end = torch.rand(2, 2, 3, 16, 24, generator=random)
-    noise = torch.randn(2, network.latent, generator=random)
+    noise = torch.randn(2, 2, generator=random)
     five = network.generate(start, end, noise, torch.linspace(0, 1, 5).expand(2, -1))
     nine = network.generate(start, end, noise, torch.linspace(0, 1, 9).expand(2, -1))
     torch.testing.assert_close(five, nine[:, :, ::2], atol=2e-5, rtol=0)
@@ -120,7 +120,7 @@ def test_every_weight_is_trained(random: torch.Generator):
     network = scrambled(small(), random)
     clip = torch.rand(2, 3, 4, 16, 24, generator=random)
     times = torch.tensor([0.0, 0.2, 0.7, 1.0]).expand(2, -1)
-    made, *distributions = network(clip, times, torch.randn(2, network.latent), torch.tensor([True, False]))
+    made, *distributions = network(clip, times, torch.randn(2, 2), torch.tensor([True, False]))
     (made.sum() + losses.gaussian_kl_between(*distributions).sum()).backward()
     assert not [name for name, weight in network.named_parameters() if weight.grad is None or not weight.grad.any()]
 

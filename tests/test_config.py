@@ -70,12 +70,12 @@ def test_a_mistake_names_field_value_and_what_would_do(word: str, field: str, va
 
 
 def test_another_kind_of_model_has_its_own_fields_and_defaults(tmp_path: Path):
-    between = load(None, ["model.kind=between", "model.latent_channels=2"])
-    assert between.model == BetweenConfig(latent_channels=2)
+    between = load(None, ["model.kind=between", "model.latent=2"])
+    assert between.model == BetweenConfig(latent=2)
     assert from_yaml(to_yaml(between)) == between
-    assert yaml.safe_load(differences(between)) == {"model": {"kind": "between", "latent_channels": 2}}
-    with pytest.raises(ConfigError, match=r"model\.latent: no such field \(value 7\); did you mean 'model\.latent_"):
-        override(between, {"model.latent": 7})
+    assert yaml.safe_load(differences(between)) == {"model": {"kind": "between", "latent": 2}}
+    with pytest.raises(ConfigError, match=r"model\.latend: no such field \(value 7\); did you mean 'model\.latent'"):
+        override(between, {"model.latend": 7})
     (tmp_path / "file.yaml").write_text("model: {latent: 7}\n")
     assert load(tmp_path / "file.yaml").model == CVAEConfig(latent=7)  # the report's where none is named
 

@@ -1,5 +1,7 @@
 """One step in process, against the formula written out; two workers against one with twice the batch."""
 
+import copy
+import math
 import socket
 
 import pytest
@@ -8,12 +10,15 @@ import torch.multiprocessing
 from torch import nn
 
 from giffy_ray import learners
-from giffy_ray.config import Experiment, from_yaml, override, to_yaml
+from giffy_ray.config import ConfigError, Experiment, OptimConfig, from_yaml, override, to_yaml
+from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats
+from tests.test_models import CGAN
 
 CPU = torch.device("cpu")
 CLIPS = torch.randint(0, 256, (8, 6, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+TIMES = torch.linspace(0, 1, 6).expand(8, -1)
 POSITIONS = torch.arange(100, 108)
 
 
@@ -28,7 +33,7 @@ def test_the_loss_is_equation_1(tiny: Experiment):
     whole = ((made - real) ** 2).sum() / 8
     ends = (((made - real)[:, :, 0]) ** 2).sum() / 8 + (((made - real)[:, :, -1]) ** 2).sum() / 8
 
-    losses = learner.update(CLIPS, POSITIONS)
+    losses = learner.update(CLIPS, TIMES, POSITIONS)
     torch.testing.assert_close(losses["kl"], kl)
     torch.testing.assert_close(losses["reconstruction"], whole)
     torch.testing.assert_close(losses["ends"], ends)
@@ -39,7 +44,7 @@ def test_a_step_is_adams(tiny: Experiment):
     """Adam's first step moves every weight by lr against the sign of its gradient (Kingma & Ba 2015, section 2.1)."""
     experiment = override(tiny, {"optim.lr": 1e-3})
     learner, before = learners.build(experiment, CPU), learners.build(experiment, CPU)
-    learner.update(CLIPS, POSITIONS)
+    learner.update(CLIPS, TIMES, POSITIONS)
     for new, old in zip(learner.networks["cvae"].parameters(), before.networks["cvae"].parameters(), strict=True):
         steady = new.grad.abs() > 1e-3  # where epsilon does not count
         expected = (old - 1e-3 * new.grad.sign())[steady]
@@ -50,13 +55,13 @@ def test_a_step_is_adams(tiny: Experiment):
 def test_steps_make_the_loss_smaller(tiny: Experiment):
     plain = CLIPS[:, :1, :1, :1].expand_as(CLIPS).contiguous()  # one colour each: noise cannot be learned
     learner = learners.build(override(tiny, {"optim.lr": 1e-2}), CPU)
-    losses = [float(learner.update(plain, POSITIONS)["loss"]) for _ in range(60)]
+    losses = [float(learner.update(plain, TIMES, POSITIONS)["loss"]) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
 
 
 def test_making_clips_needs_only_the_ends_and_depends_on_the_noise(tiny: Experiment):
     learner = learners.build(tiny, CPU)
-    learner.update(CLIPS, POSITIONS)
+    learner.update(CLIPS, TIMES, POSITIONS)
     noise = noise_at(1, range(8), 3)
     made = learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise)
     assert made.shape == CLIPS.shape
@@ -79,39 +84,118 @@ def test_noise_depends_on_seed_and_key_only():
     assert noise_at(0, range(2000), 8).std().item() == pytest.approx(1, abs=0.03)
 
 
-def _worker(rank: int, workers: int, port: int, yaml: str, queue) -> None:
+def test_what_the_learner_cannot_do_is_refused(tiny: Experiment):
+    learner = learners.build(tiny, CPU)
+    with pytest.raises(ConfigError, match=r"frames: cvae makes clips of clip\.frames=6 \(value 7\)"):
+        learner.generate(CLIPS[:, 0], CLIPS[:, -1], torch.zeros(8, 3), frames=7)
+    with pytest.raises(ConfigError, match=r"data\.intervals\.frames: cvae .*6 \(value 4\)"):
+        learners.build(override(tiny, {"data.intervals.frames": 4}), CPU)
+    with pytest.raises(ConfigError, match=r"train\.batch: .*cluster\.workers=2 \(value 2\)"):
+        learners.build(override(tiny, {"train.batch": 2, "cluster.workers": 2}), CPU)
+    learners.build(override(tiny, {"train.batch": 1, "model.batch_norm": False}), CPU)
+
+
+def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine():
+    constant, cosine = OptimConfig(warmup_steps=4), OptimConfig(warmup_steps=4, schedule="cosine")
+    assert [rate_at(step, 20, constant) for step in (0, 1, 2, 3, 4, 19)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [rate_at(step, 20, cosine) for step in range(4)] == [0.25, 0.5, 0.75, 1]
+    assert rate_at(4, 20, cosine) == 1
+    assert rate_at(8, 20, cosine) == pytest.approx(0.5 + 0.5 * math.sqrt(0.5))  # a quarter of the way
+    assert rate_at(12, 20, cosine) == pytest.approx(0.5)
+    assert rate_at(20, 20, cosine) == rate_at(99, 20, cosine) == pytest.approx(0)
+    assert rate_at(0, 1, OptimConfig()) == 1
+
+
+def descent_of(network: nn.Module, **optim) -> Descent:
+    return Descent(network, OptimConfig(**optim), steps=20, parallel=lambda given: given)
+
+
+def test_each_step_takes_the_rate_of_its_place():
+    """Adam's first step is the learning rate, against the sign of the gradient."""
+    for step, rate in [(0, 0.25), (1, 0.5), (7, 1)]:
+        layer = nn.Linear(3, 1, bias=False)
+        before = layer.weight.detach().clone()
+        descent_of(layer, lr=1e-2, warmup_steps=4)(layer.weight.sum(), step)
+        torch.testing.assert_close(before - layer.weight.detach(), torch.full((1, 3), rate * 1e-2))
+
+
+def test_the_average_is_that_of_a_plain_loop():
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    descent, seen = descent_of(network, lr=0.1, ema=0.5), []
+    for step in range(9):
+        descent(network(torch.randn(4, 3)).square().sum(), step)
+        seen.append(copy.deepcopy(network.state_dict()))
+    expected = seen[0]
+    for count, state in enumerate(seen[1:], start=1):
+        kept = min(0.5, (1 + count) / (10 + count))
+        for name, value in state.items():
+            expected[name] = kept * expected[name] + (1 - kept) * value if value.is_floating_point() else value
+    for name, value in descent.trained.state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert not torch.allclose(network[0].weight, expected["0.weight"])
+    assert set(descent.networks("net")) == {"net", "net_average"}
+    assert descent_of(network).trained is network
+
+
+def test_weight_decay_is_decoupled():
+    """AdamW (Loshchilov & Hutter 2019, algorithm 2): without a gradient a weight shrinks by lr * decay."""
+    layer = nn.Linear(3, 1)
+    before = layer.weight.detach().clone()
+    descent_of(layer, lr=0.1, weight_decay=0.2)(0 * layer.weight.sum() + 0 * layer.bias.sum(), 0)
+    torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.2))
+
+
+def test_the_gradient_is_cut_to_its_norm_and_keeps_its_direction():
+    layer = nn.Linear(2, 1, bias=False)
+    for norm, expected in [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])]:
+        descent_of(layer, clip_norm=norm)((layer.weight * torch.tensor([[3.0, 4.0]])).sum(), 0)
+        torch.testing.assert_close(layer.weight.grad, torch.tensor([expected]), rtol=1e-5, atol=0)
+
+
+def _worker(rank: int, workers: int, port: int, yamls: list[str], queue) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     torch.set_num_threads(1)
-    learner = learners.build(from_yaml(yaml), CPU, nn.parallel.DistributedDataParallel)
     share = slice(rank * 8 // workers, (rank + 1) * 8 // workers)
-    for _ in range(3):
-        learner.update(CLIPS[share], POSITIONS[share])
-    weights = nn.utils.parameters_to_vector(learner.networks["cvae"].parameters()).detach()
-    queue.put((rank, weights.numpy()))
+    weights = [trained(yaml, share, nn.parallel.DistributedDataParallel).numpy() for yaml in yamls]
+    queue.put((rank, weights))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def _train(workers: int, yaml: str) -> list[torch.Tensor]:
+def trained(yaml: str, share: slice = slice(8), parallel=lambda network: network, updates: int = 3) -> torch.Tensor:
+    """The weights of all the learner's networks after some updates, one after the other."""
+    learner = learners.build(from_yaml(yaml), CPU, parallel)
+    for _ in range(updates):
+        learner.update(CLIPS[share], TIMES[share], POSITIONS[share])
+    networks = learner.networks.values()
+    return torch.cat([nn.utils.parameters_to_vector(network.parameters()) for network in networks]).detach()
+
+
+def trained_by_two(yamls: list[str]) -> list[list[torch.Tensor]]:
+    """For each of two workers with half the clips each, what `trained` returns for each experiment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    processes = [context.Process(target=_worker, args=(rank, workers, port, yaml, queue)) for rank in range(workers)]
+    processes = [context.Process(target=_worker, args=(rank, 2, port, yamls, queue)) for rank in range(2)]
     for process in processes:
         process.start()
     weights = dict(queue.get() for _ in processes)
     for process in processes:
         process.join()
-    return [torch.from_numpy(weights[rank]) for rank in range(workers)]
+    return [[torch.from_numpy(one) for one in weights[rank]] for rank in range(2)]
 
 
-def test_two_workers_equal_one_with_twice_the_batch(tiny: Experiment):
-    # Batch norm looks at one worker's clips only, so it is off here.
-    yaml = to_yaml(override(tiny, {"model.batch_norm": False, "optim.lr": 1e-3}))
-    (one,), two = _train(1, yaml), _train(2, yaml)
-    assert torch.equal(two[0], two[1])
-    torch.testing.assert_close(two[0], one, rtol=0, atol=2e-6)
-    start = nn.utils.parameters_to_vector(learners.build(from_yaml(yaml), CPU).networks["cvae"].parameters())
-    assert float((one - start).detach().abs().max()) > 1e-3
+def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experiment):
+    cgan = override(Experiment(), CGAN | {"model.batch_norm": False})
+    # Batch norm looks at one worker's clips only, so it is off where they are to equal one.
+    plain = [to_yaml(override(each, {"model.batch_norm": False, "optim.lr": 1e-3})) for each in (tiny, cgan)]
+    normalised = to_yaml(override(cgan, {"model.batch_norm": True, "optim.ema": 0.5}))
+    first, second = trained_by_two([*plain, normalised])
+    for one, other in zip(first, second, strict=True):
+        assert torch.equal(one, other)
+    for yaml, one in zip(plain, first, strict=False):
+        torch.testing.assert_close(trained(yaml), one, rtol=0, atol=2e-6)
+        assert float((one - trained(yaml, updates=0)).abs().max()) > 1e-3

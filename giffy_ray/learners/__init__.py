@@ -8,9 +8,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from giffy_ray.config import Experiment
+from giffy_ray.config import CGANConfig, ConfigError, Encoders, Experiment
 from giffy_ray.learners.between import BetweenLearner
 from giffy_ray.learners.cvae import CVAELearner
+from giffy_ray.learners.gan import GANLearner
 from giffy_ray.shapes import Clips, Images, Noise, Positions, Times
 
 
@@ -40,10 +41,22 @@ def build(
     """The learner of `experiment.model.kind`, with weights drawn from `experiment.train.seed`.
 
     `parallel` wraps every network that is trained, with DistributedDataParallel where there are several workers;
-    `steps` is how many the whole training has, which the learning rate may depend on.
+    `steps` is how many the whole training has, which the learning rate may depend on. Raises ConfigError.
     """
+    _refuse_single_clips(experiment)
     match experiment.model.kind:
         case "cvae" | "advanced_cvae":
             return CVAELearner(experiment, device, parallel, steps)
+        case "cgan" | "two_stream" | "direct_3d":
+            return GANLearner(experiment, device, parallel, steps)
         case "between":
             return BetweenLearner(experiment, device, parallel, steps)
+
+
+def _refuse_single_clips(experiment: Experiment) -> None:
+    """Batch norm cannot normalise one clip by itself, which torch would only say at the first step."""
+    model, batch, workers = experiment.model, experiment.train.batch, experiment.cluster.workers
+    if isinstance(model, Encoders | CGANConfig) and model.batch_norm and batch < 2 * workers:
+        raise ConfigError(
+            f"train.batch: model.batch_norm needs two clips on each of cluster.workers={workers} (value {batch})"
+        )

@@ -8,12 +8,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from giffy_ray import losses
+from giffy_ray import losses, models
 from giffy_ray.config import BetweenConfig, Experiment
+from giffy_ray.learners.adversary import Adversary
 from giffy_ray.learners.descent import Descent
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.models.between import Between
-from giffy_ray.shapes import Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+from giffy_ray.models.pair_discriminator import AUGMENT_DRAWS, augmented
+from giffy_ray.shapes import ClipFloats, Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+
+_AUGMENT = 1  # added to the seed where draws are for the discriminator's augmentation
 
 
 class BetweenLearner:
@@ -24,10 +28,15 @@ class BetweenLearner:
         self.model = cast(BetweenConfig, experiment.model)
         torch.manual_seed(experiment.train.seed)
         network = Between(self.model, experiment.clip).to(device)
-        self.latent = network.latent
+        self.latent = self.model.latent
         self.descent = Descent(network, experiment.optim, steps, parallel)
         self.networks = self.descent.networks("between")
         self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.descent.optimizer}
+        if self.model.adversarial_weight:
+            judges = models.discriminators(self.model, experiment.clip)
+            self.adversary = Adversary(judges, experiment.optim, steps, parallel, "hinge")
+            self.networks |= self.adversary.networks
+            self.optimizers |= self.adversary.optimizers
 
     def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
         """One step on the mean over `clips` of the squared error relative to linear interpolation's, and KL(q || p).
@@ -45,8 +54,13 @@ class BetweenLearner:
         relative = losses.relative_error(made, real, times, model.error_floor)
         kl = losses.free_nats(losses.gaussian_kl_between(*distributions)[sampled], model.free_nats)
         loss = relative.mean() + self._kl_weight(step) * kl
+        named = {"kl": kl, "relative_error": relative.mean()}
+        if model.adversarial_weight and step >= model.adversarial_from_step:
+            judged = self._judged(real, made, positions, step)
+            loss = loss + model.adversarial_weight * judged["g_loss"]
+            named |= judged
         self.descent(loss, step)
-        named = {"loss": loss, "kl": kl, "relative_error": relative.mean()}
+        named["loss"] = loss
         if sampled.any() and not sampled.all():
             named |= {"posterior_error": relative[sampled].mean(), "prior_error": relative[~sampled].mean()}
         return {name: value.detach() for name, value in named.items()}
@@ -59,6 +73,15 @@ class BetweenLearner:
         times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)
         made = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
         return to_pixels(made).cpu()
+
+    def _judged(self, real: ClipFloats, between: Tensor, positions: Positions, step: int) -> dict[str, Tensor]:
+        """One step of the discriminator, then what it makes of the frames. Both are shown the same changes of both."""
+        made = torch.cat([real[:, :, :1], between, real[:, :, -1:]], dim=2)
+        seed = self.experiment.train.seed + _AUGMENT
+        draws = torch.special.ndtr(noise_at(seed, positions.tolist(), AUGMENT_DRAWS, self.device))
+        real, made = augmented(real, draws), augmented(made, draws)
+        named = self.adversary.update(real, made, step)
+        return named | {"g_loss": self.adversary.persuade(made).mean()}
 
     def _kl_weight(self, step: int) -> float:
         warmup = self.model.kl_warmup_steps

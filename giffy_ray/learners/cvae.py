@@ -13,6 +13,7 @@ from giffy_ray.config import Encoders, Experiment
 from giffy_ray.learners.descent import Descent
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.models import refuse_other_lengths
+from giffy_ray.models.cvae import Autoencoder
 from giffy_ray.shapes import Clips, Images, Noise, Positions, Times, to_floats, to_pixels
 
 
@@ -23,6 +24,7 @@ class CVAELearner:
         self.experiment, self.device = experiment, device
         self.model = cast(Encoders, experiment.model)
         self.latent = self.model.latent
+        refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         network = models.build(experiment.model, experiment.clip).to(device)
         self.descent = Descent(network, experiment.optim, steps, parallel)
@@ -52,6 +54,6 @@ class CVAELearner:
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
         """Makes clips from their two ends; `noise` stands for the latent (zeros: the middle of the prior)."""
         refuse_other_lengths(self.experiment, frames)
-        network = self.descent.trained.eval()
+        network = cast(Autoencoder, self.descent.trained.eval())
         first, last = (to_floats(image.to(self.device)) for image in (start, end))
         return to_pixels(network.generate(first, last, noise.to(self.device))).cpu()

@@ -13,8 +13,8 @@ A frame at time t, from 0 at the start to 1 at the end, is
 
 the blend of Super SloMo (Jiang et al. 2018, arXiv 1712.00080), with the two features of the end images warped at every
 scale as in IFRNet (Kong et al. 2022, arXiv 2205.14620). All heads start from zero, so an untrained network *is* linear
-interpolation, and both end frames are exact whatever the weights. The latent is a map at 1/8 of the size, with a prior
-that is learned (SVG-LP, Denton & Fergus 2018, arXiv 1802.07687).
+interpolation, and both end frames are exact whatever the weights. The prior is learned (SVG-LP, Denton & Fergus 2018,
+arXiv 1802.07687). The latent has few values: of many independent ones, hardly any sample is right in most.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ _FLOWS, _BLEND = 4, 4  # channels: two flows of (x, y); visibility and a residua
 _SLOPE = 0.2
 _MOST_FAVOUR = 8.0  # of visibility
 _LOG_STD = -6.0, 3.0
+_FIRST_LOG_STD = -2.0  # where training starts: what the first samples say is not drowned in noise
+_POOLED = 4  # places along height and along width that the latent is drawn from
 
 
 class Between(nn.Module):
@@ -42,17 +44,11 @@ class Between(nn.Module):
         for name, size in (("height", clip.height), ("width", clip.width)):
             if size % _COARSEST:
                 raise ConfigError(f"clip.{name}: between needs a multiple of {_COARSEST} (value {size})")
-        self.map_shape = (model.latent_channels, clip.height // _COARSEST, clip.width // _COARSEST)
         self.pyramid = Pyramid(model.widths)
         self.context = Context(model)
-        self.prior = _gaussian_head(model.widths[-1], model.latent_channels)
+        self.prior = Gaussian(model.widths[-1], model)
         self.posterior = Posterior(model)
         self.synthesis = Synthesis(model)
-
-    @property
-    def latent(self) -> int:
-        channels, height, width = self.map_shape
-        return channels * height * width
 
     def forward(self, clip: ClipFloats, times: Times, noise: Noise, sampled: Tensor):
         """Makes the frames between of `clip` again: `sampled`, bool [batch], says from q's sample or the prior's mean.
@@ -62,8 +58,8 @@ class Between(nn.Module):
         """
         start, end = clip[:, :, 0], clip[:, :, -1]
         features, context = self._seen(start, end)
-        prior_mean, prior_std = self._distribution(self.prior(context))
-        mean, std = self._distribution(self.posterior(clip, times, context))
+        prior_mean, prior_std = self.prior(context)
+        mean, std = self.posterior(clip, times, context)
         latent = torch.where(sampled[:, None], mean + std * noise, prior_mean)
         made = self._frames(start, end, features, context, latent, times[:, 1:-1])
         return made, mean, std, prior_mean, prior_std
@@ -71,7 +67,7 @@ class Between(nn.Module):
     def generate(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
         """Frames at `times`; noise 0 is the prior's mean."""
         features, context = self._seen(start, end)
-        mean, std = self._distribution(self.prior(context))
+        mean, std = self.prior(context)
         return self._frames(start, end, features, context, mean + std * noise, times)
 
     def _seen(self, start: ImageFloats, end: ImageFloats) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
@@ -79,16 +75,13 @@ class Between(nn.Module):
         features = [tuple(level.chunk(2)) for level in both]
         return features, self.context(*features[-1])  # type: ignore[arg-type, return-value]
 
-    def _distribution(self, parameters: Tensor) -> tuple[Tensor, Tensor]:
-        mean, log_std = parameters.flatten(1).chunk(2, dim=1)
-        return mean, log_std.clamp(*_LOG_STD).exp()
-
     def _frames(self, start, end, features, context: Tensor, latent: Tensor, times: Times) -> ClipFloats:
         """Each pair is seen once, and made at each of its times: the batch of the synthesis is pairs x times."""
         pairs, count = times.shape
         again = torch.arange(pairs, device=times.device).repeat_interleave(count)
         time = times.reshape(-1, 1, 1, 1)
-        coarse = torch.cat([context, latent.view(pairs, *self.map_shape)], dim=1)[again]
+        everywhere = latent[:, :, None, None].expand(-1, -1, *context.shape[2:])
+        coarse = torch.cat([context, everywhere], dim=1)[again]
         finer = [(of_start[again], of_end[again]) for of_start, of_end in reversed(features[:-1])]
         frames = blend(start[again], end[again], time, *self.synthesis(coarse, finer, time))
         return frames.view(pairs, count, *frames.shape[1:]).transpose(1, 2)
@@ -126,17 +119,33 @@ class Context(nn.Module):
         return self.layers(torch.cat([start, end, matches(start, end), matches(end, start)], dim=1))
 
 
+class Gaussian(nn.Module):
+    """Features [batch, width, h, w] -> mean and standard deviation of the latent, [batch, latent] each."""
+
+    def __init__(self, width: int, model: BetweenConfig):
+        super().__init__()
+        self.hidden = nn.Sequential(
+            nn.AdaptiveAvgPool2d(_POOLED), nn.Flatten(), nn.Linear(width * _POOLED**2, width), nn.LeakyReLU(_SLOPE)
+        )
+        self.mean, self.log_std = nn.Linear(width, model.latent), nn.Linear(width, model.latent)
+        nn.init.constant_(self.log_std.bias, _FIRST_LOG_STD)
+
+    def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
+        hidden = self.hidden(features)
+        return self.mean(hidden), self.log_std(hidden).clamp(*_LOG_STD).exp()
+
+
 class Posterior(nn.Module):
-    """What the prior does not know: all frames' differences from linear interpolation, seen through the context."""
+    """q: all frames' differences from linear interpolation, seen through the context."""
 
     def __init__(self, model: BetweenConfig):
         super().__init__()
         width = model.widths[-1]
         self.frames = Pyramid(model.widths)
         self.timed = _conv(width + 1, width)
-        self.head = nn.Sequential(_conv(2 * width, width), _gaussian_head(width, model.latent_channels))
+        self.gaussian = Gaussian(2 * width, model)
 
-    def forward(self, clip: ClipFloats, times: Times, context: Tensor) -> Tensor:
+    def forward(self, clip: ClipFloats, times: Times, context: Tensor) -> tuple[Tensor, Tensor]:
         time = times[:, None, 1:-1, None, None]
         between = clip[:, :, 1:-1] - clip[:, :, :1] * (1 - time) - clip[:, :, -1:] * time
         count = between.shape[2]
@@ -144,7 +153,7 @@ class Posterior(nn.Module):
         planes = times[:, 1:-1].reshape(-1, 1, 1, 1).expand(-1, 1, *features.shape[2:])
         features = self.timed(torch.cat([features, planes], dim=1))
         mean = features.view(-1, count, *features.shape[1:]).mean(1)
-        return self.head(torch.cat([mean, context], dim=1))
+        return self.gaussian(torch.cat([mean, context], dim=1))
 
 
 class Synthesis(nn.Module):
@@ -155,7 +164,7 @@ class Synthesis(nn.Module):
         fine, middle, coarse = model.widths
         self.levels = nn.ModuleList(
             [
-                Refine(coarse + model.latent_channels + 1, coarse, middle, _FLOWS),
+                Refine(coarse + model.latent + 1, coarse, middle, _FLOWS),
                 Refine(3 * middle + _FLOWS + 1, middle, fine, _FLOWS),
                 Refine(3 * fine + _FLOWS + 1, fine, 0, _FLOWS + _BLEND),
             ]
@@ -238,11 +247,6 @@ def matches(picture: Tensor, other: Tensor) -> Tensor:
 
 def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(_SLOPE))
-
-
-def _gaussian_head(width: int, channels: int) -> nn.Conv2d:
-    """Features -> mean and logarithm of the standard deviation of a map: N(0, 1) before training."""
-    return _zero(nn.Conv2d(width, 2 * channels, 3, padding=1))
 
 
 def _zero(convolution: nn.Conv2d) -> nn.Conv2d:

@@ -10,6 +10,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from torch import Tensor, nn
+from torch.nn import functional
+
+from giffy_ray.config import ClipConfig, ConfigError
 
 Triple = tuple[int, int, int]  # time, height, width
 Convolution = TypeVar("Convolution", nn.Conv2d, nn.Conv3d)
@@ -33,12 +36,14 @@ class SameConvTranspose3d(nn.ConvTranspose3d):
     """TensorFlow's SAME transposed convolution: every axis comes out exactly `stride` times as long.
 
     TensorFlow cuts `kernel - stride` off the full result, the smaller half in front; PyTorch's `padding` cuts the
-    same from both sides, so the odd one is cut here.
+    same from both sides, so the odd one is cut here. Where the stride is the longer, nothing but the bias reaches the
+    places behind each kernel.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple):
-        time, height, width = ((k - s) // 2 for k, s in zip(kernel, stride, strict=True))
-        super().__init__(inputs, outputs, kernel, stride, padding=(time, height, width))
+        cut = [max(k - s, 0) // 2 for k, s in zip(kernel, stride, strict=True)]
+        behind = [max(s - k, 0) for k, s in zip(kernel, stride, strict=True)]
+        super().__init__(inputs, outputs, kernel, stride, (cut[0], cut[1], cut[2]), (behind[0], behind[1], behind[2]))
         nn.init.normal_(self.weight, std=_INIT_STD)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
@@ -60,6 +65,33 @@ def normalised(
 ) -> nn.Sequential:
     """layer -> batch norm (where there is one) -> activation."""
     return nn.Sequential(layer, *([norm(width)] if norm else []), activation)
+
+
+class _ByBatch(nn.modules.batchnorm._BatchNorm):
+    """Batch norm by the statistics of the batch at hand, when clips are made too.
+
+    One item has no statistics to speak of (TensorFlow would turn it into zeros): it takes the running ones.
+    """
+
+    def forward(self, features: Tensor) -> Tensor:
+        if self.training or len(features) == 1:
+            return super().forward(features)
+        return functional.batch_norm(features, None, None, self.weight, self.bias, training=True, eps=self.eps)
+
+
+class ByBatchNorm1d(_ByBatch, nn.BatchNorm1d):
+    pass
+
+
+class ByBatchNorm2d(_ByBatch, nn.BatchNorm2d):
+    pass
+
+
+def require_multiples(clip: ClipConfig, kind: str, **multiples: int) -> None:
+    """Raises ConfigError for a `clip` whose frames, height or width is not the multiple that its layers can make."""
+    for name, multiple in multiples.items():
+        if getattr(clip, name) % multiple:
+            raise ConfigError(f"clip.{name}: {kind} needs a multiple of {multiple} (value {getattr(clip, name)})")
 
 
 def leaky_relu() -> nn.LeakyReLU:

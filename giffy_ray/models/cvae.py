@@ -11,33 +11,52 @@ layer have no batch norm.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from giffy_ray.config import ClipConfig, ConfigError, CVAEConfig
-from giffy_ray.models.blocks import SameConvTranspose3d, conv2d, conv3d, leaky_relu, linear, normalised
+from giffy_ray.config import CGANConfig, ClipConfig, CVAEConfig, Encoders
+from giffy_ray.models.blocks import (
+    ByBatchNorm1d,
+    ByBatchNorm2d,
+    SameConvTranspose3d,
+    conv2d,
+    conv3d,
+    leaky_relu,
+    linear,
+    normalised,
+    require_multiples,
+)
 from giffy_ray.shapes import ClipFloats, ImageFloats, Noise
 
-# Halvings of height and width in the video encoder; doublings of time in the generator are 3 and 2.
-_SPATIAL_MULTIPLE, _TIME_MULTIPLE = 16, 6
 _STD_FLOOR = 1e-6
 
 
 class ImageEncoder(nn.Module):
-    """ImageFloats -> [batch, image_code]."""
+    """ImageFloats -> [batch, image_code].
 
-    def __init__(self, model: CVAEConfig, clip: ClipConfig):
+    `by_batch`: normalised by the batch at hand when clips are made too, as the authors' always is. What is made of a
+    pair then depends on the pairs beside it; a single pair is normalised by the running statistics.
+    """
+
+    def __init__(
+        self, model: Encoders | CGANConfig, clip: ClipConfig, by_batch: bool = False, last_convolution: bool = True
+    ):
         super().__init__()
         first, second, third, fourth = model.image_widths
-        norm_2d, norm_1d = (nn.BatchNorm2d, nn.BatchNorm1d) if model.batch_norm else (None, None)
+        norm_2d, norm_1d = (ByBatchNorm2d, ByBatchNorm1d) if by_batch else (nn.BatchNorm2d, nn.BatchNorm1d)
+        if not model.batch_norm:
+            norm_2d, norm_1d = None, None
         self.features = nn.Sequential(
             normalised(conv2d(3, first, 4, 2), None, first, leaky_relu()),
             normalised(conv2d(first, second, 3, 1), norm_2d, second, leaky_relu()),
             normalised(conv2d(second, third, 4, 2), norm_2d, third, leaky_relu()),
-            normalised(conv2d(third, fourth, 3, 1), norm_2d, fourth, leaky_relu()),
         )
-        flat = fourth * (clip.height // 4) * (clip.width // 4)
+        if last_convolution:
+            self.features.append(normalised(conv2d(third, fourth, 3, 1), norm_2d, fourth, leaky_relu()))
+        flat = (fourth if last_convolution else third) * (clip.height // 4) * (clip.width // 4)
         self.hidden = normalised(linear(flat, model.image_hidden), norm_1d, model.image_hidden, leaky_relu())
         self.code = linear(model.image_hidden, model.image_code)
 
@@ -48,7 +67,7 @@ class ImageEncoder(nn.Module):
 class VideoEncoder(nn.Module):
     """ClipFloats and both image codes -> mean and standard deviation of q(latent), each [batch, latent]."""
 
-    def __init__(self, model: CVAEConfig, clip: ClipConfig):
+    def __init__(self, model: Encoders, clip: ClipConfig):
         super().__init__()
         norm_3d, norm_1d = (nn.BatchNorm3d, nn.BatchNorm1d) if model.batch_norm else (None, None)
         layers, inputs = [], 3
@@ -71,9 +90,9 @@ class VideoEncoder(nn.Module):
 
 
 class Generator(nn.Module):
-    """Latent and both image codes -> ClipFloats."""
+    """Latent and both image codes -> ClipFloats. `activation` is that of the deconvolutions."""
 
-    def __init__(self, model: CVAEConfig, clip: ClipConfig):
+    def __init__(self, model: CVAEConfig | CGANConfig, clip: ClipConfig, activation: Callable[[], nn.Module] = nn.ReLU):
         super().__init__()
         first, second, third, fourth, fifth = model.generator_widths
         norm_3d, norm_1d = (nn.BatchNorm3d, nn.BatchNorm1d) if model.batch_norm else (None, None)
@@ -83,7 +102,7 @@ class Generator(nn.Module):
 
         def up(inputs: int, outputs: int, kernel: tuple[int, int, int], stride: tuple[int, int, int]):
             layer = SameConvTranspose3d(inputs, outputs, kernel, stride)
-            return normalised(layer, norm_3d, outputs, nn.ReLU())
+            return normalised(layer, norm_3d, outputs, activation())
 
         self.layers = nn.Sequential(
             up(first, second, (1, 2, 2), (1, 1, 1)),
@@ -99,30 +118,46 @@ class Generator(nn.Module):
         return self.layers(seed.view(-1, *self.seed_shape))
 
 
-class CVAE(nn.Module):
-    """Training sees the clip (`forward`); making one needs only its two ends (`generate`)."""
+class Autoencoder(nn.Module):
+    """What both CVAEs have in common. Training sees the clip (`forward`); making one needs only its ends (`generate`).
 
-    def __init__(self, model: CVAEConfig, clip: ClipConfig):
+    A subclass has a `generator`, and says in `_made` what it is given.
+    """
+
+    generator: nn.Module
+
+    def __init__(self, model: Encoders, clip: ClipConfig):
         super().__init__()
-        for name, size, multiple in (
-            ("frames", clip.frames, _TIME_MULTIPLE),
-            ("height", clip.height, _SPATIAL_MULTIPLE),
-            ("width", clip.width, _SPATIAL_MULTIPLE),
-        ):
-            if size % multiple:
-                raise ConfigError(f"clip.{name}: the cvae needs a multiple of {multiple} (value {size})")
-        self.image_encoder = ImageEncoder(model, clip)
+        self.image_encoder = ImageEncoder(model, clip, model.image_batch_statistics)
         self.video_encoder = VideoEncoder(model, clip)
-        self.generator = Generator(model, clip)
 
     def forward(self, clip: ClipFloats, noise: Noise) -> tuple[ClipFloats, Tensor, Tensor]:
         """Encodes `clip`, samples its latent with `noise` and makes it again.
 
         Returns (made, mean, std): ClipFloats and the parameters of q(latent), [batch, latent] each.
         """
-        start_code, end_code = self.image_encoder(clip[:, :, 0]), self.image_encoder(clip[:, :, -1])
+        start, end = clip[:, :, 0], clip[:, :, -1]
+        start_code, end_code = self.image_encoder(start), self.image_encoder(end)
         mean, std = self.video_encoder(clip, start_code, end_code)
-        return self.generator(mean + std * noise, start_code, end_code), mean, std
+        return self._made(mean + std * noise, start_code, end_code, start, end), mean, std
 
     def generate(self, start: ImageFloats, end: ImageFloats, noise: Noise) -> ClipFloats:
-        return self.generator(noise, self.image_encoder(start), self.image_encoder(end))
+        return self._made(noise, self.image_encoder(start), self.image_encoder(end), start, end)
+
+    def _made(
+        self, latent: Noise, start_code: Tensor, end_code: Tensor, start: ImageFloats, end: ImageFloats
+    ) -> ClipFloats:
+        raise NotImplementedError
+
+
+class CVAE(Autoencoder):
+    def __init__(self, model: CVAEConfig, clip: ClipConfig):
+        # Time grows by 3 and 2 in the generator; height and width are halved four times in the video encoder.
+        require_multiples(clip, model.kind, frames=6, height=16, width=16)
+        super().__init__(model, clip)
+        self.generator = Generator(model, clip)
+
+    def _made(
+        self, latent: Noise, start_code: Tensor, end_code: Tensor, start: ImageFloats, end: ImageFloats
+    ) -> ClipFloats:
+        return self.generator(latent, start_code, end_code)

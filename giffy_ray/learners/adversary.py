@@ -1,0 +1,97 @@
+"""The discriminators of a learner: how they are trained, and what they make of the clips that the learner makes."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from giffy_ray import losses
+from giffy_ray.config import OptimConfig
+from giffy_ray.learners.descent import Descent
+from giffy_ray.shapes import ClipFloats, PerClip
+
+
+class Adversary:
+    """`discriminators`, each (real, made) -> logits of both, by the name that a checkpoint gives it.
+
+    They learn at `optim.discriminator_lr`, or `optim.lr` where it is none; no average of their weights is kept, for
+    they make no clips. `real_label` is that of the logistic loss.
+    """
+
+    def __init__(
+        self,
+        discriminators: Mapping[str, nn.Module],
+        optim: OptimConfig,
+        steps: int,
+        parallel: Callable[[nn.Module], nn.Module],
+        loss: Literal["logistic", "hinge"],
+        real_label: float = 1.0,
+    ):
+        self.loss, self.real_label = loss, real_label
+        unaveraged = dataclasses.replace(optim, ema=0.0)
+        self.descents = {
+            name: Descent(network, unaveraged, steps, parallel, lr=optim.discriminator_lr)
+            for name, network in discriminators.items()
+        }
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        return {name: descent.network for name, descent in self.descents.items()}
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        return {name: descent.optimizer for name, descent in self.descents.items()}
+
+    def update(self, real: ClipFloats, made: ClipFloats, step: int) -> dict[str, Tensor]:
+        """One step of each discriminator, from the mean over the clips; nothing flows back into `made`.
+
+        Returns d_loss, summed over the discriminators, and d_real and d_made, the mean of their logits before the step.
+        """
+        totals, logits = [], []
+        for descent in self.descents.values():
+            descent.network.train()
+            real_logits, made_logits = descent.parallel(real, made.detach())
+            loss = self._discriminator_loss(real_logits, made_logits).mean()
+            descent(loss, step)
+            totals.append(loss.detach())
+            logits.append(torch.stack([real_logits.detach().mean(), made_logits.detach().mean()]))
+        d_real, d_made = torch.stack(logits).mean(0)
+        return {"d_loss": torch.stack(totals).sum(), "d_real": d_real, "d_made": d_made}
+
+    def persuade(self, made: ClipFloats) -> PerClip:
+        """What each made clip costs the generator: its adversarial loss, summed over the discriminators.
+
+        The gradient flows through the discriminators into `made`, not into their weights, and workers say nothing to
+        each other. A discriminator is called with `made` in place of the real clips too, which no gradient flows
+        through. It is in train mode, so batch norm takes the statistics of `made`, and its running statistics move
+        towards them twice: nothing reads those of a discriminator.
+        """
+        costs = []
+        for network in self.networks.values():
+            network.train()
+            with _weights_held(network):
+                _, logits = network(made.detach(), made)
+            costs.append(
+                losses.logistic_generator(logits) if self.loss == "logistic" else losses.hinge_generator(logits)
+            )
+        return torch.stack(costs).sum(0)
+
+    def _discriminator_loss(self, real_logits: PerClip, made_logits: PerClip) -> PerClip:
+        if self.loss == "logistic":
+            return losses.logistic_discriminator(real_logits, made_logits, self.real_label)
+        return losses.hinge_discriminator(real_logits, made_logits)
+
+
+@contextmanager
+def _weights_held(network: nn.Module) -> Iterator[None]:
+    """Inside, the network's weights are constants to autograd."""
+    network.requires_grad_(False)
+    try:
+        yield
+    finally:
+        network.requires_grad_(True)

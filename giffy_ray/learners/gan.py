@@ -1,0 +1,75 @@
+"""One step of a conditional GAN: equation 2 of the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from giffy_ray import losses, models
+from giffy_ray.config import CGANConfig, Direct3DConfig, Experiment, TwoStreamConfig
+from giffy_ray.learners.adversary import Adversary
+from giffy_ray.learners.descent import Descent
+from giffy_ray.learners.noise import noise_at
+from giffy_ray.models import refuse_other_lengths
+from giffy_ray.shapes import Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+
+
+class GANLearner:
+    def __init__(
+        self, experiment: Experiment, device: torch.device, parallel: Callable[[nn.Module], nn.Module], steps: int
+    ):
+        self.experiment, self.device = experiment, device
+        self.model = cast(CGANConfig | TwoStreamConfig | Direct3DConfig, experiment.model)
+        self.latent = self.model.latent
+        refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
+        torch.manual_seed(experiment.train.seed)
+        generator = models.build(experiment.model, experiment.clip).to(device)
+        judges = {
+            name: network.to(device)
+            for name, network in models.discriminators(experiment.model, experiment.clip).items()
+        }
+        self.descent = Descent(generator, experiment.optim, steps, parallel)
+        self.adversary = Adversary(
+            judges, experiment.optim, steps, parallel, self.model.adversarial_loss, self.model.real_label
+        )
+        self.networks = self.descent.networks("generator") | self.adversary.networks
+        self.optimizers = {"generator": self.descent.optimizer} | self.adversary.optimizers
+
+    def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
+        """`discriminator_updates` steps of the discriminators, then one of the generator, all on the same clips.
+
+        Each clip's position seeds its noise, which is the same for all of these steps, as in the authors' code. So the
+        generator, which does not change meanwhile, makes its clips once for all of them.
+        """
+        step = int(positions[0]) // self.experiment.train.batch
+        self.descent.network.train()
+        real = to_floats(clips.to(self.device, non_blocking=True))
+        noise = noise_at(self.experiment.train.seed, positions.tolist(), self.latent, self.device)
+
+        made, penalty = self.descent.parallel(real[:, :, 0], real[:, :, -1], noise)
+        judged = {}
+        for _ in range(self.model.discriminator_updates):
+            judged = self.adversary.update(real, made, step)
+
+        frame_error = losses.squared_error if self.model.frame_loss == "squared" else losses.absolute_error
+        frame_loss = frame_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
+        g_loss = self.adversary.persuade(made).mean()
+        loss = g_loss + self.model.frame_weight * frame_loss + penalty.mean()
+        named = {"g_loss": g_loss, "frame_loss": frame_loss}
+        if isinstance(self.model, Direct3DConfig):
+            named["reconstruction"] = (made - real).abs().mean()
+            loss = loss + self.model.reconstruction_weight * named["reconstruction"]
+        self.descent(loss, step)
+        return judged | {name: value.detach() for name, value in named.items()}
+
+    @torch.no_grad()
+    def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
+        """Makes clips from their two ends and `noise`, which the generator takes as it is."""
+        refuse_other_lengths(self.experiment, frames)
+        network = self.descent.trained.eval()
+        first, last = (to_floats(image.to(self.device)) for image in (start, end))
+        made, _ = network(first, last, noise.to(self.device))
+        return to_pixels(made).cpu()

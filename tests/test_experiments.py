@@ -1,0 +1,53 @@
+"""Every file of jobs/experiments, with widths and sizes cut down, trains and beats its own starting point."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from giffy_ray import learners
+from giffy_ray.config import load, override
+from tests.test_models import ADVANCED, CGAN
+
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "jobs" / "experiments").glob("*.yaml"))
+STEPS, BATCH = 20, 4
+SMALL = {"clip.frames": 6, "clip.height": 16, "clip.width": 16}
+CVAE = {name: value for name, value in ADVANCED.items() if name.startswith("model.") and name != "model.kind"}
+TINY = {
+    "cvae": CVAE | SMALL,
+    "advanced_cvae": CVAE | {"clip.frames": 10, "clip.height": 32, "clip.width": 32},
+    "cgan": CGAN,
+    "between": {"model.widths": (4, 6, 8), "model.latent": 2, "model.discriminator_widths": (2, 2, 2)} | SMALL,
+}
+# What each kind is to bring down: how far what it makes is from what it is to reproduce.
+DISTANCE = {"cvae": "reconstruction", "advanced_cvae": "reconstruction", "between": "relative_error"}
+
+
+def moving_squares(frames: int, height: int, width: int) -> torch.Tensor:
+    """uint8 [BATCH, frames, height, width, 3]: a bright square that moves sideways, on a ground of its own colour."""
+    clips = torch.zeros(BATCH, frames, height, width, 3, dtype=torch.uint8)
+    for place in range(BATCH):
+        clips[place] = torch.tensor([20, 40, 30]) * (place + 1)
+        for frame in range(frames):
+            left = frame * (width // 2) // (frames - 1)
+            clips[place, frame, height // 4 : height // 2, left : left + width // 4] = 230
+    return clips
+
+
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+def test_it_beats_its_own_starting_point(path: Path):
+    kind = load(path).model.kind
+    rates = {"optim.lr": 3e-3, "optim.discriminator_lr": 1e-4, "optim.warmup_steps": 0}
+    changes = rates | {"train.batch": BATCH, "cluster.workers": 1}
+    experiment = override(load(path), TINY[kind] | changes)
+    learner = learners.build(experiment, torch.device("cpu"), steps=STEPS)
+    clip = experiment.clip
+    clips = moving_squares(clip.frames, clip.height, clip.width)
+    times = torch.linspace(0, 1, clip.frames).expand(BATCH, -1)
+    # The same positions, so the same noise: what is left is what was learned.
+    losses = [learner.update(clips, times, torch.arange(BATCH)) for _ in range(STEPS)]
+    distances = [float(named[DISTANCE.get(kind, "frame_loss")]) for named in losses]
+    assert distances[-1] < 0.95 * distances[0]
+    assert all(torch.isfinite(value) for named in losses for value in named.values())
+    made = learner.generate(clips[:, 0], clips[:, -1], torch.zeros(BATCH, learner.latent))
+    assert made.shape == clips.shape
