@@ -1,12 +1,18 @@
-"""How far a made clip is from the real one: pure functions on uint8 clips, one value per clip.
+"""How far a made clip is from the real one: pure functions. What each is for, and where it misleads: docs/metrics.md.
 
-All take Clips `made` and `real`, uint8 [batch, time, height, width, 3], and return float64 [batch]. PSNR and SSIM
-look at the frames between only: the two given frames would flatter every method.
+Per clip: Clips `made` and `real`, uint8 [batch, time, height, width, 3], to float64 [batch]. Most look at the frames
+between only: the two given frames would flatter every method. Over many clips: `skill`, `diversity` and `interval`.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable, Sequence
+
+import numpy as np
 import torch
+from jaxtyping import Float, UInt8
+from torch import Tensor
 
 from giffy_ray.shapes import Clips, PerClip, to_floats
 
@@ -36,12 +42,116 @@ def ssim(made: Clips, real: Clips) -> PerClip:
     batch, time = made.shape[0], made.shape[1] - 2
     ours, theirs = (to_floats(clips[:, 1:-1].flatten(0, 1)) for clips in (made, real))
     each = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-    assert isinstance(each, torch.Tensor)
+    assert isinstance(each, Tensor)
     return each.view(batch, time).mean(1).double()
+
+
+def squared_error(made: Clips, real: Clips) -> PerClip:
+    """Sum of squared differences over the frames between, pixels 0..255: what `skill` adds up."""
+    return _differences(made[:, 1:-1], real[:, 1:-1]).square().sum(1)
+
+
+def ends_error(made: Clips, real: Clips) -> PerClip:
+    """Root mean squared difference of the first and the last frame, 0..255: 0 where the two given images are kept."""
+    return _rms(_differences(made[:, [0, -1]], real[:, [0, -1]]))
+
+
+def motion_error(made: Clips, real: Clips) -> PerClip:
+    """Root mean squared difference between the temporal differences of made and of real, 0..510.
+
+    A temporal difference is a frame less the one before it. 0 for a clip that is only brighter throughout.
+    """
+    return _rms(_steps(made, 1).sub_(_steps(real, 1)).flatten(1))
+
+
+def motion_ratio(made: Clips, real: Clips) -> PerClip:
+    """Mean absolute temporal difference of made over real's: 1 is as much change as was filmed, 0 a still.
+
+    Infinite where only the real clip stands still, NaN where both do.
+    """
+    return _steps(made, 1).abs_().flatten(1).mean(1) / _steps(real, 1).abs_().flatten(1).mean(1)
+
+
+def sharpness_ratio(made: Clips, real: Clips) -> PerClip:
+    """Mean absolute spatial gradient of the frames between, made over real: below 1 is blurred, above 1 is noisy.
+
+    The gradient is the difference of neighbours along height plus that along width. Infinite where only the real
+    frames are flat, NaN where both are.
+    """
+    return _steepness(made[:, 1:-1]) / _steepness(real[:, 1:-1])
 
 
 METRICS = {"l2_report": l2_report, "psnr": psnr, "ssim": ssim}
 
 
-def _differences(made: Clips, real: Clips) -> torch.Tensor:
+def skill(made_sse: Tensor, linear_sse: Tensor) -> Tensor:
+    """1 - sum(made_sse) / sum(linear_sse), of `squared_error` [batch] each: a scalar.
+
+    0 is linear interpolation, 1 is perfect, below 0 is worse than linear. The mean squared error skill score (Murphy
+    1988, Monthly Weather Review 116) with linear interpolation as its reference. NaN where both are sums of nothing.
+    """
+    return 1 - made_sse.sum() / linear_sse.sum()
+
+
+def diversity(samples: UInt8[Tensor, "*clips sample time height width 3"]) -> Float[Tensor, "*clips"]:
+    """Mean over pairs of samples of one clip of the root mean squared difference of their frames between, 0..255.
+
+    Any axes before `sample` are kept: float64 [*clips]. Raises ValueError for fewer than two samples.
+    """
+    count = samples.shape[-5]
+    if count < 2:
+        raise ValueError(f"samples: diversity needs at least 2 of a clip (value {count})")
+    values = samples[..., 1:-1, :, :, :].flatten(-4).double()
+    # Not by inner products, which lose half of the digits.
+    distances = torch.cdist(values, values, compute_mode="donot_use_mm_for_euclid_dist")
+    return distances.sum((-1, -2)) / (count * (count - 1)) / values.shape[-1] ** 0.5
+
+
+def interval(
+    statistic: Callable[..., Tensor],
+    sources: Sequence[str],
+    *values: PerClip,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of `statistic(*values)`, by source video: (low, high).
+
+    `sources` names the video of each clip, `values` are [batch] each and are resampled together:
+    `interval(torch.mean, sources, psnrs)`, `interval(skill, sources, made_sse, linear_sse)`. As many videos as there
+    are get drawn with replacement, each with all its clips (cluster bootstrap; Davison & Hinkley 1997, section 3.8),
+    as clips of a video are no independent evidence. Both are NaN for clips of one video, which say nothing of others.
+    Raises ValueError where the lengths differ or are 0.
+    """
+    if {len(each) for each in values} != {len(sources)} or not sources:
+        raise ValueError(f"interval: {len(sources)} sources for values of {[len(each) for each in values]} clips")
+    clips_of: dict[str, list[int]] = {}
+    for clip, source in enumerate(sources):
+        clips_of.setdefault(source, []).append(clip)
+    if len(clips_of) == 1:
+        return math.nan, math.nan
+    groups = [np.array(clips) for clips in clips_of.values()]
+    random = np.random.default_rng(seed)
+    drawn = np.empty(resamples)
+    for resample in range(resamples):
+        chosen = np.concatenate([groups[group] for group in random.integers(len(groups), size=len(groups))])
+        drawn[resample] = statistic(*(each[chosen] for each in values))
+    low, high = np.quantile(drawn, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return float(low), float(high)
+
+
+def _differences(made: Clips, real: Clips) -> Tensor:
     return (made.double() - real.double()).flatten(1)
+
+
+def _steps(clips: Clips, axis: int) -> Tensor:
+    """Every place less the one before it along `axis`, float64."""
+    return clips.double().diff(dim=axis)
+
+
+def _steepness(frames: Clips) -> PerClip:
+    return sum((_steps(frames, axis).abs_().flatten(1).mean(1) for axis in (2, 3)), start=torch.zeros(()))
+
+
+def _rms(differences: Tensor) -> PerClip:
+    return differences.square().mean(1).sqrt()

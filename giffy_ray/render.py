@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import io
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
@@ -16,7 +17,8 @@ PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (120, 124, 130)
 _TEXT_PX, _GAP_PX, _MARGIN_PX = 14, 3, 14
 _FONT_PX, _LINE_PX = 13, 18
 _COLUMNS = 8
-_SHOWN_PX = 128
+_SHOWN_PX, _SMALL_PX = 128, 64
+_BLOCK_PX = 960  # about as high as a screen: many rows are shown smaller, so that they can be compared
 _LAST_FRAME_S = 0.7  # the eye needs to see where it ends before it starts again
 
 
@@ -26,7 +28,7 @@ def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "
     `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays in a loop at `fps`.
     """
     clips, time, *size = next(iter(rows.values())).shape
-    height, width = _shown_size(*size[:2])
+    height, width = _shown_size(size[0], size[1], len(rows))
     left = _label_width(rows)
     canvas = (
         left + clips * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
@@ -55,7 +57,7 @@ def contact_sheet(
     and last frame. `header`: lines above it all. A label's second line is faint, as are all but the header's first.
     """
     time, *size = next(iter(samples[0][1].values())).shape
-    height, width = _shown_size(*size[:2])
+    height, width = _shown_size(size[0], size[1], max(len(clips) for _, clips in samples))
     moments = np.linspace(0, time - 1, _COLUMNS).round().astype(int)
     left, title_px = _label_width(label for _, clips in samples for label in clips), 2 * _TEXT_PX
     header_px = len(header) * _LINE_PX + _MARGIN_PX if header else 0
@@ -84,6 +86,26 @@ def contact_sheet(
     return out.getvalue()
 
 
+def sprite(clip: np.ndarray) -> bytes:
+    """All frames of a clip in one WebP picture, `sprite_columns` to a row, for pages that play several in step.
+
+    `clip`: uint8 [time, height, width, 3]. Compressed (quality 80): for looking at, not for measuring.
+    """
+    time, height, width, _ = clip.shape
+    across = sprite_columns(time)
+    down = -(-time // across)
+    padded = np.concatenate([clip, np.zeros((across * down - time, height, width, 3), np.uint8)])
+    picture = padded.reshape(down, across, height, width, 3).swapaxes(1, 2).reshape(down * height, across * width, 3)
+    out = io.BytesIO()
+    Image.fromarray(picture).save(out, "WEBP", quality=80, method=2)
+    return out.getvalue()
+
+
+def sprite_columns(time: int) -> int:
+    """As good as square: a WebP picture has at most 16,383 pixels in each direction."""
+    return math.ceil(math.sqrt(time))
+
+
 def _animated(frames: list[Image.Image], fps: float, kind: Literal["gif", "webp"]) -> bytes:
     frame_ms = round(1000 / fps)
     durations_ms = [frame_ms] * (len(frames) - 1) + [frame_ms + round(_LAST_FRAME_S * 1000)]
@@ -101,10 +123,12 @@ def _animated(frames: list[Image.Image], fps: float, kind: Literal["gif", "webp"
     return out.getvalue()
 
 
-def _shown_size(height: int, width: int) -> tuple[int, int]:
-    """Small clips are enlarged, by a whole number, to about _SHOWN_PX."""
-    scale = max(1, _SHOWN_PX // max(height, width))
-    return height * scale, width * scale
+def _shown_size(height: int, width: int, rows: int) -> tuple[int, int]:
+    """Small clips are enlarged to about _SHOWN_PX, by a whole number; less where there are many rows of them."""
+    larger = max(height, width)
+    few = rows * _SHOWN_PX <= _BLOCK_PX
+    scale = max(1, _SHOWN_PX // larger if few else max(_SMALL_PX, _BLOCK_PX // rows) / larger)
+    return round(height * scale), round(width * scale)
 
 
 def _enlarged(frame: np.ndarray, width: int, height: int) -> Image.Image:

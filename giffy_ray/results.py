@@ -1,46 +1,64 @@
-"""What is shown at the end of a job: the table, the CSV, the pictures; on the terminal, in the storage, in MLflow."""
+"""What is shown at the end of a job: tables, CSV, pictures, a page; on the terminal, in the storage, in MLflow."""
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
-import torch
+import pyarrow.parquet as pq
+from pyarrow import BufferReader
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from giffy_ray import checkpoints, render
 from giffy_ray.cluster import Share
-from giffy_ray.config import SPLITS, ConfigError, Experiment
+from giffy_ray.config import SPLITS, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
     ALL,
     BASELINE,
-    Method,
+    MEASURES,
+    REAL,
+    REPORT_NOTE,
+    REPORT_TABLE_2,
     Score,
     Summary,
+    baseline_methods,
     evaluate,
-    learner_method,
-    linear_method,
+    learner_methods,
     summarise,
     to_csv,
 )
 from giffy_ray.learners import Learner
-from giffy_ray.metrics import METRICS
+from giffy_ray.page import chosen_rows, page
 from giffy_ray.reports import line_of, relayed
-from giffy_ray.storage import join, read_bytes, write_bytes
-from giffy_ray.survey import survey
+from giffy_ray.storage import join, read_bytes, settle, write_bytes
+from giffy_ray.survey import measure, readable, sample, survey
 from giffy_ray.tracking import Tracker, open_run
 from giffy_ray.train import train
 from giffy_ray.tune import Study
 
 _SHOWN_CATEGORIES = 30
-_WIDTH = 100  # of the table; a job's log has no terminal to ask
+_WIDTH = 110  # of the tables; a job's log has no terminal to ask
+_METHOD_WIDTH = 34  # of the first column of the tables
+_COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
+_MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
+
+
+class Trained(NamedTuple):
+    """A learner that is shown, and what for."""
+
+    name: str
+    learner: Learner
+    experiment: Experiment
 
 
 def show_data_set(store: Store) -> None:
@@ -66,62 +84,104 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
 
     Everything goes to the training's own MLflow run, and to `parent`, the search that it belongs to.
     """
+    baseline_methods(experiment.evaluate.baselines, store.clip)  # what cannot be shown is told before the training
     clips = len(store.rows_of("training"))
     print(f"training {experiment.name}: {clips} clips, {experiment.cluster.workers} workers", flush=True)
     with relayed(lambda metrics: print(line_of(metrics, experiment.train.epochs), flush=True)) as relay:
         checkpoint = train(experiment, store, share, parent.run_id if parent else None, [relay])
-    learner, _ = checkpoints.load(checkpoint)
+    trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
     trackers = [open_run(experiment), *([parent] if parent else [])]
     if parent is None:
         log_data_set(store, trackers)
-    show_results(experiment, learner, store, experiment.evaluate.split, trackers)
+    show_results(experiment, [trained], store, trackers)
     for tracker in trackers:
         tracker.finish()
     print(f"  {checkpoint}")
 
 
-def show_results(
-    experiment: Experiment,
-    learner: Learner,
-    store: Store,
-    split: str,
-    trackers: Sequence[Tracker],
-) -> None:
-    """Sets the learner beside interpolation on a split: a printed table, and CSV and pictures in the run's folder.
+def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
+    """The learners of `evaluate.runs`, or of the experiment's own run; of each run its newest checkpoint.
 
-    Raises ConfigError where the data set has no such split.
+    Raises ConfigError where there is no such run, or where its clips are not of the size and length of `clip`.
     """
+    if not experiment.evaluate.runs:
+        learner, trained = checkpoints.load(checkpoints.newest(experiment))
+        return [_fitting(Trained(trained.model.kind, learner, trained), "name", clip)]
+    runs = [Trained(_short(run), *_loaded(experiment, run)) for run in experiment.evaluate.runs]
+    names = Counter(run.name for run in runs)
+    names.update([REAL, BASELINE, *experiment.evaluate.baselines])
+    for run in runs:
+        if names[run.name] > 1:
+            raise ConfigError(f"evaluate.runs: another method or run is called that too (value {run.name!r})")
+    return [_fitting(run, "evaluate.runs", clip) for run in runs]
+
+
+def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
+    """`run`: a name, or, with a slash in it, where a checkpoint lies."""
+    try:
+        location = settle(run) if "/" in run else checkpoints.newest(override(experiment, {"name": run}))
+        return checkpoints.load(location)
+    except (ConfigError, FileNotFoundError) as error:
+        raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
+
+
+def _short(run: str) -> str:
+    """What a run is called in the tables: of a checkpoint the folder that it lies in, unless it has a name itself."""
+    *folders, last = run.rstrip("/").split("/")
+    return folders[-1] if folders and last.startswith("checkpoint_") else last
+
+
+def _fitting(run: Trained, field: str, clip: ClipConfig) -> Trained:
+    ours = run.experiment.clip
+    for name in ("frames", "height", "width"):
+        if getattr(ours, name) != getattr(clip, name):
+            raise ConfigError(
+                f"{field}: {run.name} was trained with clip.{name}={getattr(ours, name)} and cannot make clips of "
+                f"clip.{name}={getattr(clip, name)}; evaluate it with an experiment that has its `clip` section"
+            )
+    return run
+
+
+def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, trackers: Sequence[Tracker]) -> None:
+    """Sets the runs and the baselines side by side on `evaluate.split`, as the `evaluate` section says.
+
+    Prints tables, and leaves CSV, pictures and a page in the experiment's folder and in MLflow. Raises ConfigError
+    where the data set has no such split.
+    """
+    split, clip = experiment.evaluate.split, store.clip
     rows = store.rows_of(split)
     if not len(rows):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
-    methods = {
-        BASELINE: linear_method(experiment.clip.frames),
-        experiment.model.kind: learner_method(learner, experiment.train.seed),
-    }
-    scores = evaluate(methods, store, rows)
+    methods = baseline_methods(experiment.evaluate.baselines, clip)
+    for run in runs:
+        methods |= learner_methods(run.name, run.learner, run.experiment.train.seed, experiment.evaluate.samples)
+    clips: dict[int, dict[str, np.ndarray]] = {row: {} for row in _typical(store, rows)}
+    sprites: dict[int, dict[str, bytes]] = {row: {} for row in chosen_rows(store, rows, len(methods))}
+
+    def watch(name: str, watched: np.ndarray, made: np.ndarray) -> None:
+        for row, one in zip(watched.tolist(), made, strict=True):
+            if row in clips:
+                clips[row][name] = one.copy()
+            if row in sprites:
+                sprites[row][name] = render.sprite(one)
+
+    scores = evaluate(methods, store, rows, _sources(store), watch)
     summaries = summarise(scores)
-    samples = _samples(methods, store, rows, scores)
-    fps = experiment.clip.fps
-    strip = {name: np.stack([clips[name] for _, clips in samples]) for name in samples[0][1]}
+    console = Console(width=_WIDTH)
+    console.print(distance_table(summaries, store, split))
+    console.print(measures_table(summaries))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
-        "contact_sheet.png": render.contact_sheet(samples, fps),
-        "clips.gif": render.animation(strip, fps, "gif"),
+        "evaluation.html": page(store, split, scores, summaries, sprites),
+        **_pictures(clips, store, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
-    console = Console(width=_WIDTH)
-    console.print(table_of(summaries, store, split))
     folder = join(experiment.storage, experiment.name)
     for name, content in files.items():
         write_bytes(join(folder, name), content)
         print(f"  {join(folder, name)}")
     _log_files(files, trackers)
-    metrics = {
-        f"{split}/{summary.method}/{metric}": getattr(summary, metric)[0]
-        for summary in summaries[-len(methods) :]
-        for metric in METRICS
-    }
     for tracker in trackers:
-        tracker.log_results(metrics)
+        tracker.log_results(_logged(summaries[-len(methods) :], split))
 
 
 def data_table(store: Store) -> Table:
@@ -158,31 +218,60 @@ def trials_table(study: Study, metric: str) -> Table:
     return table
 
 
-def table_of(summaries: Sequence[Summary], store: Store, split: str) -> Table:
+def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Table:
+    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside."""
     table = Table(
-        title=f"{store.name}: {split} clips, held out of training; mean ± standard deviation",
-        caption="l2: the report's unit, smaller is better.  PSNR and SSIM: the frames between, larger is better.\n"
-        "won: share of clips on which the method's l2 is smaller than linear interpolation's.",
+        title=f"{store.name}: l2 of {split} clips, mean ± standard deviation; smaller is better",
         title_justify="left",
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    table.add_column("videos", no_wrap=True)
-    table.add_column("method", no_wrap=True)
-    for heading in ("clips", "l2", "PSNR dB", "SSIM", "won"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    for place, summary in enumerate(summaries):
-        first = place == 0 or summaries[place - 1].category != summary.category
-        if first and place:
-            table.add_section()
-        table.add_row(
-            _category(store, summary.category) if first else "",
-            summary.method,
-            str(summary.clips) if first else "",
-            "{:.0f} ± {:.0f}".format(*summary.l2_report),
-            "{:.1f} ± {:.1f}".format(*summary.psnr),
-            "{:.3f} ± {:.3f}".format(*summary.ssim),
-            "" if summary.won is None else f"{summary.won:.0%}",
-        )
+    clips = {summary.category: summary.clips for summary in summaries}
+    by_size = sorted((name for name in clips if name != ALL), key=lambda name: -clips[name])
+    shown = [*sorted(by_size[:_COLUMNS]), *([ALL] if ALL in clips else [])]
+    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
+    for category in shown:
+        heading = f"{_category(store, category)}\n{clips[category]} {'clip' if clips[category] == 1 else 'clips'}"
+        table.add_column(heading, justify="right", min_width=11, max_width=20, overflow="fold")
+    of = {(summary.category, summary.method): summary.spreads["l2_report"] for summary in summaries}
+    for method in dict.fromkeys(summary.method for summary in summaries):
+        table.add_row(method, *("{:.0f} ± {:.0f}".format(*of[category, method]) for category in shown))
+    captions = []
+    if len(by_size) > _COLUMNS:
+        captions.append(f"The largest categories; {len(by_size) - _COLUMNS} more are in evaluation.html.")
+    if any(category in printed for printed in REPORT_TABLE_2.values() for category in shown):
+        table.add_section()
+        for method, printed in REPORT_TABLE_2.items():
+            cells = ("{} ± {}".format(*printed[name]) if name in printed else "" for name in shown)
+            table.add_row(f"the report's {method}", *cells, style="dim")
+        captions.append(REPORT_NOTE)
+    table.caption = "\n".join(captions)
+    return table
+
+
+def measures_table(summaries: Sequence[Summary]) -> Table:
+    """The means of the other metrics, over all clips."""
+    every = [summary for summary in summaries if summary.category == summaries[-1].category]
+    others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
+    table = Table(
+        title=f"{every[0].clips} clips; means",
+        caption="won: share of clips with a smaller l2 than linear interpolation's. skill: 1 - squared error over\n"
+        "linear interpolation's, with its 95 % interval by source video. Motion ratio, sharpness: best at 1.\n"
+        "best of K: of K samples the one nearest to the real clip; diversity: between them.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        collapse_padding=True,
+        pad_edge=False,
+    )
+    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
+    for label in ("won", "skill", *(shown.label for shown in others.values())):
+        table.add_column(label.replace(" ", "\n"), justify="right", no_wrap=True)
+    for summary in every:
+        skill = "" if summary.skill is None else "{:.2f} ({:.2f}, {:.2f})".format(*summary.skill)
+        means = (f"{summary.spreads[n][0]:.{m.digits}f}" if n in summary.spreads else "" for n, m in others.items())
+        table.add_row(summary.method, "" if summary.won is None else f"{summary.won:.0%}", skill, *means)
     return table
 
 
@@ -198,22 +287,50 @@ def _category(store: Store, category: str) -> str:
     return category if category == ALL else f"{store.name}-{category}"
 
 
-def _samples(
-    methods: Mapping[str, Method], store: Store, rows: np.ndarray, scores: Sequence[Score]
-) -> list[tuple[str, dict[str, np.ndarray]]]:
-    """(title, {real and each method: clip}) of a few clips of every category."""
+def _sources(store: Store) -> list[str]:
+    """What the clip of every row was cut from."""
+    rows = pq.read_table(BufferReader(read_bytes(join(store.location, "rows.parquet"))), columns=["source"])
+    return rows["source"].to_pylist()
+
+
+def _logged(summaries: Sequence[Summary], split: str) -> dict[str, float]:
+    """'validation/cvae best of 8/psnr' and so on: the means, under names that MLflow takes."""
+    logged = {}
+    for summary in summaries:
+        method = re.sub(r"[^\w./ -]", "_", summary.method.replace(",", ""))
+        values = {metric: mean for metric, (mean, _) in summary.spreads.items()}
+        if summary.won is not None and summary.skill is not None:
+            values |= {"won": summary.won, "skill": summary.skill[0]}
+        logged |= {f"{split}/{method}/{metric}": value for metric, value in values.items()}
+    return logged
+
+
+def _typical(store: Store, rows: np.ndarray) -> list[int]:
+    """A few clips of the largest categories, easy and hard, told by linear interpolation alone."""
+    of_category: dict[str, list[int]] = {}
+    for row in rows.tolist():
+        of_category.setdefault(store.categories[row], []).append(row)
+    shown = []
+    for category in sorted(sorted(of_category, key=lambda name: -len(of_category[name]))[:_COLUMNS]):
+        measured = measure(store, sample(np.asarray(of_category[category]), _MOST_CANDIDATES))
+        by_error = measured.rows[np.argsort(measured.linear_l2, kind="stable")]
+        shown += [int(by_error[round(quantile * (len(by_error) - 1))]) for quantile in _SHOWN_QUANTILES]
+    return list(dict.fromkeys(shown))
+
+
+def _pictures(
+    clips: Mapping[int, Mapping[str, np.ndarray]], store: Store, scores: Sequence[Score], moving: Sequence[str]
+) -> dict[str, bytes]:
+    """The contact sheet of a few rows' clips by method, and the animation of the methods of `moving`."""
     l2_of = {(score.method, score.clip_id): score.l2_report for score in scores}
     samples = []
-    for category in sorted({store.categories[row] for row in rows}):
-        of_category = sorted(
-            (row for row in rows if store.categories[row] == category), key=lambda row: l2_of[BASELINE, store.ids[row]]
-        )
-        for quantile in _SHOWN_QUANTILES:
-            row = of_category[round(quantile * (len(of_category) - 1))]
-            clip_id = store.ids[row]
-            real = torch.from_numpy(store.gather(np.asarray([row])))
-            clips = {"real": real[0].numpy()}
-            clips |= {name: method(real[:, 0], real[:, -1], [clip_id])[0].numpy() for name, method in methods.items()}
-            l2 = ", ".join(f"{name} {l2_of[name, clip_id]:.0f}" for name in methods)
-            samples.append((f"{_category(store, category)}   {Path(clip_id).stem}   l2: {l2}", clips))
-    return samples
+    for row, made in clips.items():
+        clip_id = store.ids[row]
+        title = f"{_category(store, store.categories[row])}   {readable(Path(clip_id).stem, 70)}"
+        labels = {name: f"{name}\nl2 {l2_of[name, clip_id]:.0f}" for name in made if name != REAL}
+        samples.append((title, {labels.get(name, name): one for name, one in made.items()}))
+    rows = {name: np.stack([made[name] for made in clips.values()]) for name in moving}
+    return {
+        "contact_sheet.png": render.contact_sheet(samples, store.clip.fps),
+        "clips.gif": render.animation(rows, store.clip.fps, "gif"),
+    }

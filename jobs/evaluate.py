@@ -1,23 +1,26 @@
-"""Compares a trained run with interpolation: python jobs/evaluate.py [EXPERIMENT.yaml] [name=... evaluate.split=...]
+"""Compares trained runs with baselines: python jobs/evaluate.py [EXPERIMENT.yaml] [name=... evaluate.runs=[a, b]]
 
-The run is found by the experiment's `storage` and `name`; its newest checkpoint is used. Writes evaluation.csv, one
-row per method and clip, a contact sheet and an animation into the run's folder and into its MLflow run.
+Without evaluate.runs it is the run of the experiment's `storage` and `name`; of each run the newest checkpoint is used.
+What is given with a slash, such as published/between or s3://bucket/checkpoint, is where a checkpoint lies. Writes
+evaluation.csv, one row per method and clip, evaluation.html, in which all clips play side by side, a contact sheet and
+an animation into the experiment's folder and into its MLflow run.
 """
 
 from pathlib import Path
 
-from giffy_ray import checkpoints, cluster, command
+from giffy_ray import cluster, command
 from giffy_ray.config import Experiment
 from giffy_ray.data.prepare import prepare
-from giffy_ray.results import show_results
+from giffy_ray.results import show_results, trained_runs
 from giffy_ray.tracking import open_run
 
 
 def main(experiment: Experiment) -> None:
     cluster.share_of(experiment)
-    learner, trained = checkpoints.load(checkpoints.newest(experiment))
+    runs = trained_runs(experiment, experiment.clip)
+    store = prepare(experiment)
     tracker = open_run(experiment)
-    show_results(trained, learner, prepare(experiment), experiment.evaluate.split, [tracker])
+    show_results(experiment, runs, store, [tracker])
     tracker.finish()
 
 

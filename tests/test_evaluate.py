@@ -1,20 +1,35 @@
 import csv
 import io
+import itertools
 import statistics
 
 import numpy as np
 import pytest
 import torch
 
-from giffy_ray.config import ClipConfig
-from giffy_ray.evaluate import Score, evaluate, linear_method, summarise, to_csv
+from giffy_ray.config import ClipConfig, ConfigError
+from giffy_ray.evaluate import (
+    MEASURES,
+    REAL,
+    Score,
+    baseline_methods,
+    evaluate,
+    learner_method,
+    learner_methods,
+    summarise,
+    to_csv,
+)
+from giffy_ray.learners.noise import noise_for
+
+CLIP = ClipConfig(frames=4, height=16, width=16)
+SOURCES = ["film 1", "film 2", "film 1"]
 
 
 class Clips:
     """Stands for a store: clips that hold one value each, straight lines in time but for one."""
 
     def __init__(self):
-        self.clip = ClipConfig(frames=4, height=16, width=16)
+        self.clip = CLIP
         self.ids, self.categories = ["a", "b", "c"], ["skiing", "erupting", "skiing"]
         self.levels = np.asarray([[0, 30, 60, 90], [0, 10, 20, 30], [0, 0, 0, 90]], np.uint8)
 
@@ -23,49 +38,195 @@ class Clips:
         return np.broadcast_to(levels, (len(rows), 4, 16, 16, 3)).copy()
 
 
+class Guesser:
+    """Stands for a learner: frames between of level 40 and ten times the first number of the noise."""
+
+    def __init__(self, latent: int):
+        self.latent = latent
+
+    def generate(self, start, end, noise, frames=None):
+        made = torch.stack([start, start, end, end], dim=1)
+        level = 40 + 10 * noise[:, 0] if self.latent else torch.full((len(start),), 40.0)
+        made[:, 1:3] = level.round().to(torch.uint8).view(-1, 1, 1, 1, 1)
+        return made
+
+
 def black(start, end, clip_ids):
     return torch.zeros(len(clip_ids), 4, 16, 16, 3, dtype=torch.uint8)
 
 
 def test_every_method_and_clip_is_scored_by_id():
-    scores = evaluate({"linear": linear_method(4), "black": black}, Clips(), np.asarray([2, 0]))  # type: ignore[arg-type]
-    assert [(s.method, s.category, s.clip_id) for s in scores] == [
-        ("linear", "skiing", "c"),
-        ("linear", "skiing", "a"),
-        ("black", "skiing", "c"),
-        ("black", "skiing", "a"),
+    methods = baseline_methods(["linear"], CLIP) | {"black": [black]}
+    scores = evaluate(methods, Clips(), np.asarray([2, 0]), SOURCES)  # type: ignore[arg-type]
+    assert [(s.method, s.category, s.clip_id, s.source) for s in scores] == [
+        ("linear", "skiing", "c", "film 1"),
+        ("linear", "skiing", "a", "film 1"),
+        ("black", "skiing", "c", "film 1"),
+        ("black", "skiing", "a", "film 1"),
     ]
     values = 16 * 16 * 3
     # Clip c is 0, 0, 0, 90 and its line 0, 30, 60, 90; clip a is its own line.
     assert scores[0].l2_report == pytest.approx((values * (30**2 + 60**2)) ** 0.5 / 100)
+    assert scores[0].squared_error == pytest.approx(values * (30**2 + 60**2))
+    # It changes by 30, 30, 30 where the real clip does by 0, 0, 90.
+    assert scores[0].motion_error == pytest.approx(((30**2 + 30**2 + 60**2) / 3) ** 0.5)
+    assert scores[0].motion_ratio == pytest.approx(1)
     assert scores[1].l2_report == 0
     assert scores[2].l2_report == pytest.approx((values * 90**2) ** 0.5 / 100)
     assert scores[2].psnr == float("inf")  # between its ends, clip c is black
+    assert scores[2].ends_error == pytest.approx((90**2 / 2) ** 0.5)
+    assert {score.diversity for score in scores} == {None}
+
+
+def test_linear_interpolation_is_always_among_the_baselines_and_first():
+    assert list(baseline_methods(["hold"], CLIP)) == ["linear", "hold"]
+    assert list(baseline_methods(["hold", "linear"], CLIP)) == ["linear", "hold"]
+    assert list(baseline_methods([], CLIP)) == ["linear"]
+
+
+def test_a_baseline_that_cannot_make_such_clips_is_refused_at_once():
+    with pytest.raises(ConfigError, match=r"minterpolate_mci: images of at least 16x16.*\(value 8x16\)"):
+        baseline_methods(["hold", "minterpolate_mci"], ClipConfig(frames=4, height=8, width=16))
+
+
+def test_a_learner_is_scored_by_its_mean_one_sample_and_the_best_of_several():
+    learner, store, rows = Guesser(latent=2), Clips(), np.asarray([0, 1, 2])
+    methods = learner_methods("mine", learner, seed=7, samples=3)  # type: ignore[arg-type]
+    assert list(methods) == ["mine", "mine, sample", "mine, best of 3"]
+    scores = {(s.method, s.clip_id): s for s in evaluate(methods, store, rows, SOURCES)}  # type: ignore[arg-type]
+    levels = {"mine": np.full((3, 1), 40.0)}
+    drawn = np.stack([(40 + 10 * noise_for(7 + k, store.ids, 2)[:, 0]).round().numpy() for k in range(3)], axis=1)
+    levels |= {"mine, sample": drawn[:, :1], "mine, best of 3": drawn}
+    for name, of_clips in levels.items():
+        for row, clip_id in enumerate(store.ids):
+            real = store.levels[row, 1:3].astype(float)
+            errors = [float(((level - real) ** 2).sum()) * 16 * 16 * 3 for level in of_clips[row]]
+            assert scores[name, clip_id].squared_error == pytest.approx(min(errors))
+    for row, clip_id in enumerate(store.ids):
+        apart = [abs(one - other) for one, other in itertools.combinations(drawn[row], 2)]
+        assert scores["mine, best of 3", clip_id].diversity == pytest.approx(statistics.fmean(apart))
+        assert scores["mine, sample", clip_id].diversity is None
+
+
+def test_a_learner_without_noise_has_no_samples():
+    assert list(learner_methods("mine", Guesser(latent=0), seed=0, samples=8)) == ["mine"]  # type: ignore[arg-type]
+    assert list(learner_methods("mine", Guesser(latent=1), seed=0, samples=1)) == ["mine", "mine, sample"]  # type: ignore[arg-type]
+
+
+def test_a_clip_is_made_from_the_same_noise_whatever_is_made_beside_it():
+    make, ends = learner_method(Guesser(latent=2), seed=3), torch.zeros(2, 16, 16, 3, dtype=torch.uint8)  # type: ignore[arg-type]
+    both = make(ends, ends, ["a", "b"])
+    assert torch.equal(both[1:], make(ends[1:], ends[1:], ["b"]))
+    assert not torch.equal(both[0], both[1])
+
+
+def test_who_watches_sees_the_real_and_all_made_clips_once():
+    store, seen = Clips(), {}
+
+    def watch(name: str, rows: np.ndarray, clips: np.ndarray) -> None:
+        for row, clip in zip(rows.tolist(), clips, strict=True):
+            assert (name, row) not in seen
+            seen[name, row] = clip[:, 0, 0, 0].tolist()
+
+    methods = baseline_methods([], CLIP) | {"black": [black]}
+    evaluate(methods, store, np.asarray([2, 0]), SOURCES, watch)  # type: ignore[arg-type]
+    assert seen == {
+        (REAL, 2): [0, 0, 0, 90],
+        (REAL, 0): [0, 30, 60, 90],
+        ("linear", 2): [0, 30, 60, 90],
+        ("linear", 0): [0, 30, 60, 90],
+        ("black", 2): [0, 0, 0, 0],
+        ("black", 0): [0, 0, 0, 0],
+    }
 
 
 def scores() -> list[Score]:
     l2 = {"linear": (10, 20, 60), "cvae": (12, 14, 40)}
     return [
-        Score(method, category, clip_id, value, 20.0, 0.5)
+        Score(
+            method,
+            category,
+            clip_id,
+            l2_report=value,
+            psnr=20.0,
+            ssim=0.5,
+            ends_error=0.0,
+            motion_error=value / 2,
+            motion_ratio=1.5,
+            sharpness_ratio=0.75,
+            squared_error=value**2,
+            diversity=value / 4 if method == "cvae" else None,
+            source=source,
+        )
         for method, values in l2.items()
-        for value, clip_id, category in zip(values, "abc", ("skiing", "erupting", "skiing"), strict=True)
+        for value, clip_id, category, source in zip(
+            values, "abc", ("skiing", "erupting", "skiing"), SOURCES, strict=True
+        )
     ]
 
 
 def test_the_table_has_means_deviations_and_shares_won():
     rows = {(row.category, row.method): row for row in summarise(scores())}
     assert list(rows) == [(c, m) for c in ("erupting", "skiing", "all") for m in ("linear", "cvae")]
-    assert rows["skiing", "linear"].l2_report == (35, 25)
-    assert rows["all", "cvae"].l2_report == (22, pytest.approx(statistics.pstdev([12, 14, 40])))
+    assert rows["skiing", "linear"].spreads["l2_report"] == (35, 25)
+    assert rows["all", "cvae"].spreads["l2_report"] == (22, pytest.approx(statistics.pstdev([12, 14, 40])))
+    assert rows["all", "cvae"].spreads["diversity"][0] == pytest.approx(22 / 4)
+    assert rows["all", "cvae"].spreads.keys() == MEASURES.keys()
+    assert rows["all", "linear"].spreads.keys() == MEASURES.keys() - {"diversity"}
     assert rows["all", "cvae"].won == pytest.approx(2 / 3)
     assert rows["skiing", "cvae"].won == 0.5
     assert rows["all", "linear"].won is None
+    assert rows["all", "linear"].skill is None
     assert rows["all", "cvae"].clips == 3
+
+
+def test_skill_is_against_linear_interpolation_with_an_interval_by_source():
+    rows = {(row.category, row.method): row for row in summarise(scores())}
+    skill, low, high = rows["all", "cvae"].skill
+    assert skill == pytest.approx(1 - (12**2 + 14**2 + 40**2) / (10**2 + 20**2 + 60**2))
+    # Two sources: a resample has the first twice, the second twice, or both.
+    film_1, film_2 = 1 - (12**2 + 40**2) / (10**2 + 60**2), 1 - 14**2 / 20**2
+    assert (low, high) == (pytest.approx(min(film_1, film_2)), pytest.approx(max(film_1, film_2)))
+    # All clips of one source say nothing of others.
+    assert rows["skiing", "cvae"].skill == pytest.approx((film_1, np.nan, np.nan), nan_ok=True)
+
+
+def test_infinite_values_stay_visible_in_the_means():
+    equal = [
+        Score("linear", "x", str(i), 0, psnr, 1, 0, 0, 1, 1, 0, None, "s") for i, psnr in enumerate((20.0, np.inf))
+    ]
+    (row,) = summarise(equal)
+    mean, deviation = row.spreads["psnr"]
+    assert mean == np.inf
+    assert np.isnan(deviation)
+
+
+def test_ratios_to_what_stands_still_are_left_out_of_the_means():
+    ratios = (0.5, np.inf, np.nan, 1.5)
+    moving = [
+        Score("linear", "x", str(i), 0, 20, 1, 0, 0, ratio, np.nan, 0, None, "s") for i, ratio in enumerate(ratios)
+    ]
+    (row,) = summarise(moving)
+    assert row.spreads["motion_ratio"] == (1, 0.5)
+    assert np.isnan(row.spreads["sharpness_ratio"]).all()
+
+
+def test_many_categories_have_an_interval_only_together():
+    many = [
+        Score(method, f"c{clip}", f"{clip} {half}", 1, 20, 1, 0, 0, 1, 1, 2.0 + clip, None, str(half))
+        for method in ("linear", "hold")
+        for clip in range(9)
+        for half in range(2)
+    ]
+    bounded = {row.category: not np.isnan(row.skill).any() for row in summarise(many) if row.skill}
+    assert [category for category, has_bounds in bounded.items() if has_bounds] == ["all"]
+    few = summarise([score for score in many if score.category < "c8"])
+    assert all(not np.isnan(row.skill).any() for row in few if row.skill)
 
 
 def test_the_csv_has_a_row_for_each_method_and_clip():
     rows = list(csv.DictReader(io.StringIO(to_csv(scores()))))
-    assert list(rows[0]) == ["method", "category", "clip_id", "l2_report", "psnr", "ssim"]
+    assert list(rows[0])[:6] == ["method", "category", "clip_id", "l2_report", "psnr", "ssim"]
     assert len(rows) == 6
     assert rows[3] == {
         "method": "cvae",
@@ -74,4 +235,12 @@ def test_the_csv_has_a_row_for_each_method_and_clip():
         "l2_report": "12",
         "psnr": "20.0",
         "ssim": "0.5",
+        "ends_error": "0.0",
+        "motion_error": "6.0",
+        "motion_ratio": "1.5",
+        "sharpness_ratio": "0.75",
+        "squared_error": "144",
+        "diversity": "3.0",
+        "source": "film 1",
     }
+    assert rows[0]["diversity"] == ""

@@ -7,7 +7,7 @@ import torch
 
 from giffy_ray import learners
 from giffy_ray.config import load, override
-from tests.test_models import ADVANCED, CGAN
+from tests.test_models import ADVANCED, CGAN, DIRECT_3D, TWO_STREAM
 
 EXPERIMENTS = sorted((Path(__file__).parent.parent / "jobs" / "experiments").glob("*.yaml"))
 STEPS, BATCH = 20, 4
@@ -17,7 +17,15 @@ TINY = {
     "cvae": CVAE | SMALL,
     "advanced_cvae": CVAE | {"clip.frames": 10, "clip.height": 32, "clip.width": 32},
     "cgan": CGAN,
-    "between": {"model.widths": (4, 6, 8), "model.latent": 2, "model.discriminator_widths": (2, 2, 2)} | SMALL,
+    "two_stream": TWO_STREAM,
+    "direct_3d": DIRECT_3D,
+    "between": SMALL
+    | {
+        "model.widths": (4, 6, 8),
+        "model.latent": 2,
+        "model.discriminator_widths": (2, 2, 2),
+        "model.adversarial_from_step": 0,
+    },
 }
 # What each kind is to bring down: how far what it makes is from what it is to reproduce.
 DISTANCE = {"cvae": "reconstruction", "advanced_cvae": "reconstruction", "between": "relative_error"}

@@ -5,13 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from giffy_ray import learners
+from giffy_ray import learners, models
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, override
 from giffy_ray.learners.adversary import Adversary
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.shapes import to_floats
 from tests.test_learner import CLIPS, CPU, POSITIONS, TIMES
-from tests.test_models import CGAN
+from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
 EXPERIMENT = override(Experiment(), CGAN | {"optim.lr": 1e-3, "optim.discriminator_lr": 3e-3})
 
@@ -57,18 +57,36 @@ def test_the_losses_are_those_of_equation_2():
     torch.testing.assert_close(absolute.update(CLIPS, TIMES, POSITIONS)["frame_loss"], ends)
 
 
-def test_the_generator_descends_the_sum_of_its_losses():
-    """Its gradient by another way: through the discriminator as it was before, which does not learn."""
-    experiment = override(EXPERIMENT, {"model.frame_weight": 0.3, "optim.discriminator_lr": 1e-30})
+RECONSTRUCTION = {"model.reconstruction_weight": 50.0}
+WEIGHTS = {"model.frame_weight": 0.3, "model.discriminator_updates": 1, "optim.discriminator_lr": 1e-30}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [CGAN | {"model.frame_loss": "squared"}, TWO_STREAM | {"model.mask_weight": 7.0}, DIRECT_3D | RECONSTRUCTION],
+    ids=lambda changes: changes["model.kind"],
+)
+def test_the_generator_descends_the_sum_of_its_losses(changes: dict):
+    """Its gradient by another way: through discriminators that hardly learn."""
+    experiment = override(Experiment(), changes | WEIGHTS)
     learner, twin = learners.build(experiment, CPU), learners.build(experiment, CPU)
-    real, noise = to_floats(CLIPS), noise_at(0, POSITIONS.tolist(), 3)
-    generator, judge = twin.networks["generator"].train(), twin.networks["discriminator"].train()
-    made, _ = generator(real[:, :, 0], real[:, :, -1], noise)
-    ends = (made - real)[:, :, [0, -1]].square().sum() / 8
-    (functional.softplus(-judge(real, made)[1]).mean() + 0.3 * ends).backward()
-    learner.update(CLIPS, TIMES, POSITIONS)
+    clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
+    real, noise = to_floats(clips), noise_at(0, POSITIONS.tolist(), learner.latent)
+    generator = twin.networks["generator"].train()
+    made, penalty = generator(real[:, :, 0], real[:, :, -1], noise)
+    difference = made - real
+    ends = difference[:, :, [0, -1]].square() if changes.get("model.frame_loss") else difference[:, :, [0, -1]].abs()
+    loss = (
+        penalty.mean() + 0.3 * ends.sum() / 8 + changes.get("model.reconstruction_weight", 0) * difference.abs().mean()
+    )
+    for judge in models.discriminators(experiment.model, experiment.clip):
+        network = twin.networks[judge].train()
+        network(real, made.detach())  # spectral norm looks closer at every call
+        loss = loss + functional.softplus(-network(made.detach(), made)[1]).mean()
+    loss.backward()
+    learner.update(clips, TIMES, POSITIONS)
     for found, expected in zip(learner.networks["generator"].parameters(), generator.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
 def test_four_steps_of_the_discriminator_for_each_of_the_generator_at_rates_of_their_own():
@@ -156,6 +174,6 @@ def test_making_clips_depends_on_ends_and_noise_and_not_on_the_batch():
 
 def test_it_learns_to_reproduce_the_ends():
     plain = CLIPS[:, :1, :1, :1].expand_as(CLIPS).contiguous()  # one colour each
-    learner = learners.build(override(EXPERIMENT, {"optim.lr": 1e-2}), CPU)
-    frame = [float(learner.update(plain, TIMES, POSITIONS)["frame_loss"]) for _ in range(40)]
+    learner = learners.build(override(EXPERIMENT, {"optim.lr": 1e-2, "model.discriminator_updates": 1}), CPU)
+    frame = [float(learner.update(plain, TIMES, POSITIONS)["frame_loss"]) for _ in range(30)]
     assert frame[-1] < 0.5 * frame[0]

@@ -14,7 +14,7 @@ from giffy_ray.config import ConfigError, Experiment, OptimConfig, from_yaml, ov
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats
-from tests.test_models import CGAN
+from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
 CPU = torch.device("cpu")
 CLIPS = torch.randint(0, 256, (8, 6, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -165,9 +165,11 @@ def _worker(rank: int, workers: int, port: int, yamls: list[str], queue) -> None
 
 def trained(yaml: str, share: slice = slice(8), parallel=lambda network: network, updates: int = 3) -> torch.Tensor:
     """The weights of all the learner's networks after some updates, one after the other."""
-    learner = learners.build(from_yaml(yaml), CPU, parallel)
+    experiment = from_yaml(yaml)
+    learner = learners.build(experiment, CPU, parallel)
+    clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
     for _ in range(updates):
-        learner.update(CLIPS[share], TIMES[share], POSITIONS[share])
+        learner.update(clips[share], TIMES[share], POSITIONS[share])
     networks = learner.networks.values()
     return torch.cat([nn.utils.parameters_to_vector(network.parameters()) for network in networks]).detach()
 
@@ -192,8 +194,9 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     cgan = override(Experiment(), CGAN | {"model.batch_norm": False})
     # Batch norm looks at one worker's clips only, so it is off where they are to equal one.
     plain = [to_yaml(override(each, {"model.batch_norm": False, "optim.lr": 1e-3})) for each in (tiny, cgan)]
-    normalised = to_yaml(override(cgan, {"model.batch_norm": True, "optim.ema": 0.5}))
-    first, second = trained_by_two([*plain, normalised])
+    others = [CGAN | {"optim.ema": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
+    normalised = [to_yaml(override(Experiment(), each)) for each in others]
+    first, second = trained_by_two(plain + normalised)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
     for yaml, one in zip(plain, first, strict=False):

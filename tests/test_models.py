@@ -50,6 +50,25 @@ CGAN = {
     "clip.height": 16,
     "clip.width": 16,
 }
+TWO_STREAM = {
+    "model.kind": "two_stream",
+    "model.widths": (2, 2, 2, 2),
+    "clip.frames": 18,
+    "clip.height": 16,
+    "clip.width": 16,
+}
+DIRECT_3D = {
+    "model.kind": "direct_3d",
+    "model.latent": 3,
+    "model.image_widths": (2, 2, 2, 2),
+    "model.latent_width": 4,
+    "model.latent_blocks": 4,
+    "model.generator_widths": (2, 2, 2),
+    "model.discriminator_widths": (2, 2, 2, 2),
+    "clip.frames": 6,
+    "clip.height": 16,
+    "clip.width": 16,
+}
 
 
 def parameters(module: nn.Module) -> int:
@@ -96,9 +115,23 @@ def test_cgan_totals():
     assert parameters(large) == 259_931_841
 
 
-def test_only_gans_have_discriminators():
-    assert models.discriminators(CVAEConfig(), ClipConfig()) == {}
-    assert models.discriminators(BetweenConfig(), ClipConfig()) == {}
+def test_who_judges_which_model():
+    with torch.device("meta"):
+        judges = {
+            kind: set(models.discriminators(override(Experiment(), {"model.kind": kind}).model, ClipConfig()))
+            for kind in ("cvae", "advanced_cvae", "cgan", "two_stream", "direct_3d", "between")
+        }
+        judges["sharp"] = set(models.discriminators(BetweenConfig(adversarial_weight=0.1), ClipConfig()))
+    one, both, nobody = {"discriminator"}, {"video_discriminator", "image_discriminator"}, set()
+    assert judges == {
+        "cvae": nobody,
+        "advanced_cvae": nobody,
+        "cgan": one,
+        "two_stream": one,
+        "direct_3d": both,
+        "between": nobody,
+        "sharp": one,
+    }
 
 
 def test_shapes_and_ranges(tiny: Experiment):

@@ -38,3 +38,14 @@ def test_a_contact_sheet_shows_eight_moments_from_first_to_last():
     row = pixels[28 + 28 + 64]  # through the middle of the upper row
     seen = [int(row[width - 14 - 64 - (7 - column) * 131].mean()) for column in range(8)]
     assert seen == (moments * 8).tolist()
+
+
+def test_many_methods_are_shown_smaller_and_all_of_them():
+    levels = [20 * row for row in range(12)]
+    clips = {f"method {level}": level_clips([level] * 3, clips=1)[0] for level in levels}
+    sheet = Image.open(io.BytesIO(render.contact_sheet([("one", clips)], fps=10)))
+    pixels = np.asarray(sheet.convert("RGB")).astype(int)
+    side, gap = 960 // 12, 3
+    column = pixels[:, pixels.shape[1] - 14 - side // 2].mean(1)  # through the last column of pictures
+    assert [round(column[28 + 28 + row * (side + gap) + side // 2]) for row in range(12)] == levels
+    assert sheet.height == 28 + 28 + 12 * (side + gap) + 14

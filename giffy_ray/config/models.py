@@ -83,7 +83,8 @@ class TwoStreamConfig(Adversarial):
     real_label: Share = 1.0
     discriminator_updates: Positive = 1
     frame_loss: Literal["squared", "absolute"] = "absolute"
-    frame_weight: Weight = 10 / 12288  # theirs weighs the mean over the values of a 64x64 frame with 10
+    # Theirs weighs the mean over the 3x64x64 values of a frame with 10, in -1..1, where differences are twice as large.
+    frame_weight: Weight = 20 / 12288
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ class Direct3DConfig(Adversarial):
     latent: Positive = 128
     image_widths: tuple[Positive, Positive, Positive, Positive] = (64, 128, 256, 64)
     latent_width: Positive = 256  # of the 3D latent generator
-    latent_blocks: Positive = 8
+    latent_blocks: Positive = 8  # a multiple of 4, the number of temporal lengths
     generator_widths: tuple[Positive, Positive, Positive] = (256, 128, 64)
     discriminator_widths: tuple[Positive, Positive, Positive, Positive] = (64, 128, 256, 512)
     reconstruction_weight: Weight = 0.0  # of the mean absolute difference of all frames

@@ -12,6 +12,7 @@ from pydantic import Field
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Baseline = Literal["linear", "linear_as_coded", "hold", "minterpolate_mci", "minterpolate_blend"]
 Distribution = Literal["log_uniform", "uniform", "int", "choice"]
 # Left to right, because YAML reads 1e-4 as a string.
 SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
@@ -130,6 +131,9 @@ class TrackingConfig(Strict):
 @dataclass(frozen=True)
 class EvaluateConfig(Strict):
     split: Literal["validation", "test", "shifted"] = "validation"
+    runs: tuple[str, ...] = ()  # names of runs in `storage`, or locations of checkpoints; empty: the run `name`
+    baselines: tuple[Baseline, ...] = get_args(Baseline)  # linear is always there: the others are measured against it
+    samples: Positive = 8  # of a model that makes several clips of the same ends, the best of which is shown too
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ from giffy_ray.models.advanced import AdvancedCVAE
 from giffy_ray.models.between import Between
 from giffy_ray.models.cgan import CGANDiscriminator, CGANGenerator
 from giffy_ray.models.cvae import CVAE
+from giffy_ray.models.direct_3d import Direct3DGenerator, ImageDiscriminator, VideoDiscriminator
 from giffy_ray.models.pair_discriminator import PairDiscriminator
+from giffy_ray.models.two_stream import TwoStreamDiscriminator, TwoStreamGenerator
 
 
 def build(model: ModelConfig, clip: ClipConfig) -> nn.Module:
@@ -25,9 +27,12 @@ def build(model: ModelConfig, clip: ClipConfig) -> nn.Module:
             return AdvancedCVAE(model, clip)
         case "cgan":
             return CGANGenerator(model, clip)
+        case "two_stream":
+            return TwoStreamGenerator(model, clip)
+        case "direct_3d":
+            return Direct3DGenerator(model, clip)
         case "between":
             return Between(model, clip)
-    raise ConfigError(f"model.kind: not built yet (value {model.kind!r})")
 
 
 def discriminators(model: ModelConfig, clip: ClipConfig) -> dict[str, nn.Module]:
@@ -38,6 +43,13 @@ def discriminators(model: ModelConfig, clip: ClipConfig) -> dict[str, nn.Module]
     match model.kind:
         case "cgan":
             return {"discriminator": CGANDiscriminator(model, clip)}
+        case "two_stream":
+            return {"discriminator": TwoStreamDiscriminator(model, clip)}
+        case "direct_3d":
+            return {
+                "video_discriminator": VideoDiscriminator(model, clip),
+                "image_discriminator": ImageDiscriminator(model, clip),
+            }
         case "between" if model.adversarial_weight:
             return {"discriminator": PairDiscriminator(model, clip)}
     return {}

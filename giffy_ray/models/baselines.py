@@ -42,7 +42,7 @@ def linear(start: Images, end: Images, frames: int) -> Clips:
 
 
 def linear_as_coded(start: Images, end: Images, frames: int) -> Clips:
-    """Frame i is start + i/frames * (end - start), rounded down, as the authors' code has it; the end is not reached."""
+    """Frame i is start + i/frames * (end - start), rounded down, as the authors had it: the end is not reached."""
     _refuse_too_few(frames)
     # In whole numbers: in floats, what should be a whole number may come out just below it, and lose a level.
     step = torch.arange(frames, dtype=torch.int32, device=start.device).view(1, -1, 1, 1, 1)

@@ -1,0 +1,204 @@
+import csv
+import io
+import re
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from giffy_ray import checkpoints
+from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.evaluate import Score, summarise
+from giffy_ray.results import Trained, distance_table, measures_table, show_results, trained_runs
+
+CLIP = ClipConfig(frames=4, fps=2.0, height=16, width=16)
+
+
+class FakeStore:
+    """What an evaluation asks of a Store: a clip brightens from frame to frame, each by another step."""
+
+    def __init__(self, folder: Path, categories: tuple[str, ...] = ("erupting", "erupting", "skiing", "skiing")):
+        self.location, self.name, self.clip = str(folder), "filmed", CLIP
+        self.categories = list(categories)
+        self.ids = [f"{category}/{row}.mp4" for row, category in enumerate(categories)]
+        pq.write_table(
+            pa.table({"id": self.ids, "source": [f"film {row}" for row in range(4)]}), folder / "rows.parquet"
+        )
+
+    def rows_of(self, split: str) -> np.ndarray:
+        return np.arange(len(self.ids) if split == "validation" else 0)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        levels = np.asarray([0, 20, 20, 60])[None] + 10 * np.asarray(rows)[:, None]
+        return np.broadcast_to(levels[:, :, None, None, None].astype(np.uint8), (len(rows), 4, 16, 16, 3)).copy()
+
+
+class Halves:
+    """Stands for a learner that makes the frames between of a level that depends on the noise."""
+
+    latent = 2
+
+    def generate(self, start, end, noise, frames=None):
+        between = (30 + 5 * noise.mean(1)).clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 1).expand_as(start)
+        return torch.stack([start, between, between, end], dim=1)
+
+
+class FakeTracker:
+    def __init__(self):
+        self.results, self.files = {}, {}
+
+    def log_results(self, results):
+        self.results |= results
+
+    def log_file(self, path: Path, folder=None):
+        self.files[path.name] = path.read_bytes()
+
+
+def experiment(storage: object = "runs", **fields: object) -> Experiment:
+    clip = {f"clip.{name}": getattr(CLIP, name) for name in ("frames", "fps", "height", "width")}
+    own = {f"evaluate.{name}": value for name, value in fields.items()}
+    return override(Experiment(), {"storage": str(storage), "name": "study", **clip, **own})
+
+
+def test_everything_is_left_in_the_folder_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture):
+    (tmp_path / "set").mkdir()
+    asked, tracker = experiment(tmp_path, baselines=("hold",), samples=3), FakeTracker()
+    runs = [Trained("mine", Halves(), asked)]  # type: ignore[arg-type]
+    show_results(asked, runs, FakeStore(tmp_path / "set"), [tracker])  # type: ignore[arg-type]
+
+    files = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
+    assert files.keys() == {"evaluation.csv", "evaluation.html", "contact_sheet.png", "clips.gif"}
+    assert tracker.files == files
+    rows = list(csv.DictReader(io.StringIO(files["evaluation.csv"].decode())))
+    methods = ["linear", "hold", "mine", "mine, sample", "mine, best of 3"]
+    assert [row["method"] for row in rows if row["clip_id"] == "skiing/2.mp4"] == methods
+    assert {row["source"] for row in rows if row["clip_id"] == "skiing/2.mp4"} == {"film 2"}
+    assert Image.open(io.BytesIO(files["clips.gif"])).n_frames == 4  # type: ignore[attr-defined]
+    assert b"skiing/3.mp4" in files["evaluation.html"]
+
+    means = {m: np.mean([float(row["l2_report"]) for row in rows if row["method"] == m]) for m in methods}
+    for method, mean in means.items():
+        assert tracker.results[f"validation/{method.replace(',', '')}/l2_report"] == pytest.approx(mean)
+    assert all(re.fullmatch(r"[\w./ -]+", name) for name in tracker.results)  # what MLflow allows everywhere
+    assert tracker.results["validation/mine/won"] in (0, 0.25, 0.5, 0.75, 1)
+    printed = capsys.readouterr().out
+    for name in [*methods, *files]:
+        assert name in printed
+    assert max(map(len, printed.splitlines()[:-4])) <= 110
+
+
+def test_a_split_without_clips_is_refused(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"evaluate\.split: there are no such clips in .*'test'"):
+        show_results(experiment(tmp_path, split="test"), [], FakeStore(tmp_path), [])  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Experiment]:
+    """Location of a checkpoint -> the experiment in it; what is not there is not found."""
+    known: dict[str, Experiment] = {}
+
+    def load(location: str):
+        if location not in known:
+            raise FileNotFoundError(f"{location}: not a checkpoint (it has no experiment.yaml)")
+        return Halves(), known[location]
+
+    monkeypatch.setattr(checkpoints, "load", load)
+    return known
+
+
+def checkpoint_of(storage: Path, run: str) -> str:
+    folder = storage / run / "checkpoint_1"
+    folder.mkdir(parents=True)
+    return str(folder)
+
+
+def test_runs_are_found_by_name_or_by_where_they_lie(stored: dict[str, Experiment], tmp_path: Path):
+    for run in ("study", "older"):
+        stored[checkpoint_of(tmp_path, run)] = experiment()
+    names = ("older", "s3://bucket/mine/checkpoint_7", "s3://bucket/published/")
+    stored |= dict.fromkeys(names[1:], experiment())
+    assert [run.name for run in trained_runs(experiment(tmp_path, runs=names), CLIP)] == ["older", "mine", "published"]
+    assert [run.name for run in trained_runs(experiment(tmp_path), CLIP)] == ["cvae"]  # the run called study
+
+
+@pytest.mark.parametrize(
+    ("runs", "message"),
+    [
+        (("nowhere",), r"evaluate\.runs: .*no checkpoint in .*nowhere.*\(value 'nowhere'\)"),
+        (("s3://bucket/nothing",), r"evaluate\.runs: s3://bucket/nothing: not a checkpoint.*\(value 's3"),
+        (("..",), r"evaluate\.runs: name: .*\(value '\.\.'\)"),
+        (("older", "older"), r"evaluate\.runs: another method or run is called that too \(value 'older'\)"),
+        (("hold",), r"evaluate\.runs: another method or run is called that too \(value 'hold'\)"),
+        (("larger",), r"evaluate\.runs: larger was trained with clip\.height=32 and cannot.*clip\.height=16"),
+        (("longer",), r"evaluate\.runs: longer was trained with clip\.frames=30 and cannot.*clip\.frames=4"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_refused(
+    stored: dict[str, Experiment], tmp_path: Path, runs: tuple[str, ...], message: str
+):
+    for run in ("older", "hold"):
+        stored[checkpoint_of(tmp_path, run)] = experiment()
+    stored[checkpoint_of(tmp_path, "larger")] = override(experiment(), {"clip.height": 32})
+    stored[checkpoint_of(tmp_path, "longer")] = override(experiment(), {"clip.frames": 30})
+    with pytest.raises(ConfigError, match=message):
+        trained_runs(experiment(tmp_path, runs=runs), CLIP)
+
+
+def printed(*categories: str, method: str = "cvae-erupting-as-coded, best of 8") -> tuple[list[str], list[str]]:
+    """The lines of both tables, of clips of these categories."""
+    scores = [
+        Score(name, category, f"{category} {clip}", 1234.5, 20.25, 0.5, 1.5, 12.25, 1.5, 0.75, 100.0, diversity, "film")
+        for name, diversity in (("linear", None), (method, 33.5))
+        for clip, category in enumerate(categories)
+    ]
+    summaries = summarise(scores)
+    tables = []
+    for table in (distance_table(summaries, StoreOf(), "test"), measures_table(summaries)):  # type: ignore[arg-type]
+        out = io.StringIO()
+        Console(file=out, width=110).print(table)
+        tables.append([line.rstrip() for line in out.getvalue().splitlines()])
+    return tables[0], tables[1]
+
+
+class StoreOf:
+    name = "filmed"
+
+
+def test_the_first_table_is_the_reports_table_2_with_its_figures_beside():
+    lines, _ = printed("skiing", "erupting", "erupting")
+    heading = next(line for line in lines if "filmed-skiing" in line)
+    assert heading.index("filmed-erupting") < heading.index("filmed-skiing") < heading.index("all")
+    assert sum("1234 ± 0" in line for line in lines) == 2
+    (cvae,) = (line for line in lines if line.strip().startswith("the report's CVAE"))
+    assert cvae.split()[-6:] == ["180", "±", "110", "197", "±", "80"]
+    text = " ".join(" ".join(lines).split())
+    assert "not comparable" in text
+    assert "Red and blue were swapped" in text
+
+
+def test_the_reports_figures_are_beside_its_categories_only():
+    lines, _ = printed("cats", "dogs")
+    assert not [line for line in lines if "report" in line]
+
+
+def test_many_categories_do_not_widen_the_table():
+    lines, _ = printed(*(f"category {number}" for number in range(30)), "category 7", "category 8")
+    assert max(map(len, lines)) <= 110
+    assert sum("± 0" in line for line in lines) == 2
+    text = " ".join(lines)
+    assert re.search(r"The largest categories; 26 more are in\s+evaluation\.html", text)
+    assert len(re.findall(r"\b2 clips", text)) == 2  # the largest are among those shown
+
+
+def test_the_second_table_is_readable_however_long_the_names_are():
+    for method in ("cvae-erupting-as-coded, best of 8", "a-name-that-somebody-gave-to-a-run-of-an-experiment, sample"):
+        _, lines = printed("erupting", "skiing", method=method)
+        assert max(map(len, lines)) <= 110
+        assert "…" not in "".join(lines)
+        row = next(line for line in lines if "20.2" in line and "0%" in line)
+        assert row.endswith("33.5")
