@@ -74,7 +74,8 @@ REPORT_TABLE_2 = {
 }
 REPORT_NOTE = (
     "The report's Table 2 is not comparable with ours: its clips are others. Its unit is 0..255 over 100, which is our "
-    "l2's, not 0..1 as its caption says. Red and blue were swapped in the clips of its CVAE and CGAN rows."
+    "l2's, not 0..1 as its caption says. By its authors' code, red and blue were swapped in the clips of its CVAE and "
+    "CGAN rows. Its CVAE for skiing is the advanced one."
 )
 
 

@@ -60,9 +60,9 @@ def kernel_distance_frames(made: Tensor, real: Tensor) -> float:
 
     The kernel is that of KID, (a.b / width + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), with features divided by
     the root mean square of the real ones: differences between frames are so small that it would see little but their
-    mean. Between two clips it is the mean over their frames. The estimate is the unbiased one that leaves out a clip with itself and with its pair
-    (Gretton et al. 2012, JMLR 13, lemma 6), so it is 0 for made equal to real, and may be just below 0. NaN where
-    all real features are 0. Raises ValueError for fewer than two clips.
+    mean. Between two clips it is the mean over their frames. The estimate is the unbiased one that leaves out a clip
+    with itself and with its pair (Gretton et al. 2012, JMLR 13, lemma 6), so it is 0 for made equal to real, and may be
+    just below 0. NaN where all real features are 0. Raises ValueError for fewer than two clips.
     """
     if made.shape[0] != real.shape[0] or made.shape[0] < 2:
         raise ValueError(f"kernel distance: as many made as real clips, at least 2 (value {len(made)} and {len(real)})")

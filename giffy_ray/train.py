@@ -151,6 +151,8 @@ def train(
 
 def check(experiment: Experiment, store: Store) -> None:
     """What can be known to be wrong before anything starts. Raises ConfigError."""
+    with torch.device("meta"):  # what the model cannot do, said without the memory that it takes
+        learners.build(experiment, torch.device("meta"))
     batch, workers = experiment.train.batch, experiment.cluster.workers
     if batch % workers:
         raise ConfigError(f"train.batch: must be a multiple of cluster.workers={workers} (value {batch})")

@@ -15,8 +15,9 @@ import pytest
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in annotations are checked here and never in workers. Before anything imports these modules.
+_LEARNERS = [f"learners.{name}" for name in ("between", "cvae", "gan", "adversary", "descent", "noise")]
 install_import_hook(
-    [f"giffy_ray.{name}" for name in ("shapes", "models", "losses", "metrics", "learners.cvae", "learners.noise")],
+    [f"giffy_ray.{name}" for name in ("shapes", "models", "losses", "metrics", "perceptual", *_LEARNERS)],
     "beartype.beartype",
 )
 

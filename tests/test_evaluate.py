@@ -211,7 +211,8 @@ def test_ratios_to_what_stands_still_are_left_out_of_the_means():
     assert np.isnan(row.spreads["sharpness_ratio"]).all()
 
 
-def test_many_categories_have_an_interval_only_together():
+def test_many_categories_have_an_interval_only_together(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("giffy_ray.evaluate._RESAMPLES", 20)
     many = [
         Score(method, f"c{clip}", f"{clip} {half}", 1, 20, 1, 0, 0, 1, 1, 2.0 + clip, None, str(half))
         for method in ("linear", "hold")

@@ -13,9 +13,9 @@ PACKAGE = ROOT / "giffy_ray"
 # Each floor may import from itself and from those before it.
 FLOORS = [
     {"config", "shapes", "storage", "progress"},
-    {"data", "models", "losses", "metrics", "render", "head", "reports"},
+    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports"},
     {"cluster", "learners", "tracking"},
-    {"checkpoints", "evaluate", "survey"},
+    {"checkpoints", "evaluate", "page", "survey"},
     {"train"},
     {"tune"},
     {"results", "command"},

@@ -178,7 +178,7 @@ def test_the_first_table_is_the_reports_table_2_with_its_figures_beside():
     assert cvae.split()[-6:] == ["180", "±", "110", "197", "±", "80"]
     text = " ".join(" ".join(lines).split())
     assert "not comparable" in text
-    assert "Red and blue were swapped" in text
+    assert "red and blue were swapped" in text
 
 
 def test_the_reports_figures_are_beside_its_categories_only():

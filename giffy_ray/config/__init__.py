@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
+
 from giffy_ray.config.models import (
     AdvancedCVAEConfig,
     Adversarial,
@@ -40,7 +42,6 @@ from giffy_ray.config.sections import (
     SyntheticConfig,
 )
 from giffy_ray.config.values import ConfigError
-from pydantic import TypeAdapter, ValidationError
 
 __all__ = [
     "SPLITS",

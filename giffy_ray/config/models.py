@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from giffy_ray.config.values import Positive, Share, Strict, Weight
 from pydantic import Field
+
+from giffy_ray.config.values import Positive, Share, Strict, Weight
 
 
 @dataclass(frozen=True)

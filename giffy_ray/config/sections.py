@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Annotated, Literal, get_args
 
+from pydantic import Field
+
 from giffy_ray.config.models import CVAEConfig, ModelConfig
 from giffy_ray.config.values import Positive, Strict, Weight
-from pydantic import Field
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]

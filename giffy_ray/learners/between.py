@@ -34,6 +34,7 @@ class BetweenLearner:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.descent.optimizer}
         if self.model.adversarial_weight:
             judges = models.discriminators(self.model, experiment.clip)
+            judges = {name: judge.to(device) for name, judge in judges.items()}
             self.adversary = Adversary(judges, experiment.optim, steps, parallel, "hinge")
             self.networks |= self.adversary.networks
             self.optimizers |= self.adversary.optimizers
@@ -68,7 +69,7 @@ class BetweenLearner:
     @torch.no_grad()
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
         """Makes clips of any number of frames from their two ends; noise 0 makes the prior's mean."""
-        network = self.descent.trained.eval()
+        network = cast(Between, self.descent.trained.eval())
         first, last = (to_floats(image.to(self.device)) for image in (start, end))
         times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)
         made = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
