@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import pyarrow.parquet as pq
-from pyarrow import BufferReader
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -165,7 +163,7 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
             if row in sprites:
                 sprites[row][name] = render.sprite(one)
 
-    scores = evaluate(methods, store, rows, _sources(store), watch)
+    scores = evaluate(methods, store, rows, store.sources, watch)
     summaries = summarise(scores)
     console = Console(width=_WIDTH)
     console.print(distance_table(summaries, store, split))
@@ -285,12 +283,6 @@ def _log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: 
 
 def _category(store: Store, category: str) -> str:
     return category if category == ALL else f"{store.name}-{category}"
-
-
-def _sources(store: Store) -> list[str]:
-    """What the clip of every row was cut from."""
-    rows = pq.read_table(BufferReader(read_bytes(join(store.location, "rows.parquet"))), columns=["source"])
-    return rows["source"].to_pylist()
 
 
 def _logged(summaries: Sequence[Summary], split: str) -> dict[str, float]:

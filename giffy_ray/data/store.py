@@ -107,6 +107,7 @@ class Store:
         rows = _table(join(location, "rows.parquet"))
         self.ids: list[str] = rows["id"].to_pylist()
         self.categories: list[str] = rows["category"].to_pylist()
+        self.sources: list[str] = rows["source"].to_pylist()  # what each clip was cut from
         self.facts: pa.Table = rows.select(
             ["codec", "source_width", "source_height", "source_fps", "seconds", "padded", "frames"]
         )
