@@ -113,7 +113,7 @@ class BetweenConfig(Strict):
     widths: tuple[Positive, Positive, Positive] = (32, 48, 64)  # at 1/2, 1/4 and 1/8 of the size
     latent: Positive = 8
     sampled_share: Share = 0.5  # of the clips are made from q(latent | clip) in training, the others from the prior
-    kl_weight: Weight = 1e-3  # relative to a squared error as large as linear interpolation's
+    kl_weight: Weight = 1e-4  # relative to a squared error as large as linear interpolation's
     kl_warmup_steps: Annotated[int, Field(ge=0)] = 500
     free_nats: Weight = 0.05  # of each value of the latent, that cost nothing
     # Mean squared errors below this count as one of its size: what is nearly still is not worth a large weight.

@@ -59,6 +59,7 @@ class AugmentConfig(Strict):
     reverse: bool = False  # every other clip, in time
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the smallest share of height and width that is cut out
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
+    colours: bool = False  # red, green and blue change places
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ intervals are drawn from (seed, position), so batches, workers and interruptions
 from __future__ import annotations
 
 import functools
+import itertools
 
 import numpy as np
 
@@ -15,7 +16,8 @@ from giffy_ray.config import AugmentConfig, DataConfig, IntervalsConfig
 from giffy_ray.data.store import Store
 
 _AUGMENT = 2**64 - 1  # where an epoch's number stands in the keys of permutations
-_DRAWS = 8  # flip, reverse, crop: size and place, brightness; interval: length and start
+_DRAWS = 9  # flip, reverse, crop: size and place, brightness, colours; interval: length and start
+_COLOURS = list(itertools.permutations(range(3)))
 
 
 def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
@@ -59,7 +61,7 @@ class Dealer:
             draws = self._draws(int(position))
             if self.intervals.frames:
                 frames, times_s = self.store.frames_of(int(row))
-                chosen = interval_of(times_s, self.intervals, draws[6:])
+                chosen = interval_of(times_s, self.intervals, draws[7:])
                 frames, times[place] = frames[chosen], _shares(times_s[chosen])
             else:
                 frames = self.store.gather(rows[place : place + 1])[0]
@@ -95,7 +97,7 @@ def interval_of(times_s: np.ndarray, intervals: IntervalsConfig, draws: np.ndarr
 
 
 def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
-    """uint8 [time, height, width, 3], a view where it can be: mirrored, reversed, cropped, lit: all frames alike."""
+    """uint8 [time, height, width, 3], a view where it can be: all frames changed alike, as `augment` says."""
     if augment.flip and draws[0] < 0.5:
         frames = frames[:, :, ::-1]
     if augment.reverse and draws[1] < 0.5:
@@ -109,6 +111,8 @@ def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> 
     if augment.brightness:
         gain = 1 + (2 * draws[5] - 1) * augment.brightness
         frames = np.minimum(np.round(np.arange(256) * gain), 255).astype(np.uint8)[frames]
+    if augment.colours:
+        frames = frames[..., _COLOURS[int(draws[6] * len(_COLOURS))]]
     return frames
 
 

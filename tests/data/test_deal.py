@@ -119,6 +119,17 @@ def test_brightness_is_one_factor_for_all_values_of_a_clip():
         assert np.array_equal(lit, np.minimum(np.round(frames * factor), 255))
 
 
+def test_colours_change_places_in_every_way():
+    frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
+    seen = [
+        augmented(frames, AugmentConfig(colours=True), np.asarray([0] * 6 + [(place + 0.5) / 6])) for place in range(6)
+    ]
+    assert len({one.tobytes() for one in seen}) == 6
+    for one in seen:
+        assert np.array_equal(np.sort(one, axis=-1), np.sort(frames, axis=-1))
+    assert np.array_equal(seen[-1], frames[..., ::-1])
+
+
 def test_intervals_are_anywhere_in_the_video_and_of_every_length():
     clips, times = dealt(np.arange(3000), intervals=IntervalsConfig(frames=5, shortest_s=0.5))
     frames = clips[:, :, 0, 0, 1].astype(int)
