@@ -4,8 +4,6 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -26,9 +24,7 @@ class FakeStore:
         self.location, self.name, self.clip = str(folder), "filmed", CLIP
         self.categories = list(categories)
         self.ids = [f"{category}/{row}.mp4" for row, category in enumerate(categories)]
-        pq.write_table(
-            pa.table({"id": self.ids, "source": [f"film {row}" for row in range(4)]}), folder / "rows.parquet"
-        )
+        self.sources = [f"film {row}" for row in range(len(categories))]
 
     def rows_of(self, split: str) -> np.ndarray:
         return np.arange(len(self.ids) if split == "validation" else 0)
