@@ -118,9 +118,9 @@ def learner_methods(name: str, learner: Learner, seed: int, samples: int) -> dic
     """`name` makes clips from noise 0, the prior's mean; 'name, sample' and 'name, best of K' where there is noise."""
     methods = {name: [mean_method(learner)]}
     if learner.latent:
-        methods[f"{name}, sample"] = [learner_method(learner, seed)]
+        drawn = [learner_method(learner, seed + sample) for sample in range(samples)]
+        methods[f"{name}, sample"] = drawn[:1]
         if samples > 1:
-            drawn = [learner_method(learner, seed + sample) for sample in range(samples)]
             methods[f"{name}, best of {samples}"] = drawn
     return methods
 
@@ -151,8 +151,11 @@ def evaluate(
         real = torch.from_numpy(store.gather(chosen))
         watch(REAL, chosen, real.numpy())
         clip_ids = [store.ids[row] for row in chosen]
+        # Each once: the sample is among those that the best is chosen from.
+        distinct = dict.fromkeys(method for several in methods.values() for method in several)
+        made_by = {method: method(real[:, 0], real[:, -1], clip_ids) for method in distinct}
         for name, several in methods.items():
-            made, diversity = _best([method(real[:, 0], real[:, -1], clip_ids) for method in several], real)
+            made, diversity = _best([made_by[method] for method in several], real)
             watch(name, chosen, made.numpy())
             values = {metric: _each(of, made, real).tolist() for metric, of in _METRICS.items()}
             scores += [

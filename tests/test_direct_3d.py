@@ -15,6 +15,7 @@ from giffy_ray.models.direct_3d import (
     judged_frames,
     lengths,
 )
+from tests.test_models import parameters
 
 SMALL = Direct3DConfig(
     latent=3,
@@ -35,10 +36,6 @@ def clips(batch: int = 3, seed: int = 0) -> Tensor:
 def generator() -> Direct3DGenerator:
     torch.manual_seed(0)
     return Direct3DGenerator(SMALL, CLIP)
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
 
 
 def total(*layers: tuple[int, int, int, bool]) -> int:

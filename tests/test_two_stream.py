@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from giffy_ray.config import ClipConfig, ConfigError, TwoStreamConfig
 from giffy_ray.models.two_stream import TwoStreamDiscriminator, TwoStreamGenerator
+from tests.test_direct_3d import total
+from tests.test_models import parameters
 
 SMALL = TwoStreamConfig(widths=(2, 3, 4, 5))
 CLIP = ClipConfig(frames=18, height=32, width=32)  # 32 are made
@@ -21,15 +23,6 @@ def clips(batch: int = 3, seed: int = 0) -> Tensor:
 def generator(model: TwoStreamConfig = SMALL) -> TwoStreamGenerator:
     torch.manual_seed(0)
     return TwoStreamGenerator(model, CLIP)
-
-
-def parameters(module: nn.Module) -> int:
-    return sum(weight.numel() for weight in module.parameters())
-
-
-def total(*layers: tuple[int, int, int, bool]) -> int:
-    """Of layers (values of the kernel, inputs, outputs, batch norm): weights, biases, and 2 for each normalised."""
-    return sum(taps * inputs * outputs + outputs + 2 * outputs * norm for taps, inputs, outputs, norm in layers)
 
 
 def test_totals_are_those_of_the_layer_table():

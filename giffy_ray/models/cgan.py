@@ -12,8 +12,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from giffy_ray.config import CGANConfig, ClipConfig
-from giffy_ray.models.blocks import conv3d, leaky_relu, linear, normalised, require_multiples
-from giffy_ray.models.cvae import Generator, ImageEncoder
+from giffy_ray.models.blocks import leaky_relu, linear, normalised, require_multiples
+from giffy_ray.models.cvae import Generator, ImageEncoder, clip_features
 from giffy_ray.shapes import ClipFloats, ImageFloats, Noise, PerClip
 
 
@@ -37,14 +37,9 @@ class CGANDiscriminator(nn.Module):
         require_multiples(
             clip, f"{model.kind} with {halvings} model.discriminator_widths", height=2**halvings, width=2**halvings
         )
-        norm_3d, norm_1d = (nn.BatchNorm3d, nn.BatchNorm1d) if model.batch_norm else (None, None)
-        layers, inputs = [], 3
-        for width in model.discriminator_widths:
-            norm = norm_3d if layers else None
-            layers.append(normalised(conv3d(inputs, width, (3, 4, 4), (1, 2, 2)), norm, width, leaky_relu()))
-            inputs = width
-        self.features = nn.Sequential(*layers)
-        flat = inputs * clip.frames * (clip.height // 2**halvings) * (clip.width // 2**halvings)
+        norm_1d = nn.BatchNorm1d if model.batch_norm else None
+        self.features = clip_features(model.discriminator_widths, model.batch_norm)
+        flat = (3, *model.discriminator_widths)[-1] * clip.frames * (clip.height // 2**halvings) * (clip.width // 2**halvings)
         hidden = model.discriminator_hidden
         self.hidden = normalised(linear(flat, hidden), norm_1d, hidden, leaky_relu())
         self.logit = linear(hidden, 1)

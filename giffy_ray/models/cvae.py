@@ -11,7 +11,7 @@ layer have no batch norm.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -64,19 +64,24 @@ class ImageEncoder(nn.Module):
         return self.code(self.hidden(self.features(image).flatten(1)))
 
 
+def clip_features(widths: Sequence[int], batch_norm: bool) -> nn.Sequential:
+    """ClipFloats -> features as wide as the last of `widths`; each layer halves height and width, the first is bare."""
+    layers, inputs = [], 3
+    for width in widths:
+        norm = nn.BatchNorm3d if batch_norm and layers else None
+        layers.append(normalised(conv3d(inputs, width, (3, 4, 4), (1, 2, 2)), norm, width, leaky_relu()))
+        inputs = width
+    return nn.Sequential(*layers)
+
+
 class VideoEncoder(nn.Module):
     """ClipFloats and both image codes -> mean and standard deviation of q(latent), each [batch, latent]."""
 
     def __init__(self, model: Encoders, clip: ClipConfig):
         super().__init__()
-        norm_3d, norm_1d = (nn.BatchNorm3d, nn.BatchNorm1d) if model.batch_norm else (None, None)
-        layers, inputs = [], 3
-        for width in model.video_widths:
-            norm = norm_3d if layers else None
-            layers.append(normalised(conv3d(inputs, width, (3, 4, 4), (1, 2, 2)), norm, width, leaky_relu()))
-            inputs = width
-        self.features = nn.Sequential(*layers)
-        flat = inputs * clip.frames * (clip.height // 16) * (clip.width // 16)
+        norm_1d = nn.BatchNorm1d if model.batch_norm else None
+        self.features = clip_features(model.video_widths, model.batch_norm)
+        flat = model.video_widths[-1] * clip.frames * (clip.height // 16) * (clip.width // 16)
         self.hidden = normalised(
             linear(flat + 2 * model.image_code, model.video_hidden), norm_1d, model.video_hidden, leaky_relu()
         )
