@@ -39,7 +39,8 @@ class CGANDiscriminator(nn.Module):
         )
         norm_1d = nn.BatchNorm1d if model.batch_norm else None
         self.features = clip_features(model.discriminator_widths, model.batch_norm)
-        flat = (3, *model.discriminator_widths)[-1] * clip.frames * (clip.height // 2**halvings) * (clip.width // 2**halvings)
+        channels = (3, *model.discriminator_widths)[-1]
+        flat = channels * clip.frames * (clip.height // 2**halvings) * (clip.width // 2**halvings)
         hidden = model.discriminator_hidden
         self.hidden = normalised(linear(flat, hidden), norm_1d, hidden, leaky_relu())
         self.logit = linear(hidden, 1)
