@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import tempfile
 from collections import Counter
@@ -45,6 +46,7 @@ from giffy_ray.tune import Study
 _SHOWN_CATEGORIES = 30
 _WIDTH = 110  # of the tables; a job's log has no terminal to ask
 _METHOD_WIDTH = 34  # of the first column of the tables
+_BOUNDED = 3  # columns that have room for intervals
 _COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
@@ -167,6 +169,7 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
     summaries = summarise(scores)
     console = Console(width=_WIDTH)
     console.print(distance_table(summaries, store, split))
+    console.print(skill_table(summaries, store))
     console.print(measures_table(summaries))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
@@ -225,19 +228,13 @@ def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Ta
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    clips = {summary.category: summary.clips for summary in summaries}
-    by_size = sorted((name for name in clips if name != ALL), key=lambda name: -clips[name])
-    shown = [*sorted(by_size[:_COLUMNS]), *([ALL] if ALL in clips else [])]
-    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
-    for category in shown:
-        heading = f"{_category(store, category)}\n{clips[category]} {'clip' if clips[category] == 1 else 'clips'}"
-        table.add_column(heading, justify="right", min_width=11, max_width=20, overflow="fold")
+    shown, left_out = _columns(table, summaries, store)
     of = {(summary.category, summary.method): summary.spreads["l2_report"] for summary in summaries}
     for method in dict.fromkeys(summary.method for summary in summaries):
         table.add_row(method, *("{:.0f} ± {:.0f}".format(*of[category, method]) for category in shown))
     captions = []
-    if len(by_size) > _COLUMNS:
-        captions.append(f"The largest categories; {len(by_size) - _COLUMNS} more are in evaluation.html.")
+    if left_out:
+        captions.append(f"The largest categories; {left_out} more are in evaluation.html.")
     if any(category in printed for printed in REPORT_TABLE_2.values() for category in shown):
         table.add_section()
         for method, printed in REPORT_TABLE_2.items():
@@ -248,15 +245,31 @@ def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Ta
     return table
 
 
+def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
+    """How much nearer than linear interpolation each method comes, in the columns of `distance_table`."""
+    table = Table(
+        title="skill and clips won against linear interpolation",
+        caption="skill: 1 - squared error over linear interpolation's, and its 95 % interval by source video.",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    shown, _ = _columns(table, summaries, store)
+    of = {(summary.category, summary.method): summary for summary in summaries if summary.skill}
+    for method in dict.fromkeys(method for _, method in of):
+        table.add_row(method, *(_skill_of(of[category, method], len(shown) <= _BOUNDED) for category in shown))
+    return table
+
+
 def measures_table(summaries: Sequence[Summary]) -> Table:
     """The means of the other metrics, over all clips."""
     every = [summary for summary in summaries if summary.category == summaries[-1].category]
     others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
     table = Table(
         title=f"{every[0].clips} clips; means",
-        caption="won: share of clips with a smaller l2 than linear interpolation's. skill: 1 - squared error over\n"
-        "linear interpolation's, with its 95 % interval by source video. Motion ratio, sharpness: best at 1.\n"
-        "best of K: of K samples the one nearest to the real clip; diversity: between them.",
+        caption="Motion ratio, sharpness: best at 1. best of K: of K samples the one nearest to the real clip;\n"
+        "diversity: between them.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -264,13 +277,34 @@ def measures_table(summaries: Sequence[Summary]) -> Table:
         pad_edge=False,
     )
     table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
-    for label in ("won", "skill", *(shown.label for shown in others.values())):
-        table.add_column(label.replace(" ", "\n"), justify="right", no_wrap=True)
+    for shown in others.values():
+        table.add_column(shown.label.replace(" ", "\n"), justify="right", no_wrap=True)
     for summary in every:
-        skill = "" if summary.skill is None else "{:.2f} ({:.2f}, {:.2f})".format(*summary.skill)
         means = (f"{summary.spreads[n][0]:.{m.digits}f}" if n in summary.spreads else "" for n, m in others.items())
-        table.add_row(summary.method, "" if summary.won is None else f"{summary.won:.0%}", skill, *means)
+        table.add_row(summary.method, *means)
     return table
+
+
+def _columns(table: Table, summaries: Sequence[Summary], store: Store) -> tuple[list[str], int]:
+    """Adds a column for the methods, and one for each of the largest categories and for all.
+
+    Returns those categories, and how many are left out.
+    """
+    clips = {summary.category: summary.clips for summary in summaries}
+    by_size = sorted((name for name in clips if name != ALL), key=lambda name: -clips[name])
+    shown = [*sorted(by_size[:_COLUMNS]), *([ALL] if ALL in clips else [])]
+    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
+    for category in shown:
+        heading = f"{_category(store, category)}\n{clips[category]} {'clip' if clips[category] == 1 else 'clips'}"
+        table.add_column(heading, justify="right", min_width=11, max_width=25, overflow="fold")
+    return shown, len(by_size) - len(by_size[:_COLUMNS])
+
+
+def _skill_of(summary: Summary, bounded: bool) -> str:
+    assert summary.skill
+    skill, low, high = summary.skill
+    bounds = f" ({low:z.2f}, {high:z.2f})" if bounded and not math.isnan(low) else ""
+    return f"{skill:z.2f}{bounds} {summary.won:4.0%}"
 
 
 def _log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: str | None = None) -> None:

@@ -30,7 +30,7 @@ class Judge(nn.Module):
 
 
 def adversary(judges: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> Adversary:
-    return Adversary(judges, OptimConfig(**optim), 10, lambda network: network, loss, label)
+    return Adversary(judges, torch.device("cpu"), OptimConfig(**optim), 10, lambda network: network, loss, label)
 
 
 def test_the_losses_are_those_of_equation_2():

@@ -2,6 +2,7 @@ import csv
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from giffy_ray import checkpoints
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.evaluate import Score, summarise
-from giffy_ray.results import Trained, distance_table, measures_table, show_results, trained_runs
+from giffy_ray.results import Trained, distance_table, measures_table, show_results, skill_table, trained_runs
 
 CLIP = ClipConfig(frames=4, fps=2.0, height=16, width=16)
 
@@ -145,20 +146,35 @@ def test_runs_that_cannot_be_compared_are_refused(
         trained_runs(experiment(tmp_path, runs=runs), CLIP)
 
 
-def printed(*categories: str, method: str = "cvae-erupting-as-coded, best of 8") -> tuple[list[str], list[str]]:
-    """The lines of both tables, of clips of these categories."""
+def printed(*categories: str, method: str = "cvae-as-coded, best of 8") -> list[list[str]]:
+    """The lines of the three tables, of clips of these categories."""
     scores = [
-        Score(name, category, f"{category} {clip}", 1234.5, 20.25, 0.5, 1.5, 12.25, 1.5, 0.75, 100.0, diversity, "film")
+        Score(
+            name,
+            category,
+            f"{category} {clip}",
+            1234.5,
+            20.25,
+            0.5,
+            1.5,
+            12.25,
+            1.5,
+            0.75,
+            100.0,
+            diversity,
+            f"film {clip}",
+        )
         for name, diversity in (("linear", None), (method, 33.5))
         for clip, category in enumerate(categories)
     ]
     summaries = summarise(scores)
     tables = []
-    for table in (distance_table(summaries, StoreOf(), "test"), measures_table(summaries)):  # type: ignore[arg-type]
+    store: Any = StoreOf()
+    for table in (distance_table(summaries, store, "test"), skill_table(summaries, store), measures_table(summaries)):
         out = io.StringIO()
         Console(file=out, width=110).print(table)
         tables.append([line.rstrip() for line in out.getvalue().splitlines()])
-    return tables[0], tables[1]
+    return tables
 
 
 class StoreOf:
@@ -166,7 +182,7 @@ class StoreOf:
 
 
 def test_the_first_table_is_the_reports_table_2_with_its_figures_beside():
-    lines, _ = printed("skiing", "erupting", "erupting")
+    lines, *_ = printed("skiing", "erupting", "erupting")
     heading = next(line for line in lines if "filmed-skiing" in line)
     assert heading.index("filmed-erupting") < heading.index("filmed-skiing") < heading.index("all")
     assert sum("1234 ± 0" in line for line in lines) == 2
@@ -178,12 +194,12 @@ def test_the_first_table_is_the_reports_table_2_with_its_figures_beside():
 
 
 def test_the_reports_figures_are_beside_its_categories_only():
-    lines, _ = printed("cats", "dogs")
+    lines, *_ = printed("cats", "dogs")
     assert not [line for line in lines if "report" in line]
 
 
 def test_many_categories_do_not_widen_the_table():
-    lines, _ = printed(*(f"category {number}" for number in range(30)), "category 7", "category 8")
+    lines, *_ = printed(*(f"category {number}" for number in range(30)), "category 7", "category 8")
     assert max(map(len, lines)) <= 110
     assert sum("± 0" in line for line in lines) == 2
     text = " ".join(lines)
@@ -191,10 +207,21 @@ def test_many_categories_do_not_widen_the_table():
     assert len(re.findall(r"\b2 clips", text)) == 2  # the largest are among those shown
 
 
-def test_the_second_table_is_readable_however_long_the_names_are():
+def test_the_skill_of_few_categories_has_its_interval_and_that_of_many_has_none():
+    _, lines, _ = printed("erupting", "erupting", "skiing", "skiing")
+    (row,) = (line for line in lines if line.strip().startswith("cvae"))
+    # Of equal clips of linear interpolation and a model the skill is 0, and no clip is won.
+    assert re.findall(r"(\S+ \(.*?\)) +(\d+%)", row) == [("0.00 (0.00, 0.00)", "0%")] * 3
+    _, lines, _ = printed(*(f"category {number}" for number in range(30)))
+    (row,) = (line for line in lines if line.strip().startswith("cvae"))
+    assert re.findall(r"0\.00 +0%", row) == ["0.00   0%"] * 5
+    assert max(map(len, lines)) <= 110
+
+
+def test_the_third_table_is_readable_however_long_the_names_are():
     for method in ("cvae-erupting-as-coded, best of 8", "a-name-that-somebody-gave-to-a-run-of-an-experiment, sample"):
-        _, lines = printed("erupting", "skiing", method=method)
+        _, _, lines = printed("erupting", "skiing", method=method)
         assert max(map(len, lines)) <= 110
         assert "…" not in "".join(lines)
-        row = next(line for line in lines if "20.2" in line and "0%" in line)
+        row = next(line for line in lines if "20.2" in line and "33.5" in line)
         assert row.endswith("33.5")

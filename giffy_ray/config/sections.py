@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
-from giffy_ray.config.values import Positive, Strict, Weight
+from giffy_ray.config.values import Positive, Share, Strict, Weight
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
@@ -53,11 +53,12 @@ class IntervalsConfig(Strict):
 
 @dataclass(frozen=True)
 class AugmentConfig(Strict):
-    """What may happen to a clip on its way to training, the same to all its frames."""
+    """What may happen to a clip on its way to training, the same to all its frames but for `pan`."""
 
     flip: bool = False  # every other clip, left to right
     reverse: bool = False  # every other clip, in time
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the smallest share of height and width that is cut out
+    pan: Share = 0.0  # how far the part that is cut out may move on its way from the first frame to the last
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
     colours: bool = False  # red, green and blue change places
 

@@ -16,7 +16,8 @@ from giffy_ray.config import AugmentConfig, DataConfig, IntervalsConfig
 from giffy_ray.data.store import Store
 
 _AUGMENT = 2**64 - 1  # where an epoch's number stands in the keys of permutations
-_DRAWS = 9  # flip, reverse, crop: size and place, brightness, colours; interval: length and start
+# Flip, reverse, crop: size and place, brightness, colours; pan: how far, size and place; interval: length and start.
+_DRAWS, _PAN, _INTERVAL = 13, 7, 11
 _COLOURS = list(itertools.permutations(range(3)))
 
 
@@ -61,11 +62,11 @@ class Dealer:
             draws = self._draws(int(position))
             if self.intervals.frames:
                 frames, times_s = self.store.frames_of(int(row))
-                chosen = interval_of(times_s, self.intervals, draws[7:])
+                chosen = interval_of(times_s, self.intervals, draws[_INTERVAL:])
                 frames, times[place] = frames[chosen], _shares(times_s[chosen])
             else:
                 frames = self.store.gather(rows[place : place + 1])[0]
-            clips[place] = augmented(frames, self.augment, draws)
+            clips[place] = augmented(frames, times[place], self.augment, draws)
             if self.augment.reverse and draws[1] < 0.5:
                 times[place] = 1 - times[place, ::-1]
         return clips, times
@@ -96,18 +97,21 @@ def interval_of(times_s: np.ndarray, intervals: IntervalsConfig, draws: np.ndarr
     return np.abs(times_s[None, :] - (start_s + shares * length_s)[:, None]).argmin(axis=1)
 
 
-def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
-    """uint8 [time, height, width, 3], a view where it can be: all frames changed alike, as `augment` says."""
+def augmented(frames: np.ndarray, times: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
+    """uint8 [time, height, width, 3], a view where it can be: all frames changed alike, as `augment` says.
+
+    But for `pan`, which moves what is cut out evenly over `times`, float [time] from 0 to 1.
+    """
+    if augment.crop < 1:
+        first = _window(augment.crop, draws[2:5])
+        # Squared, so that most windows move little: most cameras do.
+        pan = augment.pan * draws[_PAN] ** 2
+        last = first + pan * (_window(augment.crop, draws[_PAN + 1 : _PAN + 4]) - first)
+        frames = _cut_out(frames, first + times[:, None] * (last - first))
     if augment.flip and draws[0] < 0.5:
         frames = frames[:, :, ::-1]
     if augment.reverse and draws[1] < 0.5:
         frames = frames[::-1]
-    if augment.crop < 1:
-        _, height, width, _ = frames.shape
-        share = 1 - draws[2] * (1 - augment.crop)
-        cut_height, cut_width = round(share * height), round(share * width)
-        top, left = int(draws[3] * (height - cut_height + 1)), int(draws[4] * (width - cut_width + 1))
-        frames = _resized(frames[:, top : top + cut_height, left : left + cut_width], height, width)
     if augment.brightness:
         gain = 1 + (2 * draws[5] - 1) * augment.brightness
         frames = np.minimum(np.round(np.arange(256) * gain), 255).astype(np.uint8)[frames]
@@ -116,13 +120,24 @@ def augmented(frames: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> 
     return frames
 
 
-def _resized(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    import torch  # the tasks that only decode do without it
-    from torch.nn.functional import interpolate
+def _window(smallest: float, draws: np.ndarray) -> np.ndarray:
+    """A part of the picture: its share of height and width, and its middle as (x, y), where edges are at -1 and 1."""
+    share = 1 - draws[0] * (1 - smallest)
+    return np.asarray([share, *((2 * draws[1:3] - 1) * (1 - share))])
 
-    planes = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)
-    resized = interpolate(planes, (height, width), mode="bilinear", antialias=True)
-    return resized.permute(0, 2, 3, 1).numpy()
+
+def _cut_out(frames: np.ndarray, windows: np.ndarray) -> np.ndarray:
+    """Of each frame its window, [time, 3], as large as the whole frame; bilinear."""
+    import torch  # the tasks that only decode do without it
+    from torch.nn.functional import affine_grid, grid_sample
+
+    share, x, y = torch.from_numpy(windows.astype(np.float32)).unbind(1)
+    none = torch.zeros_like(share)
+    affine = torch.stack([torch.stack([share, none, x], 1), torch.stack([none, share, y], 1)], 1)
+    planes = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2).float()
+    grid = affine_grid(affine, list(planes.shape), align_corners=False)
+    cut = grid_sample(planes, grid, padding_mode="border", align_corners=False)
+    return cut.round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
 
 
 def _shares(times_s: np.ndarray) -> np.ndarray:

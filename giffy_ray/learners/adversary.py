@@ -26,6 +26,7 @@ class Adversary:
     def __init__(
         self,
         discriminators: Mapping[str, nn.Module],
+        device: torch.device,
         optim: OptimConfig,
         steps: int,
         parallel: Callable[[nn.Module], nn.Module],
@@ -35,7 +36,7 @@ class Adversary:
         self.loss, self.real_label = loss, real_label
         unaveraged = dataclasses.replace(optim, ema=0.0)
         self.descents = {
-            name: Descent(network, unaveraged, steps, parallel, lr=optim.discriminator_lr)
+            name: Descent(network.to(device), unaveraged, steps, parallel, lr=optim.discriminator_lr)
             for name, network in discriminators.items()
         }
 

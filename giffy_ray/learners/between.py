@@ -34,8 +34,7 @@ class BetweenLearner:
         self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.descent.optimizer}
         if self.model.adversarial_weight:
             judges = models.discriminators(self.model, experiment.clip)
-            judges = {name: judge.to(device) for name, judge in judges.items()}
-            self.adversary = Adversary(judges, experiment.optim, steps, parallel, "hinge")
+            self.adversary = Adversary(judges, device, experiment.optim, steps, parallel, "hinge")
             self.networks |= self.adversary.networks
             self.optimizers |= self.adversary.optimizers
 
@@ -71,9 +70,9 @@ class BetweenLearner:
         """Makes clips of any number of frames from their two ends; noise 0 makes the prior's mean."""
         network = cast(Between, self.descent.trained.eval())
         first, last = (to_floats(image.to(self.device)) for image in (start, end))
-        times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)
-        made = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
-        return to_pixels(made).cpu()
+        times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)[1:-1]
+        between = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
+        return to_pixels(torch.cat([first[:, :, None], between, last[:, :, None]], dim=2)).cpu()
 
     def _judged(self, real: ClipFloats, between: Tensor, positions: Positions, step: int) -> dict[str, Tensor]:
         """One step of the discriminator, then what it makes of the frames. Both are shown the same changes of both."""

@@ -27,13 +27,10 @@ class GANLearner:
         refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         generator = models.build(experiment.model, experiment.clip).to(device)
-        judges = {
-            name: network.to(device)
-            for name, network in models.discriminators(experiment.model, experiment.clip).items()
-        }
         self.descent = Descent(generator, experiment.optim, steps, parallel)
+        judges = models.discriminators(experiment.model, experiment.clip)
         self.adversary = Adversary(
-            judges, experiment.optim, steps, parallel, self.model.adversarial_loss, self.model.real_label
+            judges, device, experiment.optim, steps, parallel, self.model.adversarial_loss, self.model.real_label
         )
         self.networks = self.descent.networks("generator") | self.adversary.networks
         self.optimizers = {"generator": self.descent.optimizer} | self.adversary.optimizers

@@ -57,7 +57,7 @@ def dealt(positions: np.ndarray, seed: int = 0, **fields) -> tuple[np.ndarray, n
 
 
 EVERYTHING = {
-    "augment": AugmentConfig(flip=True, reverse=True, crop=0.5),
+    "augment": AugmentConfig(flip=True, reverse=True, crop=0.5, pan=0.5),
     "intervals": IntervalsConfig(frames=5, shortest_s=0.4, moments="random"),
 }
 
@@ -95,26 +95,50 @@ def test_half_of_the_clips_are_mirrored_and_half_are_reversed_independently():
     assert ((other[:, 0, 0, 0, 2] == 7) != mirrored).any()
 
 
+def ramps() -> np.ndarray:
+    """Three frames of 32x32: red rises by 4 a line, green by 4 a column."""
+    frames = np.zeros((3, 32, 32, 3), np.uint8)
+    frames[..., 0], frames[..., 1] = 4 * np.arange(32)[:, None], 4 * np.arange(32)
+    return frames
+
+
+TIMES = np.asarray([0, 0.25, 1])
+
+
 def test_a_crop_is_a_window_of_the_picture_alike_in_all_frames():
-    gradient = np.zeros((3, 32, 32, 3), np.uint8)
-    gradient[..., 0], gradient[..., 1] = 4 * np.arange(32)[:, None], 4 * np.arange(32)
     augment = AugmentConfig(crop=0.5)
-    # Draws: flip, reverse, size, top, left. A size draw of 1 cuts half: 16 lines from line 4, columns from column 8.
-    cropped = augmented(gradient, augment, np.asarray([0, 0, 1, 4.5 / 17, 8.5 / 17]))
-    assert cropped.shape == gradient.shape
+    # A size draw of 1 cuts half. Its middle may be from 8 to 24 of 32: a draw of 0.5 is 16, one of 0.25 is 12.
+    draws = np.zeros(13)
+    draws[2:5] = 1, 0.5, 0.25
+    cropped = augmented(ramps(), TIMES, augment, draws)
+    assert cropped.shape == (3, 32, 32, 3)
     assert np.array_equal(cropped[0], cropped[2])
-    # Line i of the result shows the middle of line 4 + (i + 0.5) / 2 - 0.5; at the edges it is held.
-    lines = 4 * np.clip(4 + (np.arange(32) + 0.5) / 2 - 0.5, 4, 19)
-    columns = 4 * np.clip(8 + (np.arange(32) + 0.5) / 2 - 0.5, 8, 23)
-    assert np.abs(cropped[0, :, 5, 0] - lines).max() <= 1
-    assert np.abs(cropped[0, 5, :, 1] - columns).max() <= 1
-    assert np.array_equal(augmented(gradient, augment, np.zeros(5)), gradient)  # a size draw of 0 cuts nothing
+    # Line i of the result shows the middle of line 4 + (i + 0.5) / 2 - 0.5.
+    lines, columns = (4 * (first + (np.arange(32) + 0.5) / 2 - 0.5) for first in (4, 8))
+    assert np.abs(cropped[0, :, 5, 0] - lines).max() <= 0.5
+    assert np.abs(cropped[0, 5, :, 1] - columns).max() <= 0.5
+    assert np.array_equal(augmented(ramps(), TIMES, augment, np.zeros(13)), ramps())  # a size draw of 0 cuts nothing
+
+
+def test_a_pan_moves_the_window_evenly_in_time():
+    draws = np.zeros(13)
+    draws[2:5] = 1, 0, 0.5  # half the picture, at the left, in the middle of the height
+    draws[7:11] = 1, 1, 1, 0.5  # all the way to the right
+    for pan in (1.0, 0.5):
+        panned = augmented(ramps(), TIMES, AugmentConfig(crop=0.5, pan=pan), draws)
+        lefts = [pan * 16 * time for time in TIMES]
+        for frame, left in zip(panned, lefts, strict=True):
+            columns = 4 * np.clip(left + (np.arange(32) + 0.5) / 2 - 0.5, 0, 31)
+            assert np.abs(frame[5, :, 1] - columns).max() <= 0.5
+            assert np.array_equal(frame[:, :, 0], panned[0][:, :, 0])  # nothing moves up or down
+    still = augmented(ramps(), TIMES, AugmentConfig(crop=0.5, pan=1), np.where(np.arange(13) == 7, 0, draws))
+    assert np.array_equal(still[0], still[2])
 
 
 def test_brightness_is_one_factor_for_all_values_of_a_clip():
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     for draw in (0.0, 0.3, 0.9):
-        lit = augmented(frames, AugmentConfig(brightness=0.4), np.asarray([0, 0, 0, 0, 0, draw]))
+        lit = augmented(frames, TIMES, AugmentConfig(brightness=0.4), np.asarray([0, 0, 0, 0, 0, draw]))
         factor = 0.6 + 0.8 * draw
         assert np.array_equal(lit, np.minimum(np.round(frames * factor), 255))
 
@@ -122,7 +146,8 @@ def test_brightness_is_one_factor_for_all_values_of_a_clip():
 def test_colours_change_places_in_every_way():
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     seen = [
-        augmented(frames, AugmentConfig(colours=True), np.asarray([0] * 6 + [(place + 0.5) / 6])) for place in range(6)
+        augmented(frames, TIMES, AugmentConfig(colours=True), np.asarray([0] * 6 + [(place + 0.5) / 6]))
+        for place in range(6)
     ]
     assert len({one.tobytes() for one in seen}) == 6
     for one in seen:
