@@ -1,19 +1,27 @@
 """What a training needs to go on, or a user to make clips: networks, optimisers, place in the stream, experiment.
 
 <network>.safetensors     one file a network, bare (no DDP prefix)
-optimizers.pt             tensors and numbers only; read with weights_only
-position.json             steps done and the metrics of that moment
+optimizers.safetensors    their tensors; what else they hold is in position.json
+position.json             steps done, what was measured then, and the numbers of the optimisers
 experiment.yaml           every field, so that a checkpoint alone is enough to use it
+manifest.json             bytes and sha256 of each of the others; written last
+
+A folder whose files are not those of its manifest is never used. Nothing is pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import json
+import logging
 import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
+import ray.train
 import torch
 from pyarrow import fs
 from ray.train import Checkpoint
@@ -22,40 +30,87 @@ from safetensors.torch import load_file, save_file
 from giffy_ray import learners
 from giffy_ray.config import ConfigError, Experiment, from_yaml, to_yaml
 from giffy_ray.learners import Learner
-from giffy_ray.storage import filesystem_of, join, read_text
+from giffy_ray.storage import filesystem_of, join, read_text, write_text
+
+_MANIFEST = "manifest.json"
+_CHUNK_BYTES = 2**24
+_log = logging.getLogger(__name__)
 
 
-@contextmanager
-def written(
-    learner: Learner, experiment: Experiment, steps_done: int, metrics: Mapping[str, float], rank: int
-) -> Iterator[Checkpoint | None]:
-    """A checkpoint in a temporary folder, to be handed to `ray.train.report`; none on ranks other than 0."""
-    if rank != 0:
-        yield None
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        save(Path(folder), learner, experiment, steps_done, metrics)
-        yield Checkpoint.from_directory(folder)
+class DamagedCheckpoint(Exception):
+    """A checkpoint that is not as it was written; the message names its folder, the file and what is wrong."""
 
 
-def save(folder: Path, learner: Learner, experiment: Experiment, steps_done: int, metrics: Mapping[str, float]) -> None:
+@dataclass(frozen=True)
+class Position:
+    """Where a training is."""
+
+    steps_done: int
+    metrics: Mapping[str, float] = field(default_factory=dict)  # measured at this moment
+    sums: Mapping[str, float] = field(default_factory=dict)  # of losses, since they were last logged
+
+
+def save(folder: Path, learner: Learner, experiment: Experiment, position: Position) -> None:
     for name, network in learner.networks.items():
         weights = {key: value.contiguous() for key, value in network.state_dict().items()}
         save_file(weights, folder / f"{name}.safetensors")
-    states = {name: optimizer.state_dict() for name, optimizer in learner.optimizers.items()}
-    torch.save(states, folder / "optimizers.pt")
+    tensors, numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
+    save_file(tensors, folder / "optimizers.safetensors")
     (folder / "experiment.yaml").write_text(to_yaml(experiment))
-    position = {"steps_done": steps_done, "metrics": dict(metrics)}
-    (folder / "position.json").write_text(json.dumps(position, indent=2))
+    (folder / "position.json").write_text(json.dumps({**vars(position), "optimizers": numbers}, indent=1))
+    files = {path.name: _fingerprint(str(path)) for path in sorted(folder.iterdir())}
+    write_text(str(folder / _MANIFEST), json.dumps({"files": files}, indent=1))
 
 
-def restore(folder: Path, learner: Learner) -> int:
-    """Puts a checkpoint's state into a learner of the same experiment; returns how many steps were done."""
-    load_networks(folder, learner)
-    states = torch.load(folder / "optimizers.pt", map_location="cpu", weights_only=True)
+def written(learner: Learner, experiment: Experiment, position: Position) -> Checkpoint:
+    """A checkpoint in a temporary folder, which is the caller's to remove: Ray Train does it after the upload."""
+    folder = tempfile.mkdtemp(prefix="giffy_ray-checkpoint-")
+    save(Path(folder), learner, experiment, position)
+    return Checkpoint.from_directory(folder)
+
+
+def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
+    """Copies a local checkpoint to the run's storage, its manifest last. For `ray.train.report`, in a worker."""
+    storage = cast(Any, ray.train.get_context().get_storage())
+    return copied(Path(checkpoint.path), storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+
+
+def copied(folder: Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
+    filesystem.create_dir(place)
+    names = sorted(path.name for path in folder.iterdir() if path.name != _MANIFEST)
+    for name in (*names, _MANIFEST):
+        fs.copy_files(str(folder / name), f"{place}/{name}", fs.LocalFileSystem(), filesystem)
+    return Checkpoint(place, filesystem)
+
+
+def restore(location: str, learner: Learner) -> Position:
+    """Puts a checkpoint's state into a learner of the same experiment. Raises DamagedCheckpoint, ValueError."""
+    with _fetched(location, None) as folder:
+        load_networks(folder, learner)
+        position = json.loads((folder / "position.json").read_text())
+        tensors = load_file(folder / "optimizers.safetensors")
+    states = _put_together(tensors, position.pop("optimizers"))
     for name, optimizer in learner.optimizers.items():
+        _refuse_other_shapes(name, states[name], optimizer)
         optimizer.load_state_dict(states[name])
-    return json.loads((folder / "position.json").read_text())["steps_done"]
+    return Position(**position)
+
+
+def start_from(location: str, learner: Learner) -> None:
+    """Takes those networks of a checkpoint that the learner has too; what it has besides keeps its first weights.
+
+    Raises FileNotFoundError, DamagedCheckpoint, ConfigError where a network has other layers, or none is shared.
+    """
+    files = manifest(location)
+    shared = [name for name in learner.networks if f"{name}.safetensors" in files]
+    if not shared:
+        raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(learner.networks)}")
+    with _fetched(location, [f"{name}.safetensors" for name in shared]) as folder:
+        for name in shared:
+            try:
+                learner.networks[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
+            except RuntimeError as error:
+                raise ConfigError(f"train.start_from: {location} is of another model: {error}") from error
 
 
 def load_networks(folder: Path, learner: Learner) -> None:
@@ -63,34 +118,181 @@ def load_networks(folder: Path, learner: Learner) -> None:
         network.load_state_dict(load_file(folder / f"{name}.safetensors"))
 
 
-def newest(experiment: Experiment) -> str:
-    """Where the newest checkpoint of the run of the experiment's name lies. Raises ConfigError where there is none."""
-    filesystem, base = filesystem_of(join(experiment.storage, experiment.name))
-    below = fs.FileSelector(base, allow_not_found=True)
-    # Ray Train names them after the moment, so that the last by name is the newest.
-    folders = (info for info in filesystem.get_file_info(below) if info.type == fs.FileType.Directory)
-    names = sorted(info.base_name for info in folders if info.base_name.startswith("checkpoint_"))
-    if not names:
-        raise ConfigError(
-            f"name: no checkpoint in {join(experiment.storage, experiment.name)} (value {experiment.name!r})"
-        )
-    return join(experiment.storage, experiment.name, names[-1])
-
-
 def load(location: str) -> tuple[Learner, Experiment]:
     """The learner and the experiment of a checkpoint, local or not, on the CPU and ready to generate.
 
-    Only what that needs is fetched: the optimisers of Table 1 are twice as large as its weights.
+    Only what that needs is fetched: the optimisers of Table 1 are twice as large as its weights. Raises
+    FileNotFoundError, DamagedCheckpoint.
     """
     text = read_text(join(location, "experiment.yaml"))
     if text is None:
         raise FileNotFoundError(f"{location}: not a checkpoint (it has no experiment.yaml)")
     experiment = from_yaml(text)
     learner = learners.build(experiment, torch.device("cpu"))
-    filesystem, path = filesystem_of(location)
-    with tempfile.TemporaryDirectory() as folder:
-        for name in learner.networks:
-            file = f"{name}.safetensors"
-            fs.copy_files(f"{path}/{file}", f"{folder}/{file}", filesystem, fs.LocalFileSystem())
-        load_networks(Path(folder), learner)
+    with _fetched(location, [f"{name}.safetensors" for name in learner.networks]) as folder:
+        load_networks(folder, learner)
     return learner, experiment
+
+
+def verify(location: str) -> None:
+    """Reads every file of a checkpoint. Raises DamagedCheckpoint where one is not as its manifest says."""
+    for name, wanted in manifest(location).items():
+        _compare(join(location, name), wanted)
+
+
+def newest(experiment: Experiment) -> str:
+    """Where the newest whole checkpoint of the run of the experiment's name lies. Raises ConfigError.
+
+    Damaged ones are told of and passed over.
+    """
+    return _first_whole(experiment, _locations(experiment))
+
+
+def to_resume(experiment: Experiment) -> str | None:
+    """The newest whole checkpoint, or none where the run has not finished any. Raises ConfigError if all are damaged.
+
+    Those whose writing was cut off are removed: it is called where nobody writes any.
+    """
+    finished = []
+    for location in _locations(experiment):
+        filesystem, place = filesystem_of(location)
+        if read_text(join(location, _MANIFEST)) is None:
+            _log.warning("%s: its writing was cut off; it is removed", location)
+            filesystem.delete_dir(place)
+        else:
+            finished.append(location)
+    return _first_whole(experiment, finished) if finished else None
+
+
+def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
+    """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError."""
+    measured = {}
+    for location in _locations(experiment):
+        metrics = json.loads(read_text(join(location, "position.json")) or "{}").get("metrics", {})
+        if metric not in metrics:
+            known = ", ".join(sorted(metrics)) or "none"
+            raise ConfigError(f"{metric!r} was not measured at {location}; there are: {known}")
+        measured[location] = metrics[metric]
+    return _first_whole(experiment, sorted(measured, key=lambda place: measured[place], reverse=not smaller))
+
+
+def manifest(location: str) -> dict[str, dict[str, Any]]:
+    """Bytes and sha256 by the name of the file. Raises DamagedCheckpoint."""
+    text = read_text(join(location, _MANIFEST))
+    if text is None:
+        raise DamagedCheckpoint(f"{location}: it has no {_MANIFEST}, so its writing was cut off")
+    try:
+        files = json.loads(text)["files"]
+        sound = all("/" not in name and {"bytes", "sha256"} <= wanted.keys() for name, wanted in files.items())
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{location}/{_MANIFEST}: cannot be read ({error!r})") from error
+    if not sound:
+        raise DamagedCheckpoint(f"{location}/{_MANIFEST}: it must name files of this folder, with bytes and sha256")
+    return files
+
+
+def _locations(experiment: Experiment) -> list[str]:
+    """The checkpoint folders of a run, newest first: Ray Train names them after the moment."""
+    folder = join(experiment.storage, experiment.name)
+    filesystem, base = filesystem_of(folder)
+    infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+    names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
+    return [join(folder, name) for name in sorted(names, reverse=True) if name.startswith("checkpoint_")]
+
+
+def _first_whole(experiment: Experiment, locations: list[str]) -> str:
+    damages = []
+    for location in locations:
+        try:
+            verify(location)
+        except DamagedCheckpoint as damage:
+            _log.warning("%s; it is not used", damage)
+            damages.append(str(damage))
+        else:
+            return location
+    folder = join(experiment.storage, experiment.name)
+    raise ConfigError("\n  ".join([f"name: no whole checkpoint in {folder} (value {experiment.name!r})", *damages]))
+
+
+@contextlib.contextmanager
+def _fetched(location: str, names: list[str] | None) -> Iterator[Path]:
+    """A local folder with these files of a checkpoint, or all, each compared with its manifest."""
+    files = manifest(location)
+    filesystem, place = filesystem_of(location)
+    with tempfile.TemporaryDirectory() as temporary:
+        local = isinstance(filesystem, fs.LocalFileSystem)
+        folder = Path(place if local else temporary)
+        for name in files if names is None else names:
+            if name not in files:
+                raise DamagedCheckpoint(f"{location}/{_MANIFEST}: it does not name {name}")
+            if not local:
+                _refuse_missing(filesystem, f"{place}/{name}", join(location, name))
+                fs.copy_files(f"{place}/{name}", str(folder / name), filesystem, fs.LocalFileSystem())
+            _compare(str(folder / name), files[name], join(location, name))
+        yield folder
+
+
+def _compare(path: str, wanted: Mapping[str, Any], known_as: str | None = None) -> None:
+    found = _fingerprint(path)
+    if found["bytes"] != wanted["bytes"]:
+        raise DamagedCheckpoint(f"{known_as or path}: has {found['bytes']} bytes, not {wanted['bytes']}")
+    if found["sha256"] != wanted["sha256"]:
+        raise DamagedCheckpoint(f"{known_as or path}: its content is not what was written (sha256 differs)")
+
+
+def _fingerprint(location: str) -> dict[str, Any]:
+    filesystem, path = filesystem_of(location)
+    _refuse_missing(filesystem, path, location)
+    digest, size = hashlib.sha256(), 0
+    with filesystem.open_input_stream(path) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            size += len(chunk)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _refuse_missing(filesystem: fs.FileSystem, path: str, known_as: str) -> None:
+    if filesystem.get_file_info(path).type != fs.FileType.File:
+        raise DamagedCheckpoint(f"{known_as}: is missing")
+
+
+def _taken_apart(states: Mapping[str, dict[str, Any]]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """State dicts of optimisers -> their tensors, as 'optimizer/parameter/name', and everything else, for JSON."""
+    tensors, numbers = {}, {}
+    for name, state in states.items():
+        plain: dict[int, dict[str, Any]] = {}
+        for index, of_parameter in state["state"].items():
+            plain[index] = {key: value for key, value in of_parameter.items() if not torch.is_tensor(value)}
+            for key in of_parameter.keys() - plain[index].keys():
+                tensors[f"{name}/{index}/{key}"] = of_parameter[key].contiguous()
+        numbers[name] = {"state": plain, "param_groups": state["param_groups"]}
+    return tensors, numbers
+
+
+def _put_together(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    states: dict[str, dict[str, Any]] = {}
+    for name, plain in numbers.items():
+        groups = [{key: _as_it_was(key, value) for key, value in group.items()} for group in plain["param_groups"]]
+        states[name] = {"state": {int(index): dict(of) for index, of in plain["state"].items()}, "param_groups": groups}
+    for key, tensor in tensors.items():
+        name, index, entry = key.rsplit("/", 2)
+        states[name]["state"][int(index)][entry] = tensor
+    return states
+
+
+def _as_it_was(key: str, value: Any) -> Any:
+    """JSON knows no tuples, which betas are; params is a list."""
+    return tuple(value) if isinstance(value, list) and key != "params" else value
+
+
+def _refuse_other_shapes(name: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
+    """torch compares the number of parameters, and not their shapes."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for index, of_parameter in state["state"].items():
+        there = {key: value.shape for key, value in of_parameter.items() if torch.is_tensor(value) and value.dim()}
+        here = parameters[index].shape if index < len(parameters) else None
+        if any(shape != here for shape in there.values()):
+            raise ValueError(
+                f"optimizer {name!r}, parameter {index}: the checkpoint has shapes {there} where this experiment has "
+                f"{here}; it is of another experiment"
+            )

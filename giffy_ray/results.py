@@ -8,7 +8,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich import box
@@ -46,6 +46,7 @@ from giffy_ray.tune import Study
 _SHOWN_CATEGORIES = 30
 _WIDTH = 110  # of the tables; a job's log has no terminal to ask
 _METHOD_WIDTH = 34  # of the first column of the tables
+_HOPELESS = -10  # a skill below this needs no digits
 _BOUNDED = 3  # columns that have room for intervals
 _COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
@@ -87,7 +88,12 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     baseline_methods(experiment.evaluate.baselines, store.clip)  # what cannot be shown is told before the training
     clips = len(store.rows_of("training"))
     print(f"training {experiment.name}: {clips} clips, {experiment.cluster.workers} workers", flush=True)
-    with relayed(lambda metrics: print(line_of(metrics, experiment.train.epochs), flush=True)) as relay:
+
+    def show(metrics: Mapping[str, Any]) -> None:
+        if "epoch" in metrics:  # and not only a checkpoint
+            print(line_of(metrics, experiment.train.epochs), flush=True)
+
+    with relayed(show) as relay:
         checkpoint = train(experiment, store, share, parent.run_id if parent else None, [relay])
     trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
     trackers = [open_run(experiment), *([parent] if parent else [])]
@@ -121,7 +127,7 @@ def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
     try:
         location = settle(run) if "/" in run else checkpoints.newest(override(experiment, {"name": run}))
         return checkpoints.load(location)
-    except (ConfigError, FileNotFoundError) as error:
+    except (ConfigError, FileNotFoundError, checkpoints.DamagedCheckpoint) as error:
         raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
 
 
@@ -268,8 +274,7 @@ def measures_table(summaries: Sequence[Summary]) -> Table:
     others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
     table = Table(
         title=f"{every[0].clips} clips; means",
-        caption="Motion ratio, sharpness: best at 1. best of K: of K samples the one nearest to the real clip;\n"
-        "diversity: between them.",
+        caption="Motion ratio, sharpness: best at 1. best of K: the nearest of K samples; diversity: between them.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -303,6 +308,8 @@ def _columns(table: Table, summaries: Sequence[Summary], store: Store) -> tuple[
 def _skill_of(summary: Summary, bounded: bool) -> str:
     assert summary.skill
     skill, low, high = summary.skill
+    if skill < _HOPELESS:
+        return f"{skill:.0f} {summary.won:4.0%}"
     bounds = f" ({low:z.2f}, {high:z.2f})" if bounded and not math.isnan(low) else ""
     return f"{skill:z.2f}{bounds} {summary.won:4.0%}"
 

@@ -79,9 +79,9 @@ class Tracker:
                 self._client.log_artifacts(self.run_id, folder, "images")
             self._client.set_tag(self.run_id, "mlflow.loggedImages", True)
 
-    def finish(self) -> None:
+    def finish(self, status: str = "FINISHED") -> None:
         if self._client:
-            self._client.set_terminated(self.run_id, "FINISHED")
+            self._client.set_terminated(self.run_id, status)
 
     def _log(self, metrics: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric

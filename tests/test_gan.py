@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional
 
 from giffy_ray import learners, models
-from giffy_ray.config import ConfigError, Experiment, OptimConfig, override
+from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, override
 from giffy_ray.learners.adversary import Adversary
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.shapes import to_floats
@@ -30,7 +30,7 @@ class Judge(nn.Module):
 
 
 def adversary(judges: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> Adversary:
-    return Adversary(judges, torch.device("cpu"), OptimConfig(**optim), 10, lambda network: network, loss, label)
+    return Adversary(judges, torch.device("cpu"), OptimConfig(**optim), 10, SpeedConfig(), loss, label)
 
 
 def test_the_losses_are_those_of_equation_2():
@@ -58,7 +58,12 @@ def test_the_losses_are_those_of_equation_2():
 
 
 RECONSTRUCTION = {"model.reconstruction_weight": 50.0}
-WEIGHTS = {"model.frame_weight": 0.3, "model.discriminator_updates": 1, "optim.discriminator_lr": 1e-30}
+WEIGHTS = {
+    "train.batch": 8,
+    "model.frame_weight": 0.3,
+    "model.discriminator_updates": 1,
+    "optim.discriminator_lr": 1e-30,
+}
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_a_discriminators_step_follows_its_gradient_and_leaves_the_made_clips_al
         slopes = -(real_logits < 1).float(), (made_logits > -1).float()
     expected = sum((slope[:, None] * of).mean(0) for slope, of in zip(slopes, frames, strict=True))
     before = judge.weight.detach().clone()
-    named = adversary({"one": judge}, loss, label, lr=1e-2).update(real, made, step=0)
+    named = adversary({"one": judge}, loss, label, lr=1e-2).update(real, made, step=0, weight=1.0)
     torch.testing.assert_close(judge.weight.grad, expected)
     torch.testing.assert_close(judge.weight.detach(), before - 1e-2 * expected.sign(), rtol=0, atol=1e-6)
     assert made.grad is None
@@ -147,7 +152,8 @@ def test_a_discriminators_step_follows_its_gradient_and_leaves_the_made_clips_al
 def test_the_sums_and_means_over_two_discriminators():
     real, made = torch.rand(2, 4, 3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     single, double = (
-        adversary({name: Judge() for name in names}, "logistic").update(real, made, step=0) for names in ("a", "ab")
+        adversary({name: Judge() for name in names}, "logistic").update(real, made, step=0, weight=1.0)
+        for names in ("a", "ab")
     )
     torch.testing.assert_close(double, {**single, "d_loss": 2 * single["d_loss"]})
 

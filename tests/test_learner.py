@@ -10,7 +10,7 @@ import torch.multiprocessing
 from torch import nn
 
 from giffy_ray import learners
-from giffy_ray.config import ConfigError, Experiment, OptimConfig, from_yaml, override, to_yaml
+from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, from_yaml, override, to_yaml
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats
@@ -20,6 +20,14 @@ CPU = torch.device("cpu")
 CLIPS = torch.randint(0, 256, (8, 6, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TIMES = torch.linspace(0, 1, 6).expand(8, -1)
 POSITIONS = torch.arange(100, 108)
+TINY_BETWEEN = {
+    "clip.frames": 6,
+    "clip.height": 16,
+    "clip.width": 16,
+    "model.kind": "between",
+    "model.widths": (4, 6, 8),
+    "model.latent": 2,
+}
 
 
 def test_the_loss_is_equation_1(tiny: Experiment):
@@ -107,7 +115,11 @@ def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine():
 
 
 def descent_of(network: nn.Module, **optim) -> Descent:
-    return Descent(network, OptimConfig(**optim), steps=20, parallel=lambda given: given)
+    return Descent(network, OptimConfig(**optim), steps=20, speed=SpeedConfig())
+
+
+def descend(descent: Descent, loss: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    return descent.descend(lambda _: (loss, {"loss": loss}), [torch.zeros(1)], step, weight=1.0)
 
 
 def test_each_step_takes_the_rate_of_its_place():
@@ -115,7 +127,7 @@ def test_each_step_takes_the_rate_of_its_place():
     for step, rate in [(0, 0.25), (1, 0.5), (7, 1)]:
         layer = nn.Linear(3, 1, bias=False)
         before = layer.weight.detach().clone()
-        descent_of(layer, lr=1e-2, warmup_steps=4)(layer.weight.sum(), step)
+        descend(descent_of(layer, lr=1e-2, warmup_steps=4), layer.weight.sum(), step)
         torch.testing.assert_close(before - layer.weight.detach(), torch.full((1, 3), rate * 1e-2))
 
 
@@ -124,7 +136,7 @@ def test_the_average_is_that_of_a_plain_loop():
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
     descent, seen = descent_of(network, lr=0.1, ema=0.5), []
     for step in range(9):
-        descent(network(torch.randn(4, 3)).square().sum(), step)
+        descend(descent, network(torch.randn(4, 3)).square().sum(), step)
         seen.append(copy.deepcopy(network.state_dict()))
     expected = seen[0]
     for count, state in enumerate(seen[1:], start=1):
@@ -142,31 +154,91 @@ def test_weight_decay_is_decoupled():
     """AdamW (Loshchilov & Hutter 2019, algorithm 2): without a gradient a weight shrinks by lr * decay."""
     layer = nn.Linear(3, 1)
     before = layer.weight.detach().clone()
-    descent_of(layer, lr=0.1, weight_decay=0.2)(0 * layer.weight.sum() + 0 * layer.bias.sum(), 0)
+    descend(descent_of(layer, lr=0.1, weight_decay=0.2), 0 * layer.weight.sum() + 0 * layer.bias.sum(), 0)
     torch.testing.assert_close(layer.weight.detach(), before * (1 - 0.1 * 0.2))
 
 
-def test_the_gradient_is_cut_to_its_norm_and_keeps_its_direction():
+@pytest.mark.parametrize(("norm", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
+def test_the_gradient_is_cut_to_its_norm_and_keeps_its_direction(norm: float, expected: list[float]):
+    layer, seen = nn.Linear(2, 1, bias=False), []
+    descent = descent_of(layer, clip_norm=norm)
+    descent.optimizer.register_step_pre_hook(lambda *_: seen.append(layer.weight.grad))
+    descend(descent, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), 0)
+    torch.testing.assert_close(seen, [torch.tensor([expected])], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("scale", [math.nan, math.inf, 1e38])  # the gradient of the last overflows where it is squared
+def test_a_step_without_a_finite_gradient_changes_nothing(scale: float):
+    torch.manual_seed(0)
+    network = nn.Linear(3, 2)
+    descent = descent_of(network, lr=0.1, ema=0.5)
+    assert not descend(descent, network.weight.square().sum(), 0)["skipped"]
+    before = copy.deepcopy([network.state_dict(), descent.average.state_dict(), descent.optimizer.state_dict()])
+    loss = (scale * network.weight * 1e10).square().sum()
+    assert descend(descent, loss, 1)["skipped"] == 1
+    after = [network.state_dict(), descent.average.state_dict(), descent.optimizer.state_dict()]
+    assert str(after) == str(before)
+    assert not descend(descent, network.weight.square().sum(), 2)["skipped"]
+
+
+def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite():
     layer = nn.Linear(2, 1, bias=False)
-    for norm, expected in [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])]:
-        descent_of(layer, clip_norm=norm)((layer.weight * torch.tensor([[3.0, 4.0]])).sum(), 0)
-        torch.testing.assert_close(layer.weight.grad, torch.tensor([expected]), rtol=1e-5, atol=0)
+    before = layer.weight.detach().clone()
+    assert descend(descent_of(layer), layer.weight.sum() + math.inf, 0)["skipped"] == 1
+    assert torch.equal(layer.weight, before)
+
+
+def test_micro_batches_change_nothing_but_rounding(tiny: Experiment):
+    whole = override(tiny, {"model.batch_norm": False, "optim.lr": 1e-3, "train.batch": 8})
+    between = override(Experiment(), TINY_BETWEEN | {"train.batch": 8, "model.kl_weight": 0.0, "optim.lr": 1e-3})
+    for experiment in (whole, between):
+        parts = override(experiment, {"speed.micro_batch": 3})
+        together, apart = (trained(to_yaml(each)).double() for each in (experiment, parts))
+        torch.testing.assert_close(apart, together, rtol=0, atol=3e-6)
+        assert not torch.equal(apart, trained(to_yaml(experiment), updates=0).double())
+    with pytest.raises(ConfigError, match=r"speed\.micro_batch: .*\(value 3\)"):
+        learners.build(override(Experiment(), CGAN | {"speed.micro_batch": 3}), CPU)
+
+
+def test_bfloat16_and_channels_last_round_and_nothing_else(tiny: Experiment):
+    experiment = override(tiny, {"model.batch_norm": False})
+    clips, times, positions = CLIPS[:4], TIMES[:4], POSITIONS[:4]
+    exact = learners.build(experiment, CPU).update(clips, times, positions)
+    last = learners.build(override(experiment, {"speed.channels_last": True}), CPU).update(clips, times, positions)
+    narrow = learners.build(override(experiment, {"speed.precision": "bfloat16"}), CPU).update(clips, times, positions)
+    torch.testing.assert_close(last["loss"], exact["loss"], rtol=1e-5, atol=0)
+    torch.testing.assert_close(narrow["loss"], exact["loss"], rtol=2e-2, atol=0)
+    assert narrow["loss"] != exact["loss"]
+    assert narrow["loss"].dtype == torch.float32
 
 
 def _worker(rank: int, workers: int, port: int, yamls: list[str], queue) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     torch.set_num_threads(1)
     share = slice(rank * 8 // workers, (rank + 1) * 8 // workers)
-    weights = [trained(yaml, share, nn.parallel.DistributedDataParallel).numpy() for yaml in yamls]
-    queue.put((rank, weights))
+    weights = [trained(yaml, share).numpy() for yaml in yamls]
+    queue.put((rank, [*weights, skipped_where_rank_1_fails(rank).numpy()]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def trained(yaml: str, share: slice = slice(8), parallel=lambda network: network, updates: int = 3) -> torch.Tensor:
+def skipped_where_rank_1_fails(rank: int) -> torch.Tensor:
+    """`skipped` of three steps, of which rank 1 has no finite loss, then no finite gradient; then the weights."""
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 1)
+    descent, skipped = descent_of(layer, lr=0.1), []
+    for failure in (0.0, math.inf, math.nan):
+        inputs = torch.full((1, 2), failure if rank == 1 and math.isnan(failure) else 1.0)
+        added = failure if rank == 1 and math.isinf(failure) else 0.0
+        losses = descent.descend(lambda one, more=added: (descent(one).sum() + more, {}), [inputs], 0, weight=1.0)
+        skipped.append(losses["skipped"])
+    return torch.cat([torch.stack(skipped), nn.utils.parameters_to_vector(layer.parameters()).detach()])
+
+
+def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tensor:
     """The weights of all the learner's networks after some updates, one after the other."""
     experiment = from_yaml(yaml)
-    learner = learners.build(experiment, CPU, parallel)
+    learner = learners.build(experiment, CPU)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
     for _ in range(updates):
         learner.update(clips[share], TIMES[share], POSITIONS[share])
@@ -197,6 +269,15 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     others = [CGAN | {"optim.ema": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
     normalised = [to_yaml(override(Experiment(), each)) for each in others]
     first, second = trained_by_two(plain + normalised)
+    failures = first.pop()
+    assert torch.equal(failures, second.pop())
+    assert failures[:3].tolist() == [0, 1, 1]
+    torch.manual_seed(0)
+    layer = nn.Linear(2, 1)
+    after_one_step = (
+        nn.utils.parameters_to_vector(layer.parameters()).detach() - 0.1
+    )  # Adam's: the gradient is positive
+    torch.testing.assert_close(failures[3:], after_one_step, rtol=0, atol=1e-6)
     for one, other in zip(first, second, strict=True):
         assert torch.equal(one, other)
     for yaml, one in zip(plain, first, strict=False):

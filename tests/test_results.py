@@ -111,6 +111,7 @@ def stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Experim
 def checkpoint_of(storage: Path, run: str) -> str:
     folder = storage / run / "checkpoint_1"
     folder.mkdir(parents=True)
+    (folder / "manifest.json").write_text('{"files": {}}')
     return str(folder)
 
 
@@ -126,7 +127,7 @@ def test_runs_are_found_by_name_or_by_where_they_lie(stored: dict[str, Experimen
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
-        (("nowhere",), r"evaluate\.runs: .*no checkpoint in .*nowhere.*\(value 'nowhere'\)"),
+        (("nowhere",), r"evaluate\.runs: .*no whole checkpoint in .*nowhere.*\(value 'nowhere'\)"),
         (("s3://bucket/nothing",), r"evaluate\.runs: s3://bucket/nothing: not a checkpoint.*\(value 's3"),
         (("..",), r"evaluate\.runs: name: .*\(value '\.\.'\)"),
         (("older", "older"), r"evaluate\.runs: another method or run is called that too \(value 'older'\)"),

@@ -3,15 +3,18 @@ import pytest
 
 from giffy_ray.cluster import Share, share_of
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
-from giffy_ray.train import check, epoch_ends, train
+from giffy_ray.loop import validations
+from giffy_ray.train import check, train
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
-def test_an_epoch_ends_with_the_step_that_completes_it(clips: int, batch: int):
-    ends = epoch_ends(clips, batch, epochs=5)
-    for epoch, end in enumerate(ends, start=1):
+def test_a_validation_comes_with_the_step_that_completes_its_epoch(clips: int, batch: int):
+    validated = validations(clips, override(Experiment(), {"train.batch": batch, "train.epochs": 5}))
+    assert list(validated.values())[-1] == 5
+    for end, epoch in validated.items():
         assert end * batch >= epoch * clips > (end - 1) * batch
-    assert epoch_ends(2000, 20, 100)[-1] == 100 * 100  # the report's: 100 steps an epoch
+    report = override(Experiment(), {"train.validate_every": 30})
+    assert validations(2000, report) == {3000: 30, 6000: 60, 9000: 90, 10_000: 100}  # 100 steps an epoch
 
 
 class Store:
@@ -27,7 +30,7 @@ class Store:
 @pytest.mark.parametrize(
     ("changes", "store", "message"),
     [
-        ({"train.batch": 9, "cluster.workers": 2}, Store(5, 5), r"train\.batch.*cluster\.workers=2 \(value 9\)"),
+        ({"train.batch": 2, "cluster.workers": 3}, Store(5, 5), r"train\.batch.*cluster\.workers=3 \(value 2\)"),
         ({}, Store(0, 5), "no training clips.*the-store"),
         ({}, Store(5, 0), "no validation clips.*the-store"),
     ],

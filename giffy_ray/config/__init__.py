@@ -39,6 +39,7 @@ from giffy_ray.config.sections import (
     LimitsConfig,
     OptimConfig,
     SearchConfig,
+    SpeedConfig,
     SyntheticConfig,
 )
 from giffy_ray.config.values import ConfigError
@@ -63,6 +64,7 @@ __all__ = [
     "ModelConfig",
     "OptimConfig",
     "SearchConfig",
+    "SpeedConfig",
     "SyntheticConfig",
     "TwoStreamConfig",
     "differences",

@@ -115,7 +115,23 @@ class TrainConfig(Strict):
     epochs: Positive = 100
     batch: Positive = 20  # clips per optimiser step, over all workers together
     validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
+    checkpoint_every: Annotated[int, Field(ge=0)] = 0  # steps between further checkpoints; 0: none
+    keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
+    start_from: str | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
+    most_skipped: Annotated[int, Field(ge=0)] = 10  # steps without a finite gradient before a run is stopped
     seed: Annotated[int, Field(ge=0)] = 0
+
+
+@dataclass(frozen=True)
+class SpeedConfig(Strict):
+    """How a step is computed; what it computes stays the same but for rounding."""
+
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bfloat16 on a GPU
+    compile: bool = False  # by torch.compile: a minute at the start, for faster steps
+    channels_last: bool = False  # how clips and weights lie in memory; some GPUs convolve faster so
+    micro_batch: Annotated[int, Field(ge=0)] = 0  # most clips that a worker takes at once; 0: its whole share
+    compress_gradients: bool = False  # workers send each other bfloat16
+    sync_batch_norm: bool = False  # statistics of the clips of all workers, on GPUs
 
 
 @dataclass(frozen=True)
@@ -160,6 +176,7 @@ class Experiment(Strict):
     model: ModelConfig = field(default_factory=CVAEConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    speed: SpeedConfig = field(default_factory=SpeedConfig)
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)

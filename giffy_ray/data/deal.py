@@ -37,9 +37,11 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
 
 
 def slice_of(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
-    """int64: the positions that rank `rank` of `workers` takes in a step of `batch` clips over all workers."""
-    share = batch // workers
-    return step * batch + rank * share + np.arange(share)
+    """int64: the positions that rank `rank` of `workers` takes in a step of `batch` clips over all workers.
+
+    As even as can be: shares differ by one clip at most.
+    """
+    return step * batch + np.arange(rank * batch // workers, (rank + 1) * batch // workers)
 
 
 class Dealer:

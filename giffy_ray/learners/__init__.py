@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from giffy_ray.config import CGANConfig, ConfigError, Encoders, Experiment
+from giffy_ray.config import Adversarial, BetweenConfig, CGANConfig, ConfigError, Encoders, Experiment
 from giffy_ray.learners.between import BetweenLearner
 from giffy_ray.learners.cvae import CVAELearner
 from giffy_ray.learners.gan import GANLearner
@@ -23,7 +22,8 @@ class Learner(Protocol):
     def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
         """One step on clips whose frames are shown at `times`. Returns named losses, averaged over these clips.
 
-        `positions` are the clips' places in the sample stream: noise and learning rate follow from them.
+        With them `skipped`, above 0 where a gradient was not finite and was left out. `positions` are the clips'
+        places in the sample stream: noise and learning rate follow from them.
         """
         ...
 
@@ -32,25 +32,20 @@ class Learner(Protocol):
         ...
 
 
-def build(
-    experiment: Experiment,
-    device: torch.device,
-    parallel: Callable[[nn.Module], nn.Module] = lambda network: network,
-    steps: int = 1,
-) -> Learner:
+def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learner:
     """The learner of `experiment.model.kind`, with weights drawn from `experiment.train.seed`.
 
-    `parallel` wraps every network that is trained, with DistributedDataParallel where there are several workers;
     `steps` is how many the whole training has, which the learning rate may depend on. Raises ConfigError.
     """
     _refuse_single_clips(experiment)
+    _refuse_micro_batches(experiment)
     match experiment.model.kind:
         case "cvae" | "advanced_cvae":
-            return CVAELearner(experiment, device, parallel, steps)
+            return CVAELearner(experiment, device, steps)
         case "cgan" | "two_stream" | "direct_3d":
-            return GANLearner(experiment, device, parallel, steps)
+            return GANLearner(experiment, device, steps)
         case "between":
-            return BetweenLearner(experiment, device, parallel, steps)
+            return BetweenLearner(experiment, device, steps)
 
 
 def _refuse_single_clips(experiment: Experiment) -> None:
@@ -59,4 +54,13 @@ def _refuse_single_clips(experiment: Experiment) -> None:
     if isinstance(model, Encoders | CGANConfig) and model.batch_norm and batch < 2 * workers:
         raise ConfigError(
             f"train.batch: model.batch_norm needs two clips on each of cluster.workers={workers} (value {batch})"
+        )
+
+
+def _refuse_micro_batches(experiment: Experiment) -> None:
+    model, size = experiment.model, experiment.speed.micro_batch
+    if size and (isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)):
+        raise ConfigError(
+            f"speed.micro_batch: generator and discriminators take turns on the same clips, which must then be all of "
+            f"a worker's (value {size}); use more workers, or a smaller train.batch"
         )

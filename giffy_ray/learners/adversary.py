@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Literal
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from giffy_ray import losses
-from giffy_ray.config import OptimConfig
+from giffy_ray.config import OptimConfig, SpeedConfig
 from giffy_ray.learners.descent import Descent
 from giffy_ray.shapes import ClipFloats, PerClip
 
@@ -29,14 +30,14 @@ class Adversary:
         device: torch.device,
         optim: OptimConfig,
         steps: int,
-        parallel: Callable[[nn.Module], nn.Module],
+        speed: SpeedConfig,
         loss: Literal["logistic", "hinge"],
         real_label: float = 1.0,
     ):
         self.loss, self.real_label = loss, real_label
         unaveraged = dataclasses.replace(optim, ema=0.0)
         self.descents = {
-            name: Descent(network.to(device), unaveraged, steps, parallel, lr=optim.discriminator_lr)
+            name: Descent(network.to(device), unaveraged, steps, speed, lr=optim.discriminator_lr)
             for name, network in discriminators.items()
         }
 
@@ -48,21 +49,25 @@ class Adversary:
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
         return {name: descent.optimizer for name, descent in self.descents.items()}
 
-    def update(self, real: ClipFloats, made: ClipFloats, step: int) -> dict[str, Tensor]:
+    def update(self, real: ClipFloats, made: ClipFloats, step: int, weight: float) -> dict[str, Tensor]:
         """One step of each discriminator, from the mean over the clips; nothing flows back into `made`.
 
-        Returns d_loss, summed over the discriminators, and d_real and d_made, the mean of their logits before the step.
+        Returns d_loss and skipped, summed over the discriminators, and d_real and d_made, the mean of their logits
+        before the step. `weight`: as for `Descent.descend`.
         """
-        totals, logits = [], []
-        for descent in self.descents.values():
-            descent.network.train()
-            real_logits, made_logits = descent.parallel(real, made.detach())
-            loss = self._discriminator_loss(real_logits, made_logits).mean()
-            descent(loss, step)
-            totals.append(loss.detach())
-            logits.append(torch.stack([real_logits.detach().mean(), made_logits.detach().mean()]))
-        d_real, d_made = torch.stack(logits).mean(0)
-        return {"d_loss": torch.stack(totals).sum(), "d_real": d_real, "d_made": d_made}
+        named = [
+            descent.descend(functools.partial(self._loss, descent), (real, made.detach()), step, weight)
+            for descent in self.descents.values()
+        ]
+        of_all = {name: torch.stack([each[name] for each in named]) for name in named[0]}
+        sums, means = ("d_loss", "skipped"), ("d_real", "d_made")
+        return {name: of_all[name].sum() for name in sums} | {name: of_all[name].mean() for name in means}
+
+    def _loss(self, descent: Descent, real: ClipFloats, made: ClipFloats) -> tuple[Tensor, dict[str, Tensor]]:
+        descent.network.train()
+        real_logits, made_logits = descent(real, made)
+        loss = self._discriminator_loss(real_logits, made_logits).mean()
+        return loss, {"d_loss": loss, "d_real": real_logits.mean(), "d_made": made_logits.mean()}
 
     def persuade(self, made: ClipFloats) -> PerClip:
         """What each made clip costs the generator: its adversarial loss, summed over the discriminators.
@@ -73,10 +78,10 @@ class Adversary:
         towards them twice: nothing reads those of a discriminator.
         """
         costs = []
-        for network in self.networks.values():
-            network.train()
-            with _weights_held(network):
-                _, logits = network(made.detach(), made)
+        for descent in self.descents.values():
+            descent.network.train()
+            with _weights_held(descent.network):
+                _, logits = descent.of(descent.network, made.detach(), made)
             costs.append(
                 losses.logistic_generator(logits) if self.loss == "logistic" else losses.hinge_generator(logits)
             )

@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from giffy_ray import losses, models
+from giffy_ray import losses, models, ranks
 from giffy_ray.config import Encoders, Experiment
 from giffy_ray.learners.descent import Descent
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.models import refuse_other_lengths
 from giffy_ray.models.cvae import Autoencoder
-from giffy_ray.shapes import Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+from giffy_ray.shapes import ClipFloats, Clips, Images, Noise, Positions, Times, to_floats, to_pixels
 
 
 class CVAELearner:
-    def __init__(
-        self, experiment: Experiment, device: torch.device, parallel: Callable[[nn.Module], nn.Module], steps: int
-    ):
+    def __init__(self, experiment: Experiment, device: torch.device, steps: int):
         self.experiment, self.device = experiment, device
         self.model = cast(Encoders, experiment.model)
         self.latent = self.model.latent
         refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         network = models.build(experiment.model, experiment.clip).to(device)
-        self.descent = Descent(network, experiment.optim, steps, parallel)
+        self.descent = Descent(network, experiment.optim, steps, experiment.speed)
         self.networks = self.descent.networks("cvae")
         self.optimizers: dict[str, torch.optim.Optimizer] = {"cvae": self.descent.optimizer}
 
@@ -37,18 +34,19 @@ class CVAELearner:
         Each clip's position seeds the noise of its latent.
         """
         self.descent.network.train()
+        train = self.experiment.train
+        noise = noise_at(train.seed, positions.tolist(), self.latent, self.device)
         real = to_floats(clips.to(self.device, non_blocking=True))
-        noise = noise_at(self.experiment.train.seed, positions.tolist(), self.latent, self.device)
+        step, weight = int(positions[0]) // train.batch, ranks.weight_of(len(clips), train.batch)
+        return self.descent.descend(self._loss, (real, noise), step, weight)
 
-        made, mean, std = self.descent.parallel(real, noise)
+    def _loss(self, real: ClipFloats, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+        made, mean, std = self.descent(real, noise)
         kl = losses.gaussian_kl(mean, std).mean()
         reconstruction = losses.squared_error(made, real).mean()
         ends = losses.squared_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
         loss = kl + self.model.reconstruction_weight * reconstruction + self.model.ends_weight * ends
-
-        self.descent(loss, int(positions[0]) // self.experiment.train.batch)
-        named = {"loss": loss, "kl": kl, "reconstruction": reconstruction, "ends": ends}
-        return {name: value.detach() for name, value in named.items()}
+        return loss, {"loss": loss, "kl": kl, "reconstruction": reconstruction, "ends": ends}
 
     @torch.no_grad()
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:

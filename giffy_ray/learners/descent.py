@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from giffy_ray.config import OptimConfig
+from giffy_ray import ranks
+from giffy_ray.config import OptimConfig, SpeedConfig
 
 _YOUNG = 10  # steps in which an average forgets faster: what it starts from is not worth keeping
 
 
 class Descent:
-    """A network with its optimiser. Every call descends one step.
+    """A network with its optimiser.
 
-    `step`, which the learning rate depends on, is the caller's: it follows from the place in the sample stream, so a
-    run that was cut goes on with the rate it had.
+    The number of a step, which the learning rate depends on, is the caller's: it follows from the place in the sample
+    stream, so a run that was cut goes on with the rate it had.
     """
 
-    def __init__(
-        self,
-        network: nn.Module,
-        optim: OptimConfig,
-        steps: int,
-        parallel: Callable[[nn.Module], nn.Module],
-        lr: float | None = None,
-    ):
-        self.network, self.optim, self.steps, self.lr = network, optim, steps, lr or optim.lr
-        self.parallel = parallel(network)  # what the training calls: it averages gradients over the workers
+    def __init__(self, network: nn.Module, optim: OptimConfig, steps: int, speed: SpeedConfig, lr: float | None = None):
+        self.optim, self.steps, self.speed, self.lr = optim, steps, speed, lr or optim.lr
+        self.device = next(network.parameters()).device
+        self.network = network = _laid_out(network, speed, self.device)
+        if speed.compile:
+            network.compile()
+        self.parallel = ranks.averaging(network, speed.compress_gradients)
         self.optimizer = torch.optim.AdamW(
-            network.parameters(), lr=self.lr, betas=(optim.beta1, optim.beta2), weight_decay=optim.weight_decay
+            network.parameters(),
+            lr=self.lr,
+            betas=(optim.beta1, optim.beta2),
+            weight_decay=optim.weight_decay,
+            fused=self.device.type == "cuda",
         )
         self.average = averaged(network, optim.ema) if optim.ema else None
 
@@ -45,16 +50,61 @@ class Descent:
         """What a checkpoint holds of it."""
         return {name: self.network} | ({f"{name}_average": self.average} if self.average else {})
 
-    def __call__(self, loss: Tensor, step: int) -> None:
+    def __call__(self, *inputs: Tensor) -> Any:
+        """What the network makes of them, in float32 (or wider) whatever it is computed in."""
+        return self.of(self.parallel, *inputs)
+
+    def of(self, network: nn.Module, *inputs: Tensor) -> Any:
+        """The same of the network as it is given, without the other workers."""
+        if self.speed.channels_last:
+            inputs = tuple(_channels_last(one) for one in inputs)
+        narrow = self.speed.precision == "bfloat16" or (self.speed.precision == "auto" and self.device.type == "cuda")
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+            outputs = network(*inputs)
+        return _widened(outputs)
+
+    def descend(
+        self,
+        loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+        inputs: Sequence[Tensor],
+        step: int,
+        weight: float,
+    ) -> dict[str, Tensor]:
+        """One step down the gradient of loss_of(*inputs), a mean over the clips along the first axis of each input.
+
+        Taken in parts of `speed.micro_batch` clips. `loss_of` returns the loss and named values, whose means are
+        returned with `skipped`: 1 where the gradient was not finite, and nothing was done. `weight`: of these clips
+        against those of the other workers.
+        """
+        self.optimizer.zero_grad()
+        clips = len(inputs[0])
+        parts = list(zip(*(one.split(self.speed.micro_batch or clips) for one in inputs), strict=True))
+        means: dict[str, Tensor] = {}
+        for place, part in enumerate(parts):
+            share = len(part[0]) / clips
+            # Workers say nothing to each other before the last part.
+            silent = isinstance(self.parallel, DistributedDataParallel) and place < len(parts) - 1
+            with self.parallel.no_sync() if silent else nullcontext():  # type: ignore[operator]
+                loss, named = loss_of(*part)
+                self._backward(weight * share * loss)
+            means = {name: means.get(name, 0) + share * value.detach() for name, value in named.items()}
+        means["skipped"] = self._step(step)
+        return means
+
+    def _backward(self, loss: Tensor) -> None:
+        """Adds the gradient of `loss`. One that is not finite spoils that of every worker, so that all leave it out."""
+        (loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
+
+    def _step(self, step: int) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate_at(step, self.steps, self.optim)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        if self.optim.clip_norm:
-            nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm)
-        self.optimizer.step()
-        if self.average:
-            self.average.update_parameters(self.network)
+        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm or math.inf)
+        finite = norm.isfinite()
+        if finite:
+            self.optimizer.step()
+            if self.average:
+                self.average.update_parameters(self.network)
+        return torch.tensor(0.0 if finite else 1.0)
 
 
 def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
@@ -78,3 +128,23 @@ def averaged(network: nn.Module, decay: float) -> AveragedModel:
         return torch.lerp(new, old, kept) if old.is_floating_point() else new
 
     return AveragedModel(network, avg_fn=average, use_buffers=True)
+
+
+def _laid_out(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:
+    if speed.sync_batch_norm and device.type == "cuda" and ranks.count() > 1:
+        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    if speed.channels_last:
+        for parameter in network.parameters():
+            parameter.data = _channels_last(parameter.data)
+    return network
+
+
+def _channels_last(tensor: Tensor) -> Tensor:
+    layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
+    return tensor.contiguous(memory_format=layouts[tensor.dim()]) if tensor.dim() in layouts else tensor
+
+
+def _widened(outputs: Any) -> Any:
+    if isinstance(outputs, tuple):
+        return tuple(_widened(output) for output in outputs)
+    return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs

@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from giffy_ray import losses, models
+from giffy_ray import losses, models, ranks
 from giffy_ray.config import CGANConfig, Direct3DConfig, Experiment, TwoStreamConfig
 from giffy_ray.learners.adversary import Adversary
 from giffy_ray.learners.descent import Descent
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.models import refuse_other_lengths
-from giffy_ray.shapes import Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+from giffy_ray.shapes import ClipFloats, Clips, Images, Noise, PerClip, Positions, Times, to_floats, to_pixels
 
 
 class GANLearner:
-    def __init__(
-        self, experiment: Experiment, device: torch.device, parallel: Callable[[nn.Module], nn.Module], steps: int
-    ):
+    def __init__(self, experiment: Experiment, device: torch.device, steps: int):
         self.experiment, self.device = experiment, device
         self.model = cast(CGANConfig | TwoStreamConfig | Direct3DConfig, experiment.model)
         self.latent = self.model.latent
         refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         generator = models.build(experiment.model, experiment.clip).to(device)
-        self.descent = Descent(generator, experiment.optim, steps, parallel)
+        self.descent = Descent(generator, experiment.optim, steps, experiment.speed)
         judges = models.discriminators(experiment.model, experiment.clip)
         self.adversary = Adversary(
-            judges, device, experiment.optim, steps, parallel, self.model.adversarial_loss, self.model.real_label
+            judges,
+            device,
+            experiment.optim,
+            steps,
+            experiment.speed,
+            self.model.adversarial_loss,
+            self.model.real_label,
         )
         self.networks = self.descent.networks("generator") | self.adversary.networks
         self.optimizers = {"generator": self.descent.optimizer} | self.adversary.optimizers
@@ -41,16 +44,20 @@ class GANLearner:
         Each clip's position seeds its noise, which is the same for all of these steps, as in the authors' code. So the
         generator, which does not change meanwhile, makes its clips once for all of them.
         """
-        step = int(positions[0]) // self.experiment.train.batch
+        train = self.experiment.train
         self.descent.network.train()
         real = to_floats(clips.to(self.device, non_blocking=True))
-        noise = noise_at(self.experiment.train.seed, positions.tolist(), self.latent, self.device)
+        noise = noise_at(train.seed, positions.tolist(), self.latent, self.device)
+        step, weight = int(positions[0]) // train.batch, ranks.weight_of(len(clips), train.batch)
 
-        made, penalty = self.descent.parallel(real[:, :, 0], real[:, :, -1], noise)
+        made, penalty = self.descent(real[:, :, 0], real[:, :, -1], noise)
         judged = {}
         for _ in range(self.model.discriminator_updates):
-            judged = self.adversary.update(real, made, step)
+            judged = self.adversary.update(real, made, step, weight)
+        named = self.descent.descend(self._loss, (real, made, penalty), step, weight)
+        return judged | named | {"skipped": judged["skipped"] + named["skipped"]}
 
+    def _loss(self, real: ClipFloats, made: ClipFloats, penalty: PerClip) -> tuple[Tensor, dict[str, Tensor]]:
         frame_error = losses.squared_error if self.model.frame_loss == "squared" else losses.absolute_error
         frame_loss = frame_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
         g_loss = self.adversary.persuade(made).mean()
@@ -59,8 +66,7 @@ class GANLearner:
         if isinstance(self.model, Direct3DConfig):
             named["reconstruction"] = (made - real).abs().mean()
             loss = loss + self.model.reconstruction_weight * named["reconstruction"]
-        self.descent(loss, step)
-        return judged | {name: value.detach() for name, value in named.items()}
+        return loss, named
 
     @torch.no_grad()
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:

@@ -1,0 +1,204 @@
+"""What each worker of a training runs."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+from ray.train import CheckpointUploadMode
+from torch import Tensor
+
+from giffy_ray import checkpoints, learners, ranks, render
+from giffy_ray.checkpoints import Position
+from giffy_ray.config import Experiment, from_yaml, override
+from giffy_ray.data import stream
+from giffy_ray.data.deal import rows_at, slice_of
+from giffy_ray.data.store import Store
+from giffy_ray.evaluate import Method, learner_method
+from giffy_ray.learners import Learner
+from giffy_ray.listen import Listener
+from giffy_ray.metrics import l2_report, psnr
+from giffy_ray.tracking import open_run
+
+SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
+_SAMPLES = 6
+
+
+def train_loop(settings: dict[str, Any]) -> None:
+    """`settings`: the experiment as YAML, the location of the store, and the parent of its MLflow run."""
+    experiment = from_yaml(settings["experiment"])
+    device, rank = ray.train.torch.get_device(), ranks.rank()
+    torch.set_float32_matmul_precision("highest" if experiment.speed.precision == "float32" else "high")
+    store = Store(settings["store"])
+    tracker = open_run(experiment, rank, settings["parent"], {"data.fingerprint": store.fingerprint})
+    train, clips = experiment.train, len(store.rows_of("training"))
+    validated = validations(clips, experiment)
+    last = max(validated)
+    learner = learners.build(experiment, device, steps=last)
+    make = learner_method(learner, train.seed)
+
+    position = begin(learner, experiment)
+    steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device)
+    steps = range(steps_done, last)
+    batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
+    listener = Listener(experiment, rank, device)
+    if steps_done == 0:
+        tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=0)
+
+    # ---------------------------------------------------------------------------------- the training
+    stopped = False
+    while steps_done < last and not stopped:
+        asked_s = time.perf_counter()
+        dealt = next(batches)
+        meter.waited(time.perf_counter() - asked_s)
+        named = learner.update(dealt.clips, dealt.times, dealt.positions)
+        meter.add(named, len(dealt.clips))
+        if named["skipped"] and meter.skipped > train.most_skipped:
+            raise RuntimeError(too_many_skipped(meter.skipped, steps_done, store, experiment))
+        steps_done += 1
+
+        stopped, warned = listener.heard()
+        epoch, metrics = validated.get(steps_done), {}
+        if epoch is not None:
+            ranks.share_buffers(learner.networks.values())
+            metrics = meter.means() | validate(make, store, train.batch // ranks.count(), device)
+            tracker.log_metrics(metrics, step=epoch)
+            tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=epoch)
+        if (
+            epoch is not None
+            or stopped
+            or warned
+            or (train.checkpoint_every and steps_done % train.checkpoint_every == 0)
+        ):
+            report(learner, experiment, Position(steps_done, metrics, meter.sums()), epoch)
+    # ----------------------------------------------------------------------------------
+    listener.end()
+    tracker.finish("KILLED" if stopped else "FINISHED")
+
+
+def validations(clips: int, experiment: Experiment) -> dict[int, int]:
+    """The number of steps after which there is a validation -> the epochs that have then been seen whole.
+
+    Batches run on across epochs. There is one after the last.
+    """
+    train = experiment.train
+    epochs = {*range(train.validate_every, train.epochs + 1, train.validate_every), train.epochs}
+    return {-(-epoch * clips // train.batch): epoch for epoch in sorted(epochs)}
+
+
+def begin(learner: Learner, experiment: Experiment) -> Position:
+    """Where the run of the experiment's name was cut, or its start; the learner is put in that state on all workers."""
+    chosen = [checkpoints.to_resume(experiment) if ranks.rank() == 0 else None]
+    location = ranks.from_first(chosen)[0]
+    if location is not None:
+        return checkpoints.restore(location, learner)
+    start = experiment.train.start_from
+    if start is not None:
+        location = start if "/" in start else checkpoints.newest(override(experiment, {"name": start}))
+        checkpoints.start_from(location, learner)
+    return Position(0)
+
+
+def report(learner: Learner, experiment: Experiment, position: Position, epoch: int | None) -> None:
+    """Tells Ray Train of the metrics, with a checkpoint that is uploaded while the training goes on.
+
+    A checkpoint between validations has no score, and Ray Train keeps it only while it is the newest.
+    """
+    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", math.nan)}
+    if epoch is not None:
+        named |= {"epoch": epoch, **position.metrics}
+    checkpoint = None
+    if ranks.rank() == 0:
+        checkpoint = checkpoints.written(learner, experiment, position)
+    ray.train.report(
+        named,
+        checkpoint=checkpoint,
+        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
+        checkpoint_upload_fn=checkpoints.upload,
+    )
+
+
+def validate(make: Method, store: Store, share: int, device: torch.device) -> dict[str, float]:
+    """Means over the validation clips, `share` at a time on each worker, which takes every workers-th clip."""
+    rows = store.rows_of("validation")[ranks.rank() :: ranks.count()]
+    sums = {"l2_report": 0.0, "psnr": 0.0}
+    for first in range(0, len(rows), share):
+        chosen = rows[first : first + share]
+        real = torch.from_numpy(store.gather(chosen))
+        made = make(real[:, 0], real[:, -1], [store.ids[row] for row in chosen])
+        sums["l2_report"] += float(l2_report(made, real).sum())
+        sums["psnr"] += float(psnr(made, real).sum())
+    *totals, clips = ranks.sums([*sums.values(), len(rows)], device)
+    return {f"val/{name}": total / clips for name, total in zip(sums, totals, strict=True)}
+
+
+class Meter:
+    """Losses and times since they were last asked for. `sums`, over all workers, go into a checkpoint and come back."""
+
+    def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
+        self.batch, self.device = batch, device
+        self.skipped = 0
+        self._clear(sums)
+
+    def _clear(self, sums: Mapping[str, float]) -> None:
+        self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
+        self._waited_s, self._steps, self._began_s = 0.0, 0, time.perf_counter()
+
+    def waited(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def add(self, losses: Mapping[str, Tensor], clips: int) -> None:
+        """What a step of this worker's `clips` returned: means over them."""
+        self._losses.append((losses, clips / self.batch))
+        self._steps += 1
+        self.skipped += bool(losses["skipped"])
+
+    def sums(self) -> dict[str, float]:
+        """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it."""
+        here: dict[str, list[Tensor]] = {}
+        for losses, share in self._losses:
+            for name, loss in losses.items():
+                here.setdefault(name, []).append(share * loss.double())
+        names = sorted(here)
+        totals = ranks.sums([float(torch.stack(here[name]).sum()) for name in names], self.device)
+        for name, total in zip(names, totals, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._sums[f"{name} steps"] = self._sums.get(f"{name} steps", 0.0) + len(here[name])
+        self._losses = []
+        return dict(self._sums)
+
+    def means(self) -> dict[str, float]:
+        """Means of the losses, and speed; then starts anew."""
+        sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
+        means = {f"train/{name}": sums[name] / sums[f"{name} steps"] for name in sums if not name.endswith(" steps")}
+        means["train/skipped"] = sums.get("skipped", 0.0)
+        means["speed/clips_per_s"] = steps * self.batch / took_s
+        means["speed/step_ms"] = 1000 * took_s / steps
+        means["speed/data_wait_fraction"] = self._waited_s / took_s
+        if self.device.type == "cuda":
+            means["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+        self._clear({})
+        return means
+
+
+def too_many_skipped(skipped: int, step: int, store: Store, experiment: Experiment) -> str:
+    train = experiment.train
+    positions = slice_of(step, train.batch, ranks.rank(), ranks.count())
+    ids = [store.ids[row] for row in rows_at(positions, store.rows_of("training"), train.seed)]
+    return (
+        f"train.most_skipped: {skipped} steps had no finite loss or gradient (value {train.most_skipped}); the last "
+        f"is step {step}, with these clips on worker {ranks.rank()}: {', '.join(ids)}"
+    )
+
+
+def samples(make: Method, store: Store, fps: float) -> bytes:
+    """Real above made, side by side and moving: the first validation clips."""
+    rows = store.rows_of("validation")[:_SAMPLES]
+    real = torch.from_numpy(store.gather(rows))
+    made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
+    return render.animation({"real": real.numpy(), "made": made.numpy()}, fps, "webp")

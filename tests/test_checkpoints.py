@@ -1,0 +1,260 @@
+"""Checkpoints come back bit by bit, or are refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from pyarrow import fs
+
+from giffy_ray import checkpoints, learners
+from giffy_ray.checkpoints import DamagedCheckpoint, Position
+from giffy_ray.config import ConfigError, Experiment, load, override
+from giffy_ray.learners import Learner
+from giffy_ray.storage import filesystem_of
+from tests.test_experiments import BATCH, EXPERIMENTS, TINY, moving_squares
+
+ONE_OF_EACH_KIND = list({load(path).model.kind: path for path in EXPERIMENTS}.values())
+
+
+def cut_down(path: Path) -> Experiment:
+    experiment = load(path)
+    changes = {"train.batch": BATCH, "cluster.workers": 1, "optim.ema": 0.9, "name": "run"}
+    return override(experiment, TINY[experiment.model.kind] | changes)
+
+
+def step(learner: Learner, experiment: Experiment, number: int) -> dict[str, torch.Tensor]:
+    clip = experiment.clip
+    times = torch.linspace(0, 1, clip.frames).expand(BATCH, -1)
+    positions = torch.arange(number * BATCH, (number + 1) * BATCH)
+    return learner.update(moving_squares(clip.frames, clip.height, clip.width), times, positions)
+
+
+def built(experiment: Experiment) -> Learner:
+    return learners.build(experiment, torch.device("cpu"), steps=10)
+
+
+def assert_equal_weights(one: Learner, other: Learner) -> None:
+    for name, network in one.networks.items():
+        for key, value in network.state_dict().items():
+            assert torch.equal(value, other.networks[name].state_dict()[key]), (name, key)
+
+
+@pytest.mark.parametrize("path", ONE_OF_EACH_KIND, ids=lambda path: path.stem)
+def test_a_restored_training_goes_on_bit_by_bit(path: Path, tmp_path: Path):
+    experiment = cut_down(path)
+    learner = built(experiment)
+    for number in range(2):
+        step(learner, experiment, number)
+    position = Position(2, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})
+    checkpoints.save(tmp_path, learner, experiment, position)
+
+    restored = built(override(experiment, {"train.seed": 1}))
+    assert checkpoints.restore(str(tmp_path), restored) == position
+    assert_equal_weights(learner, restored)
+    restored.experiment = experiment  # type: ignore[attr-defined]  # of the other seed only the weights were wanted
+    for number in range(2, 4):
+        ours, theirs = step(learner, experiment, number), step(restored, experiment, number)
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert_equal_weights(learner, restored)
+
+
+class Bare:
+    """What of a learner a checkpoint holds: one parameter and its optimiser."""
+
+    latent = 0
+
+    def __init__(self, optimizer: type[torch.optim.Optimizer], size: int = 3, **settings):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(size, 2, dtype=torch.float64)
+        self.networks, self.optimizers = {"net": network}, {"net": optimizer(network.parameters(), **settings)}
+
+    def descend(self) -> None:
+        self.optimizers["net"].zero_grad()
+        self.networks["net"](torch.ones(1, 3, dtype=torch.float64)).square().sum().backward()
+        self.optimizers["net"].step()
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        (torch.optim.AdamW, {"lr": 1e-3, "betas": (0.3, 0.99), "amsgrad": True}),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}),
+        (torch.optim.Rprop, {"lr": 0.1}),
+    ],
+)
+@pytest.mark.parametrize("steps", [0, 3])
+def test_what_an_optimizer_holds_comes_back_as_it_was(optimizer, settings, steps: int, tmp_path: Path):
+    ours, theirs = Bare(optimizer, **settings), Bare(optimizer, **settings)
+    for _ in range(steps):
+        ours.descend()
+    checkpoints.save(tmp_path, ours, Experiment(), Position(steps))  # type: ignore[arg-type]
+    checkpoints.restore(str(tmp_path), theirs)  # type: ignore[arg-type]
+    before, after = ours.optimizers["net"].state_dict(), theirs.optimizers["net"].state_dict()
+    assert before["param_groups"] == after["param_groups"]
+    assert before["state"].keys() == after["state"].keys()
+    for index, of_parameter in before["state"].items():
+        assert of_parameter.keys() == after["state"][index].keys()
+        for key, value in of_parameter.items():
+            found = after["state"][index][key]
+            assert (
+                torch.equal(value, found) and value.dtype == found.dtype if torch.is_tensor(value) else value == found
+            )
+
+
+def test_the_optimizer_of_another_experiment_is_refused(tmp_path: Path):
+    ours = Bare(torch.optim.AdamW)
+    ours.descend()
+    checkpoints.save(tmp_path, ours, Experiment(), Position(1))  # type: ignore[arg-type]
+    theirs = Bare(torch.optim.AdamW, size=4)
+    theirs.networks = {}
+    with pytest.raises(ValueError, match=r"optimizer 'net', parameter 0.*\[2, 3\].*\[2, 4\]"):
+        checkpoints.restore(str(tmp_path), theirs)  # type: ignore[arg-type]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(bytes(content))
+
+
+@pytest.fixture
+def folder(tiny: Experiment, tmp_path: Path) -> Path:
+    """A run with two checkpoints; this is the newer."""
+    learner = built(override(tiny, {"name": "run"}))
+    for steps, name in ((1, "checkpoint_1"), (2, "checkpoint_2")):
+        place = tmp_path / "run" / name
+        place.mkdir(parents=True)
+        checkpoints.save(place, learner, tiny, Position(steps, {"val/psnr": 30.0 - steps}))
+    return place
+
+
+def run_of(folder: Path) -> Experiment:
+    return override(Experiment(), {"storage": str(folder.parent.parent), "name": "run"})
+
+
+@pytest.mark.parametrize("name", ["cvae.safetensors", "optimizers.safetensors", "position.json", "experiment.yaml"])
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [(truncate, "bytes, not"), (flip_a_bit, "sha256 differs"), (Path.unlink, "is missing")],
+    ids=["truncated", "a bit flipped", "missing"],
+)
+def test_a_damaged_file_is_told_and_the_checkpoint_before_it_is_used(
+    name: str, damage, words: str, folder: Path, caplog: pytest.LogCaptureFixture
+):
+    damage(folder / name)
+    with pytest.raises(DamagedCheckpoint, match=f"checkpoint_2/{name}.*{words}"):
+        checkpoints.verify(str(folder))
+    assert checkpoints.newest(run_of(folder)).endswith("checkpoint_1")
+    assert checkpoints.to_resume(run_of(folder)) == str(folder.parent / "checkpoint_1")
+    assert name in caplog.text and words in caplog.text
+
+
+@pytest.mark.parametrize("name", ["cvae.safetensors", "optimizers.safetensors"])
+def test_nothing_of_a_damaged_file_is_loaded(name: str, folder: Path, tiny: Experiment):
+    flip_a_bit(folder / name)
+    learner = built(tiny)
+    before = {key: value.clone() for key, value in learner.networks["cvae"].state_dict().items()}
+    with pytest.raises(DamagedCheckpoint, match=name):
+        checkpoints.restore(str(folder), learner)
+    assert all(torch.equal(value, before[key]) for key, value in learner.networks["cvae"].state_dict().items())
+    if name == "cvae.safetensors":
+        with pytest.raises(DamagedCheckpoint, match=name):
+            checkpoints.load(str(folder))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "[]", "{}", '{"files": 3}', '{"files": {"a": 1}}', '{"files": {"../cvae": {"bytes": 1, "sha256": ""}}}'],
+)
+def test_a_manifest_that_is_none_is_refused(text: str, folder: Path):
+    (folder / "manifest.json").write_text(text)
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint_2/manifest\.json"):
+        checkpoints.verify(str(folder))
+
+
+def test_a_manifest_has_to_name_what_is_loaded(folder: Path):
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    del files["cvae.safetensors"]
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    with pytest.raises(DamagedCheckpoint, match=r"does not name cvae\.safetensors"):
+        checkpoints.load(str(folder))
+
+
+def test_files_beside_those_of_the_manifest_do_no_harm(folder: Path):
+    (folder / ".DS_Store").write_text("")
+    checkpoints.verify(str(folder))
+
+
+class Cut(Exception):
+    pass
+
+
+@pytest.mark.parametrize("files_copied", range(5))
+def test_an_upload_that_was_cut_off_is_removed(
+    files_copied: int, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    copied, copy = [], fs.copy_files
+
+    def copy_some(*names) -> None:
+        if len(copied) == files_copied:
+            raise Cut
+        copied.append(copy(*names))
+
+    monkeypatch.setattr(fs, "copy_files", copy_some)
+    place = folder.parent / "checkpoint_3"
+    with pytest.raises(Cut):
+        checkpoints.copied(folder, fs.LocalFileSystem(), str(place))
+    assert len(list(place.iterdir())) == files_copied
+    with pytest.raises(DamagedCheckpoint, match="cut off"):
+        checkpoints.verify(str(place))
+    assert checkpoints.to_resume(run_of(folder)) == str(folder)
+    assert not place.exists()
+    assert "checkpoint_3" in caplog.text
+
+
+def test_where_nothing_is_whole_a_user_is_told_of_each(folder: Path, tmp_path: Path):
+    assert checkpoints.to_resume(override(run_of(folder), {"name": "another"})) is None
+    with pytest.raises(ConfigError, match=r"no whole checkpoint in .*another"):
+        checkpoints.newest(override(run_of(folder), {"name": "another"}))
+    for name in ("checkpoint_1", "checkpoint_2"):
+        truncate(folder.parent / name / "position.json")
+    for choose in (checkpoints.newest, checkpoints.to_resume):
+        with pytest.raises(ConfigError, match=r"(?s)checkpoint_2/position.json.*checkpoint_1/position.json"):
+            choose(run_of(folder))
+
+
+def test_the_best_is_chosen_by_what_was_measured(folder: Path):
+    assert checkpoints.best(run_of(folder), "val/psnr", smaller=False).endswith("checkpoint_1")
+    assert checkpoints.best(run_of(folder), "val/psnr").endswith("checkpoint_2")
+    with pytest.raises(ConfigError, match=r"'val/fid' was not measured.*val/psnr"):
+        checkpoints.best(run_of(folder), "val/fid")
+    truncate(folder.parent / "checkpoint_1" / "cvae.safetensors")
+    assert checkpoints.best(run_of(folder), "val/psnr", smaller=False).endswith("checkpoint_2")
+
+
+def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, tiny: Experiment):
+    place = f"{bucket}/checkpoints/run"
+    for name in ("checkpoint_1", "checkpoint_2"):
+        checkpoints.copied(folder.parent / name, *filesystem_of(f"{place}/{name}"))
+    experiment = override(tiny, {"storage": f"{bucket}/checkpoints", "name": "run"})
+    assert checkpoints.newest(experiment) == f"{place}/checkpoint_2"
+    learner, restored = checkpoints.load(f"{place}/checkpoint_2")
+    assert restored == tiny
+    other = built(override(tiny, {"train.seed": 1}))
+    assert checkpoints.restore(f"{place}/checkpoint_2", other).steps_done == 2
+    assert_equal_weights(learner, other)
+
+    filesystem, path = filesystem_of(place)
+    with filesystem.open_output_stream(f"{path}/checkpoint_2/cvae.safetensors") as stream:
+        stream.write(b"short")
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoint_2/cvae.safetensors: has 5 bytes"):
+        checkpoints.restore(f"{place}/checkpoint_2", other)
+    filesystem.delete_file(f"{path}/checkpoint_2/cvae.safetensors")
+    with pytest.raises(DamagedCheckpoint, match="missing"):
+        checkpoints.restore(f"{place}/checkpoint_2", other)
+    assert checkpoints.newest(experiment) == f"{place}/checkpoint_1"

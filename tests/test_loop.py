@@ -1,0 +1,106 @@
+"""What surrounds the steps: means over steps and workers, and a run that is cut anywhere."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from giffy_ray import checkpoints, learners, loop
+from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.data.deal import rows_at, slice_of
+from giffy_ray.learners import Learner
+from giffy_ray.loop import Meter
+from tests.test_checkpoints import assert_equal_weights, built, step
+
+CPU = torch.device("cpu")
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 40), st.integers(1, 12), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 5)), max_size=6))
+def test_every_clip_is_seen_once_an_epoch_wherever_a_run_is_cut(clips: int, batch: int, cuts: list[tuple[int, int]]):
+    """A run of 4 epochs is cut again and again some steps after its last checkpoint, and goes on with other workers."""
+    rows, last, saved = np.arange(clips), -(-4 * clips // batch), 0
+    kept: list[int] = []  # positions whose steps are in the weights
+    for steps, workers in [*cuts, (last, 2)]:
+        end = min(last, saved + steps)
+        seen = [
+            np.concatenate([slice_of(at, batch, rank, workers) for rank in range(workers)]) for at in range(saved, end)
+        ]
+        checkpoint = saved + len(seen) // 2 if end < last else end  # what came after it is lost with the workers
+        kept += [int(position) for positions in seen[: checkpoint - saved] for position in positions]
+        saved = checkpoint
+    assert kept == list(range(last * batch))
+    ids = rows_at(np.asarray(kept[: 4 * clips]), rows, seed=3).reshape(4, clips)
+    assert all(sorted(epoch) == list(range(clips)) for epoch in ids.tolist())
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: int, tiny: Experiment, tmp_path: Path):
+    experiment = override(tiny, {"train.batch": 4, "optim.ema": 0.9, "optim.schedule": "cosine"})
+
+    def go_on(learner: Learner, meter: Meter, steps: range) -> None:
+        for number in steps:
+            meter.add(step(learner, experiment, number), 4)
+
+    whole, meter = built(experiment), Meter({}, 4, CPU)
+    go_on(whole, meter, range(4))
+    expected = meter.means()
+
+    before, meter = built(experiment), Meter({}, 4, CPU)
+    go_on(before, meter, range(cut))
+    checkpoints.save(tmp_path, before, experiment, checkpoints.Position(cut, {}, meter.sums()))
+    after = learners.build(override(experiment, {"train.seed": 9}), CPU, steps=10)
+    position = checkpoints.restore(str(tmp_path), after)
+    after.experiment = experiment  # type: ignore[attr-defined]
+    meter = Meter(position.sums, 4, CPU)
+    go_on(after, meter, range(cut, 4))
+    assert_equal_weights(whole, after)
+    found = meter.means()
+    assert {name: value for name, value in found.items() if name.startswith("train/")} == pytest.approx(
+        {name: value for name, value in expected.items() if name.startswith("train/")}, rel=1e-12
+    )
+
+
+def test_means_count_the_steps_that_had_a_loss():
+    meter = Meter({}, batch=2, device=CPU)
+    none = torch.tensor(0.0)
+    meter.add({"loss": torch.tensor(1.0), "skipped": none}, 2)
+    meter.add({"loss": torch.tensor(3.0), "g_loss": torch.tensor(5.0), "skipped": torch.tensor(1.0)}, 2)
+    means = meter.means()
+    assert (means["train/loss"], means["train/g_loss"], means["train/skipped"]) == (2, 5, 1)
+    assert meter.skipped == 1
+    meter.add({"loss": torch.tensor(7.0), "skipped": none}, 2)
+    assert meter.means()["train/loss"] == 7
+    assert meter.skipped == 1
+
+
+def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: Path):
+    other = built(override(tiny, {"train.seed": 5}))
+    place = tmp_path / "other" / "checkpoint_1"
+    place.mkdir(parents=True)
+    checkpoints.save(place, other, tiny, checkpoints.Position(7))
+    for start in ("other", str(place)):
+        experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": start})
+        learner = built(experiment)
+        assert loop.begin(learner, experiment).steps_done == 0
+        assert_equal_weights(other, learner)
+    with pytest.raises(ConfigError, match=r"no whole checkpoint in .*nowhere"):
+        loop.begin(built(tiny), override(experiment, {"train.start_from": "nowhere"}))
+    wider = override(experiment, {"train.start_from": "other", "model.image_code": 5})
+    with pytest.raises(ConfigError, match=r"train\.start_from: .*is of another model"):
+        loop.begin(built(wider), wider)
+
+
+def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Experiment, tmp_path: Path):
+    ours = built(override(tiny, {"train.seed": 5}))
+    place = tmp_path / "mine" / "checkpoint_1"
+    place.mkdir(parents=True)
+    checkpoints.save(place, ours, tiny, checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi}))
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": "nowhere"})
+    learner = built(experiment)
+    assert loop.begin(learner, experiment) == checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})
+    assert_equal_weights(ours, learner)
