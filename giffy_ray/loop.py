@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +24,8 @@ from giffy_ray.listen import Listener
 from giffy_ray.metrics import l2_report, psnr
 from giffy_ray.tracking import open_run
 
+# Of a checkpoint that was not validated: Ray Train's memory of a run cannot hold NaN or infinity.
+_UNSCORED = 1e30
 SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
 _SAMPLES = 6
 
@@ -63,19 +64,17 @@ def train_loop(settings: dict[str, Any]) -> None:
         steps_done += 1
 
         stopped, warned = listener.heard()
+        due = train.checkpoint_every and steps_done % train.checkpoint_every == 0
         epoch, metrics = validated.get(steps_done), {}
         if epoch is not None:
             ranks.share_buffers(learner.networks.values())
             metrics = meter.means() | validate(make, store, train.batch // ranks.count(), device)
             tracker.log_metrics(metrics, step=epoch)
             tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=epoch)
-        if (
-            epoch is not None
-            or stopped
-            or warned
-            or (train.checkpoint_every and steps_done % train.checkpoint_every == 0)
-        ):
+        if epoch is not None or due or stopped or warned:
             report(learner, experiment, Position(steps_done, metrics, meter.sums()), epoch)
+        if epoch is not None:
+            meter.start()
     # ----------------------------------------------------------------------------------
     listener.end()
     tracker.finish("KILLED" if stopped else "FINISHED")
@@ -109,7 +108,7 @@ def report(learner: Learner, experiment: Experiment, position: Position, epoch: 
 
     A checkpoint between validations has no score, and Ray Train keeps it only while it is the newest.
     """
-    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", math.nan)}
+    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
     if epoch is not None:
         named |= {"epoch": epoch, **position.metrics}
     checkpoint = None
@@ -143,10 +142,11 @@ class Meter:
     def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
         self.batch, self.device = batch, device
         self.skipped = 0
-        self._clear(sums)
-
-    def _clear(self, sums: Mapping[str, float]) -> None:
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
+        self.start()
+
+    def start(self) -> None:
+        """The clock: what comes before a step, such as a validation, is not the time of a step."""
         self._waited_s, self._steps, self._began_s = 0.0, 0, time.perf_counter()
 
     def waited(self, seconds: float) -> None:
@@ -173,7 +173,7 @@ class Meter:
         return dict(self._sums)
 
     def means(self) -> dict[str, float]:
-        """Means of the losses, and speed; then starts anew."""
+        """Means of the losses, and speed; the next are those of what comes after."""
         sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
         means = {f"train/{name}": sums[name] / sums[f"{name} steps"] for name in sums if not name.endswith(" steps")}
         means["train/skipped"] = sums.get("skipped", 0.0)
@@ -182,7 +182,7 @@ class Meter:
         means["speed/data_wait_fraction"] = self._waited_s / took_s
         if self.device.type == "cuda":
             means["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        self._clear({})
+        self._sums = {}
         return means
 
 

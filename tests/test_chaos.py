@@ -1,6 +1,7 @@
 """What takes minutes: jobs that are killed. Run by `make chaos`."""
 
 import hashlib
+import json
 import os
 import random
 import signal
@@ -10,9 +11,13 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow.parquet as pq
 import pytest
+from mlflow.tracking import MlflowClient
 
+from giffy_ray import checkpoints
+from giffy_ray.config import Experiment, override
 from giffy_ray.data.store import Store
 from tests.conftest import moving_video
 
@@ -21,11 +26,10 @@ ROOT = Path(__file__).parent.parent
 VIDEOS = 3000
 
 
-def prepare_job(videos: Path, storage: Path) -> subprocess.Popen:
-    words = ["tests/tiny.yaml", f"data.root={videos}", f"storage={storage}"]
+def job_of(job: str, videos: Path, storage: Path, *words: str) -> subprocess.Popen:
     # In a process group of its own, so that nothing outside is hit; its Ray ends with it.
     return subprocess.Popen(
-        [sys.executable, "jobs/prepare.py", *words],
+        [sys.executable, f"jobs/{job}.py", "tests/tiny.yaml", f"data.root={videos}", f"storage={storage}", *words],
         cwd=ROOT,
         env=os.environ | {"RAY_ADDRESS": "local"},
         stdout=subprocess.PIPE,
@@ -55,7 +59,7 @@ def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends
 
     drawn, seen = random.Random(0), {}
     for kill in range(3):
-        job, wanted = prepare_job(videos, tmp_path / "killed"), (kill + 1) * 40 + drawn.randrange(20)
+        job, wanted = job_of("prepare", videos, tmp_path / "killed"), (kill + 1) * 40 + drawn.randrange(20)
         while len(shards_in(tmp_path / "killed")) < wanted:
             assert job.poll() is None, job.communicate()[0]
             time.sleep(0.01)
@@ -66,7 +70,7 @@ def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends
         assert seen.items() <= now.items()  # nothing that was stored is written again
         seen = now
     for storage in ("killed", "whole"):
-        job = prepare_job(videos, tmp_path / storage)
+        job = job_of("prepare", videos, tmp_path / storage)
         out, _ = job.communicate(timeout=500)
         assert job.returncode == 0, out
     assert seen.items() <= shards_in(tmp_path / "killed").items()
@@ -82,3 +86,81 @@ def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends
     assert shards_in(tmp_path / "killed").keys() == shards_in(tmp_path / "whole").keys()
     listed = pq.read_table(sorted(map(str, tmp_path.glob("killed/stores/*/shards/*.parquet"))), columns=["identity"])
     assert len(listed) == len(set(listed["identity"].to_pylist())) == VIDEOS
+
+
+KILLS = int(os.environ.get("GIFFY_RAY_KILLS", "20"))
+
+
+def train_job(videos: Path, storage: Path) -> subprocess.Popen:
+    words = ["train.epochs=400", "train.batch=4", "train.validate_every=40", "train.checkpoint_every=10"]
+    return job_of("train_cvae", videos, storage, "name=run", "cluster.workers=2", "cluster.max_failures=99", *words)
+
+
+def steps_saved(storage: Path) -> int:
+    """Of the newest whole checkpoint; 0 where there is none."""
+    for folder in sorted(storage.glob("run/checkpoint_*"), reverse=True):
+        try:
+            checkpoints.verify(str(folder))
+            return json.loads((folder / "position.json").read_text())["steps_done"]
+        except (checkpoints.DamagedCheckpoint, OSError):
+            continue  # it is being written, or removed
+    return 0
+
+
+def workers_of(job: subprocess.Popen) -> list[psutil.Process]:
+    below = psutil.Process(job.pid).children(recursive=True)
+    return [process for process in below if process.name().startswith("ray::RayTrain")]
+
+
+def weights_in(storage: Path) -> str:
+    return hashlib.sha256(Path(newest_in(storage), "cvae.safetensors").read_bytes()).hexdigest()
+
+
+def newest_in(storage: Path) -> str:
+    return checkpoints.newest(override(Experiment(), {"storage": str(storage), "name": "run"}))
+
+
+def curves_in(storage: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of everything that was logged to the only run that there is, but times."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'giffy_ray'")
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.info.status == "FINISHED"
+    names = [name for name in run.data.metrics if name.startswith(("train/", "val/"))]
+    return {name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)] for name in names}
+
+
+def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path):
+    videos = tmp_path / "videos"
+    for number in range(12):
+        path = videos / ("training", "validation")[number % 4 == 3] / "cats" / f"{number:02}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(moving_video(number, 30, 30))
+    whole = train_job(videos, tmp_path / "whole")
+    out, _ = whole.communicate(timeout=600)
+    assert whole.returncode == 0, out
+
+    drawn, job = random.Random(0), train_job(videos, tmp_path / "killed")
+    for kill in range(KILLS):
+        wanted = steps_saved(tmp_path / "killed") + drawn.choice([0, 10, 20])
+        while steps_saved(tmp_path / "killed") < wanted or not (workers := workers_of(job)):
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.05)
+        time.sleep(drawn.random())
+        victim = drawn.choice(["driver", "worker", "driver, asked"])
+        print(f"kill {kill + 1} at step {steps_saved(tmp_path / 'killed')}: {victim}", flush=True)
+        if victim == "worker":
+            drawn.choice(workers).kill()
+            continue
+        os.kill(job.pid, signal.SIGKILL if victim == "driver" else signal.SIGTERM)
+        out, _ = job.communicate(timeout=120)
+        assert job.returncode == (-signal.SIGKILL if victim == "driver" else 128 + signal.SIGTERM), out
+        job = train_job(videos, tmp_path / "killed")
+    out, _ = job.communicate(timeout=600)
+    assert job.returncode == 0, out
+
+    assert weights_in(tmp_path / "killed") == weights_in(tmp_path / "whole")  # so each step had the same clips
+    undisturbed = curves_in(tmp_path / "whole")
+    for name, curve in curves_in(tmp_path / "killed").items():
+        assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
+        assert curve == pytest.approx(undisturbed[name], rel=1e-9), name

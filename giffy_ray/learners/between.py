@@ -73,8 +73,9 @@ class BetweenLearner:
             judged = self._judged(real, made, positions, step, weight)
             loss = loss + model.adversarial_weight * judged["g_loss"]
             named |= judged
-        if sampled.any() and not sampled.all():
-            named |= {"posterior_error": relative[sampled].mean(), "prior_error": relative[~sampled].mean()}
+        if 0 < model.sampled_share < 1:
+            named["posterior_error"] = (relative * sampled).mean() / model.sampled_share
+            named["prior_error"] = (relative * ~sampled).mean() / (1 - model.sampled_share)
         return loss, named | {"loss": loss}
 
     @torch.no_grad()
