@@ -92,7 +92,7 @@ KILLS = int(os.environ.get("GIFFY_RAY_KILLS", "20"))
 
 
 def train_job(videos: Path, storage: Path) -> subprocess.Popen:
-    words = ["train.epochs=400", "train.batch=4", "train.validate_every=40", "train.checkpoint_every=10"]
+    words = ["train.epochs=200", "train.batch=4", "train.validate_every=20", "train.checkpoint_every=10"]
     return job_of("train_cvae", videos, storage, "name=run", "cluster.workers=2", "cluster.max_failures=99", *words)
 
 

@@ -9,7 +9,7 @@ from giffy_ray import learners
 from giffy_ray.config import load, override
 from tests.test_models import ADVANCED, CGAN, DIRECT_3D, TWO_STREAM
 
-EXPERIMENTS = sorted((Path(__file__).parent.parent / "jobs" / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((Path(__file__).parent.parent / "jobs" / "experiments").rglob("*.yaml"))
 STEPS, BATCH = 20, 4
 SMALL = {"clip.frames": 6, "clip.height": 16, "clip.width": 16}
 CVAE = {name: value for name, value in ADVANCED.items() if name.startswith("model.") and name != "model.kind"}
@@ -42,7 +42,7 @@ def moving_squares(frames: int, height: int, width: int) -> torch.Tensor:
     return clips
 
 
-@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", EXPERIMENTS, ids=lambda path: f"{path.parent.name}-{path.stem}")
 def test_it_beats_its_own_starting_point(path: Path):
     kind = load(path).model.kind
     rates = {"optim.lr": 3e-3, "optim.discriminator_lr": 1e-4, "optim.warmup_steps": 0}

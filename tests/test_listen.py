@@ -1,0 +1,62 @@
+"""What a running training hears."""
+
+import time
+from pathlib import Path
+
+import pytest
+import ray.train
+import torch
+
+from giffy_ray import listen
+from giffy_ray.config import Experiment, override
+from giffy_ray.listen import Listener, ask_to_stop, forget_stop
+
+
+@pytest.fixture
+def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+    monkeypatch.setattr(listen, "_LOOK_S", 0.02)
+    monkeypatch.setattr(listen, "_ASK_S", 0.04)
+    return override(Experiment(), {"storage": str(tmp_path), "name": "run"})
+
+
+def until(heard) -> bool:
+    deadline = time.monotonic() + 5
+    while time.monotonic() < deadline:
+        if heard():
+            return True
+        time.sleep(0.01)
+    return False
+
+
+def test_a_file_in_its_folder_stops_a_run(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
+    listener = Listener(experiment, 0, torch.device("cpu"))
+    time.sleep(0.1)
+    assert listener.heard() == (False, False)
+    ask_to_stop(experiment)
+    assert until(lambda: listener.heard()[0])
+    listener.end()
+    forget_stop(experiment)
+    forget_stop(experiment)  # which is not there
+    another = Listener(experiment, 0, torch.device("cpu"))
+    time.sleep(0.1)
+    assert another.heard() == (False, False)
+    another.end()
+
+
+def test_a_notice_is_told_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+    notices = [None]
+    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notices[0])
+    listener = Listener(experiment, 0, torch.device("cpu"))
+    for notice in ("node a goes away", "node b goes away"):
+        notices[0] = notice  # type: ignore[call-overload]
+        assert until(lambda: listener.heard()[1])
+        assert not any(listener.heard()[1] for _ in range(20) if not time.sleep(0.01))
+    listener.end()
+
+
+def test_other_ranks_do_not_look(experiment: Experiment):
+    ask_to_stop(experiment)
+    listener = Listener(experiment, 1, torch.device("cpu"))
+    time.sleep(0.1)
+    assert listener.heard() == (False, False)
