@@ -27,9 +27,11 @@ def weight_of(clips: int, batch: int) -> float:
 
 def sums(values: Iterable[float], device: torch.device) -> list[float]:
     """Each value summed over all workers, in float64."""
-    tensor = torch.tensor(list(values), dtype=torch.float64, device=device)
-    if count() > 1:
-        dist.all_reduce(tensor)
+    own = [float(value) for value in values]
+    if count() == 1:
+        return own
+    tensor = torch.tensor(own, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
     return tensor.tolist()
 
 

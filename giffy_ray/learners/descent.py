@@ -29,6 +29,7 @@ class Descent:
         self.optim, self.steps, self.speed, self.lr = optim, steps, speed, lr or optim.lr
         self.device = next(network.parameters()).device
         self.network = network = _laid_out(network, speed, self.device)
+        self.average = averaged(network, optim.ema) if optim.ema else None
         if speed.compile:
             network.compile()
         self.parallel = ranks.averaging(network, speed.compress_gradients)
@@ -39,7 +40,6 @@ class Descent:
             weight_decay=optim.weight_decay,
             fused=self.device.type == "cuda",
         )
-        self.average = averaged(network, optim.ema) if optim.ema else None
 
     @property
     def trained(self) -> nn.Module:
@@ -98,7 +98,10 @@ class Descent:
     def _step(self, step: int) -> Tensor:
         for group in self.optimizer.param_groups:
             group["lr"] = self.lr * rate_at(step, self.steps, self.optim)
-        norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.optim.clip_norm or math.inf)
+        weights = list(self.network.parameters())
+        norm = nn.utils.get_total_norm([one.grad for one in weights if one.grad is not None])
+        if self.optim.clip_norm:
+            nn.utils.clip_grads_with_norm_(weights, self.optim.clip_norm, norm)
         finite = norm.isfinite()
         if finite:
             self.optimizer.step()
