@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import sys
 from dataclasses import dataclass
 
 import ray
+from ray._private.state import state  # no public function tells what an autoscaler may add
 
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.storage import is_local
@@ -30,20 +32,47 @@ def connect() -> None:
 
 
 def share_of(experiment: Experiment) -> Share:
-    """Divides the cluster as it stands now. Raises ConfigError where `cluster.workers` cannot run on it."""
-    total, workers = ray.cluster_resources(), experiment.cluster.workers
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    if nodes > 1 and is_local(experiment.storage):
+    """Divides the cluster, with what its autoscaler may add. Raises ConfigError where it cannot hold the training."""
+    there, settings = capacity(), experiment.cluster
+    if there.nodes > 1 and is_local(experiment.storage):
         raise ConfigError(
-            f"storage: the cluster has {nodes} nodes, which do not share the local folder "
+            f"storage: the cluster has {there.nodes} nodes, or may grow to them, which do not share the local folder "
             f"{experiment.storage!r}; give an address such as s3://bucket/giffy_ray"
         )
-    cpus, gpus = total.get("CPU", 0.0), int(total.get("GPU", 0))
-    use_gpu = gpus > 0 if experiment.cluster.gpu is None else experiment.cluster.gpu
+    use_gpu = there.gpus > 0 if settings.gpu is None else settings.gpu
+    if use_gpu and there.gpus < settings.fewest:
+        raise ConfigError(
+            f"cluster.workers: each needs a GPU, and the cluster has or may add {there.gpus} (value {settings.fewest})"
+        )
+    needed = (settings.fewest if use_gpu else 1) + _DATA_CPUS
+    if there.cpus < needed:
+        raise ConfigError(
+            f"cluster.workers: {settings.fewest} and Ray Data need {needed} CPUs; the cluster has or may add "
+            f"{there.cpus:g}"
+        )
     if use_gpu:
-        return Share(1.0, 1, max(1, gpus // workers))
-    if cpus < _DATA_CPUS + 1:
-        raise ConfigError(f"the cluster has {cpus:g} CPUs; Ray Data and the workers need {_DATA_CPUS + 1}")
+        trainings = min(there.gpus, int(there.cpus) - _DATA_CPUS) // settings.most
+        return Share(1.0, 1, max(1, trainings))
     # Logical CPUs: on a small machine the workers and the data tasks take turns on its cores.
-    cpus_per_worker = min(1.0, (cpus - _DATA_CPUS) / workers)
-    return Share(cpus_per_worker, 0, max(1, int((cpus - _DATA_CPUS) / (workers * cpus_per_worker))))
+    cpus_per_worker = min(1.0, (there.cpus - _DATA_CPUS) / settings.most)
+    return Share(cpus_per_worker, 0, max(1, int((there.cpus - _DATA_CPUS) / (settings.most * cpus_per_worker))))
+
+
+@dataclass(frozen=True)
+class Capacity:
+    cpus: float
+    gpus: int
+    nodes: int
+
+
+def capacity() -> Capacity:
+    """What the cluster has now, or, where that is more, what it has once its autoscaler has added all that it may."""
+    now, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+    autoscaler = state.get_cluster_config()
+    if autoscaler is None:
+        return Capacity(now.get("CPU", 0.0), int(now.get("GPU", 0)), nodes)
+    may_be = state.get_max_resources_from_cluster_config() or {}
+    cpus, gpus = (max(now.get(name, 0.0), may_be.get(name, 0)) for name in ("CPU", "GPU"))
+    # The head is not among those that may be added; -1 is any number.
+    added = [sys.maxsize if group.max_count < 0 else group.max_count for group in autoscaler.node_group_configs]
+    return Capacity(cpus, int(gpus), max(nodes, 1 + sum(added)))

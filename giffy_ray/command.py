@@ -1,4 +1,4 @@
-"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...]."""
+"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...] [--profile]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(job: Callable[[Experiment], None], usage: str | None, default: Path) -> 
 
     Without an experiment file `default` is read. A mistake in the experiment ends with code 2 and one clear message.
     """
-    words = sys.argv[1:]
+    words = ["speed.profile=true" if word == "--profile" else word for word in sys.argv[1:]]
     if {"-h", "--help"} & set(words):
         print(usage)
         return

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
 from ray.train import CheckpointUploadMode
-from torch import Tensor
 
 from giffy_ray import checkpoints, learners, ranks, render
 from giffy_ray.checkpoints import Position
@@ -21,6 +19,7 @@ from giffy_ray.data.store import Store
 from giffy_ray.evaluate import Method, learner_method
 from giffy_ray.learners import Learner
 from giffy_ray.listen import Listener
+from giffy_ray.meter import Meter, profiler
 from giffy_ray.metrics import l2_report, psnr
 from giffy_ray.tracking import open_run
 
@@ -52,12 +51,14 @@ def train_loop(settings: dict[str, Any]) -> None:
         tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=0)
 
     # ---------------------------------------------------------------------------------- the training
-    stopped = False
+    stopped, profile = False, profiler(experiment.speed.profile and rank == 0, tracker.log_file)
     while steps_done < last and not stopped:
         asked_s = time.perf_counter()
         dealt = next(batches)
         meter.waited(time.perf_counter() - asked_s)
-        named = learner.update(dealt.clips, dealt.times, dealt.positions)
+        with meter.at_first_counting_flops():
+            named = learner.update(dealt.clips, dealt.times, dealt.positions)
+        profile.step()
         meter.add(named, len(dealt.clips))
         if named["skipped"] and meter.skipped > train.most_skipped:
             raise RuntimeError(too_many_skipped(meter.skipped, steps_done, store, experiment))
@@ -77,6 +78,7 @@ def train_loop(settings: dict[str, Any]) -> None:
             meter.start()
     # ----------------------------------------------------------------------------------
     listener.end()
+    profile.stop()
     tracker.finish("KILLED" if stopped else "FINISHED")
 
 
@@ -134,56 +136,6 @@ def validate(make: Method, store: Store, share: int, device: torch.device) -> di
         sums["psnr"] += float(psnr(made, real).sum())
     *totals, clips = ranks.sums([*sums.values(), len(rows)], device)
     return {f"val/{name}": total / clips for name, total in zip(sums, totals, strict=True)}
-
-
-class Meter:
-    """Losses and times since they were last asked for. `sums`, over all workers, go into a checkpoint and come back."""
-
-    def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
-        self.batch, self.device = batch, device
-        self.skipped = 0
-        self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
-        self.start()
-
-    def start(self) -> None:
-        """The clock: what comes before a step, such as a validation, is not the time of a step."""
-        self._waited_s, self._steps, self._began_s = 0.0, 0, time.perf_counter()
-
-    def waited(self, seconds: float) -> None:
-        self._waited_s += seconds
-
-    def add(self, losses: Mapping[str, Tensor], clips: int) -> None:
-        """What a step of this worker's `clips` returned: means over them."""
-        self._losses.append((losses, clips / self.batch))
-        self._steps += 1
-        self.skipped += bool(losses["skipped"])
-
-    def sums(self) -> dict[str, float]:
-        """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it."""
-        here: dict[str, list[Tensor]] = {}
-        for losses, share in self._losses:
-            for name, loss in losses.items():
-                here.setdefault(name, []).append(share * loss.double())
-        names = sorted(here)
-        totals = ranks.sums([float(torch.stack(here[name]).sum()) for name in names], self.device)
-        for name, total in zip(names, totals, strict=True):
-            self._sums[name] = self._sums.get(name, 0.0) + total
-            self._sums[f"{name} steps"] = self._sums.get(f"{name} steps", 0.0) + len(here[name])
-        self._losses = []
-        return dict(self._sums)
-
-    def means(self) -> dict[str, float]:
-        """Means of the losses, and speed; the next are those of what comes after."""
-        sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
-        means = {f"train/{name}": sums[name] / sums[f"{name} steps"] for name in sums if not name.endswith(" steps")}
-        means["train/skipped"] = sums.get("skipped", 0.0)
-        means["speed/clips_per_s"] = steps * self.batch / took_s
-        means["speed/step_ms"] = 1000 * took_s / steps
-        means["speed/data_wait_fraction"] = self._waited_s / took_s
-        if self.device.type == "cuda":
-            means["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
-        self._sums = {}
-        return means
 
 
 def too_many_skipped(skipped: int, step: int, store: Store, experiment: Experiment) -> str:

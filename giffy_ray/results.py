@@ -86,8 +86,9 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     Everything goes to the training's own MLflow run, and to `parent`, the search that it belongs to.
     """
     baseline_methods(experiment.evaluate.baselines, store.clip)  # what cannot be shown is told before the training
-    clips = len(store.rows_of("training"))
-    print(f"training {experiment.name}: {clips} clips, {experiment.cluster.workers} workers", flush=True)
+    clips, cluster = len(store.rows_of("training")), experiment.cluster
+    workers = str(cluster.most) if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
+    print(f"training {experiment.name}: {clips} clips, {workers} workers", flush=True)
 
     def show(metrics: Mapping[str, Any]) -> None:
         if "epoch" in metrics:  # and not only a checkpoint

@@ -28,6 +28,7 @@ _MAY_CHANGE = (
 )
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
 _POLL_S = 0.2
+_RESIZE_S = 60.0  # between looks whether there is room for more workers, each of which costs a restart
 _START_TIMEOUT_S = 900  # a cloud node has to boot
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU.
@@ -69,6 +70,7 @@ def _trainer(
         train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
         scaling_config=ray.train.ScalingConfig(
             num_workers=experiment.cluster.workers,
+            elastic_resize_monitor_interval_s=_RESIZE_S,
             use_gpu=share.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
@@ -93,7 +95,7 @@ def check(experiment: Experiment, store: Store) -> None:
     """What can be known to be wrong before anything starts. Raises ConfigError."""
     with torch.device("meta"):  # what the model cannot do, said without the memory that it takes
         learners.build(experiment, torch.device("meta"))
-    batch, workers = experiment.train.batch, experiment.cluster.workers
+    batch, workers = experiment.train.batch, experiment.cluster.most
     if batch < workers:
         raise ConfigError(f"train.batch: there must be a clip for each of cluster.workers={workers} (value {batch})")
     for split in ("training", "validation"):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "giffy_ray"
 FLOORS = [
     {"config", "shapes", "storage", "progress"},
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
-    {"cluster", "learners", "tracking", "listen"},
+    {"cluster", "learners", "tracking", "listen", "meter"},
     {"checkpoints", "evaluate", "page", "survey"},
     {"loop"},
     {"train"},

@@ -1,5 +1,7 @@
 """What surrounds the steps: means over steps and workers, and a run that is cut anywhere."""
 
+import gzip
+import json
 import math
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from giffy_ray import checkpoints, learners, loop
 from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
-from giffy_ray.loop import Meter
+from giffy_ray.meter import Meter, peak_tflops, profiler
 from tests.test_checkpoints import assert_equal_weights, built, step
 
 CPU = torch.device("cpu")
@@ -104,3 +106,38 @@ def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Expe
     learner = built(experiment)
     assert loop.begin(learner, experiment) == checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})
     assert_equal_weights(ours, learner)
+
+
+def test_the_operations_of_a_step_are_those_of_its_products_and_counting_changes_no_bit(tiny: Experiment):
+    meter, weights = Meter({}, 4, CPU), torch.ones(5, 3, requires_grad=True)
+    with meter.at_first_counting_flops():
+        (torch.ones(7, 5) @ weights).sum().backward()
+    assert meter.flops == 2 * 7 * 5 * 3 * 2  # a product, and that of its gradient
+    with meter.at_first_counting_flops():
+        torch.ones(9, 9) @ torch.ones(9, 9)
+    assert meter.flops == 2 * 7 * 5 * 3 * 2  # of the first step only
+    one, other = built(tiny), built(tiny)
+    with Meter({}, 4, CPU).at_first_counting_flops():
+        step(one, tiny, 0)
+    step(other, tiny, 0)
+    assert_equal_weights(one, other)
+
+
+def test_the_peak_of_a_gpu_is_found_by_its_name():
+    assert peak_tflops("NVIDIA H100 80GB HBM3") == 989
+    assert peak_tflops("NVIDIA H100 PCIe") == 756
+    assert peak_tflops("NVIDIA A100-SXM4-40GB") == 312
+    assert (peak_tflops("NVIDIA A10G"), peak_tflops("NVIDIA L40S"), peak_tflops("Tesla T4")) == (70, 362, 65)
+    assert peak_tflops("Some GPU") is None
+
+
+def test_a_trace_of_five_steps_is_kept():
+    traces: list[str] = []
+    profile = profiler(True, lambda path: traces.append(gzip.decompress(path.read_bytes()).decode()))
+    for _ in range(20):
+        torch.ones(64, 64) @ torch.ones(64, 64)
+        profile.step()
+    profile.stop()
+    (trace,) = traces
+    events = json.loads(trace)["traceEvents"]
+    assert sum(event["name"] == "aten::mm" for event in events) == 5

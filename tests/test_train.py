@@ -1,6 +1,8 @@
 import numpy as np
 import pytest
+from ray.core.generated import autoscaler_pb2
 
+from giffy_ray import cluster
 from giffy_ray.cluster import Share, share_of
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.loop import validations
@@ -67,20 +69,60 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     ],
 )
 def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, resources, workers, expected):
-    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
+    cluster_of(monkeypatch, resources)
     share = share_of(override(Experiment(), {"cluster.workers": workers}))
     assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
     assert workers * share.cpus_per_worker * share.trainings <= resources["CPU"] - 1
 
 
 def test_a_cluster_that_cannot_do_it_is_told_so(monkeypatch):
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}])
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 1})
-    with pytest.raises(ConfigError, match="has 1 CPUs"):
+    cluster_of(monkeypatch, {"CPU": 1})
+    with pytest.raises(ConfigError, match=r"cluster\.workers: 1 and Ray Data need 2 CPUs.* 1$"):
         share_of(Experiment())
-    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 8})
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}, {"Alive": True}, {"Alive": False}])
+    cluster_of(monkeypatch, {"CPU": 8, "GPU": 2})
+    with pytest.raises(ConfigError, match=r"cluster\.workers: each needs a GPU.*may add 2 \(value 3\)"):
+        share_of(override(Experiment(), {"cluster.workers": [3, 4]}))
+    cluster_of(monkeypatch, {"CPU": 3, "GPU": 4})
+    with pytest.raises(ConfigError, match=r"cluster\.workers: 4 and Ray Data need 5 CPUs.* 3$"):
+        share_of(override(Experiment(), {"cluster.workers": 4}))
+
+
+def test_a_local_folder_is_refused_where_there_are_or_may_be_more_nodes(monkeypatch):
+    cluster_of(monkeypatch, {"CPU": 8}, nodes=2)
     with pytest.raises(ConfigError, match=r"storage: the cluster has 2 nodes.*'runs/'"):
         share_of(Experiment())
     share_of(override(Experiment(), {"storage": "s3://bucket/runs"}))
+    cluster_of(monkeypatch, {"CPU": 8}, groups=((0, {"CPU": 8}), (3, {"CPU": 4})))
+    with pytest.raises(ConfigError, match=r"storage: the cluster has 4 nodes, or may grow"):
+        share_of(Experiment())
+
+
+def test_what_the_autoscaler_may_add_counts(monkeypatch):
+    cluster_of(monkeypatch, {"CPU": 4}, groups=((0, {"CPU": 4}), (8, {"CPU": 16, "GPU": 1})))
+    eight = override(Experiment(), {"storage": "s3://bucket/runs", "cluster.workers": 8})
+    assert share_of(eight) == Share(1.0, 1, 1)
+    assert share_of(override(eight, {"cluster.workers": [1, 2]})) == Share(1.0, 1, 4)
+    with pytest.raises(ConfigError, match=r"may add 8 \(value 9\)"):
+        share_of(override(eight, {"cluster.workers": 9}))
+
+
+def test_workers_may_be_a_range():
+    assert (Experiment().cluster.fewest, Experiment().cluster.most) == (1, 1)
+    settings = override(Experiment(), {"cluster.workers": [1, 4]}).cluster
+    assert (settings.fewest, settings.most) == (1, 4)
+    for wrong in ([4, 1], [0, 2], [1, 2, 3], "many"):
+        with pytest.raises(ConfigError, match=r"cluster"):
+            override(Experiment(), {"cluster.workers": wrong})
+
+
+def cluster_of(
+    monkeypatch, resources: dict, nodes: int = 1, groups: tuple[tuple[int, dict], ...] | None = None
+) -> None:
+    """`groups`: of each kind of node that the autoscaler may add, the largest number and the resources of one."""
+    config = autoscaler_pb2.ClusterConfig() if groups is not None else None
+    for count, of_one in groups or ():
+        assert config is not None
+        config.node_group_configs.add(max_count=count, resources=of_one)
+    monkeypatch.setattr(cluster.state, "get_cluster_config", lambda: config)
+    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
+    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])

@@ -132,13 +132,27 @@ class SpeedConfig(Strict):
     micro_batch: Annotated[int, Field(ge=0)] = 0  # most clips that a worker takes at once; 0: its whole share
     compress_gradients: bool = False  # workers send each other bfloat16
     sync_batch_norm: bool = False  # statistics of the clips of all workers, on GPUs
+    profile: bool = False  # a torch.profiler trace of a few steps, among the run's files in MLflow; or say --profile
 
 
 @dataclass(frozen=True)
 class ClusterConfig(Strict):
-    workers: Positive = 1  # DDP workers
+    # DDP workers; [fewest, most]: as many as there is room for, more and fewer while the training runs.
+    workers: Positive | tuple[Positive, Positive] = 1
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint before a run is given up
-    gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs at the start
+    gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs, or may add them
+
+    def __post_init__(self) -> None:
+        if self.fewest > self.most:
+            raise ValueError(f"workers must be [fewest, most], fewest first: not {list(self.workers)}")  # type: ignore[arg-type]
+
+    @property
+    def fewest(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def most(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
 @dataclass(frozen=True)

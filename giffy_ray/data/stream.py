@@ -106,7 +106,7 @@ def batches(
             return deal(int(numbers["id"][0]))
 
         dealing = numbers.map_batches(decode, batch_size=1).iter_torch_batches(
-            batch_size=batch // workers, prefetch_batches=_PREFETCH, collate_fn=_Decoded()
+            batch_size=len(slice_of(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
         )
     for dealt in cast(Iterator[list[Batch]], dealing):
         yield from dealt

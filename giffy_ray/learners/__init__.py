@@ -50,7 +50,7 @@ def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learn
 
 def _refuse_single_clips(experiment: Experiment) -> None:
     """Batch norm cannot normalise one clip by itself, which torch would only say at the first step."""
-    model, batch, workers = experiment.model, experiment.train.batch, experiment.cluster.workers
+    model, batch, workers = experiment.model, experiment.train.batch, experiment.cluster.most
     if isinstance(model, Encoders | CGANConfig) and model.batch_norm and batch < 2 * workers:
         raise ConfigError(
             f"train.batch: model.batch_norm needs two clips on each of cluster.workers={workers} (value {batch})"

@@ -1,0 +1,118 @@
+"""What a training step costs: losses and times by epoch, operations counted, and a trace of a few steps."""
+
+from __future__ import annotations
+
+import resource
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import profile, schedule
+from torch.utils.flop_counter import FlopCounterMode
+
+from giffy_ray import ranks
+
+# Of dense bfloat16 products (float16 where there is no bfloat16), from the makers' data sheets. By part of the name.
+_PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121}
+_PEAK_TFLOPS |= {"A10G": 70, "A10": 125, "V100": 125, "T4": 65}
+_TRACED = schedule(wait=5, warmup=2, active=5, repeat=1)  # steps
+
+
+class Meter:
+    """Losses and times since they were last asked for. `sums`, over all workers, go into a checkpoint and come back."""
+
+    def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
+        self.batch, self.device = batch, device
+        self.skipped = 0
+        self.flops: int | None = None  # of a step of this worker
+        self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
+        self.start()
+
+    def start(self) -> None:
+        """The clock: what comes before a step, such as a validation, is not the time of a step."""
+        self._waited_s, self._steps, self._began_s = 0.0, 0, time.perf_counter()
+
+    @contextmanager
+    def at_first_counting_flops(self) -> Iterator[None]:
+        """Inside is a step; of the first one the floating-point operations of products and convolutions are counted."""
+        if self.flops is not None:
+            yield
+            return
+        # What is compiled cannot be counted: this step is not.
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
+            yield
+        self.flops = counter.get_total_flops()
+
+    def waited(self, seconds: float) -> None:
+        self._waited_s += seconds
+
+    def add(self, losses: Mapping[str, Tensor], clips: int) -> None:
+        """What a step of this worker's `clips` returned: means over them."""
+        self._losses.append((losses, clips / self.batch))
+        self._steps += 1
+        self.skipped += bool(losses["skipped"])
+
+    def sums(self) -> dict[str, float]:
+        """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it."""
+        here: dict[str, list[Tensor]] = {}
+        for losses, share in self._losses:
+            for name, loss in losses.items():
+                here.setdefault(name, []).append(share * loss.double())
+        names = sorted(here)
+        totals = ranks.sums([float(torch.stack(here[name]).sum()) for name in names], self.device)
+        for name, total in zip(names, totals, strict=True):
+            self._sums[name] = self._sums.get(name, 0.0) + total
+            self._sums[f"{name} steps"] = self._sums.get(f"{name} steps", 0.0) + len(here[name])
+        self._losses = []
+        return dict(self._sums)
+
+    def means(self) -> dict[str, float]:
+        """Means of the losses, and speed; the next are those of what comes after."""
+        sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
+        means = {f"train/{name}": sums[name] / sums[f"{name} steps"] for name in sums if not name.endswith(" steps")}
+        means["train/skipped"] = sums.get("skipped", 0.0)
+        means["speed/clips_per_s"] = steps * self.batch / took_s
+        means["speed/step_ms"] = 1000 * took_s / steps
+        means["speed/data_wait_fraction"] = self._waited_s / took_s
+        means["speed/memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        tera = (self.flops or 0) * steps / took_s / 1e12
+        means["speed/tflops_per_worker"] = tera
+        if self.device.type == "cuda":
+            means["speed/gpu_memory_gb"] = torch.cuda.max_memory_allocated(self.device) / 1e9
+            peak = peak_tflops(torch.cuda.get_device_name(self.device))
+            if peak:
+                means["speed/model_flop_utilisation"] = tera / peak
+        self._sums = {}
+        return means
+
+
+def peak_tflops(device: str) -> float | None:
+    """The most that a GPU of this name can do, in 10^12 operations a second; None for one that is not known here."""
+    words = device.replace("-", " ")
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in words), None)
+
+
+def profiler(wanted: bool, keep: Callable[[Path], None]) -> profile | Untraced:
+    """To be told of each step: traces five after the first seven, and hands the file to `keep` (chrome://tracing)."""
+    if not wanted:
+        return Untraced()
+
+    def ready(traced: profile) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "trace.json.gz")
+            traced.export_chrome_trace(str(path))
+            keep(path)
+
+    traced = profile(schedule=_TRACED, on_trace_ready=ready, profile_memory=True)
+    traced.start()
+    return traced
+
+
+class Untraced:
+    def step(self) -> None: ...
+
+    def stop(self) -> None: ...
