@@ -26,9 +26,11 @@ import torch
 from pyarrow import fs
 from ray.train import Checkpoint
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from giffy_ray import learners
-from giffy_ray.config import ConfigError, Experiment, from_yaml, to_yaml
+from giffy_ray.config import BetweenConfig, ConfigError, Experiment, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
 
@@ -51,13 +53,46 @@ class Position:
 
 
 def save(folder: Path, learner: Learner, experiment: Experiment, position: Position) -> None:
-    for name, network in learner.networks.items():
-        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(weights, folder / f"{name}.safetensors")
+    _save_networks(folder, learner.networks)
     tensors, numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
     save_file(tensors, folder / "optimizers.safetensors")
     (folder / "experiment.yaml").write_text(to_yaml(experiment))
     (folder / "position.json").write_text(json.dumps({**vars(position), "optimizers": numbers}, indent=1))
+    _seal(folder)
+
+
+def publish(location: str, folder: Path) -> None:
+    """Writes what makes the clips of a checkpoint, half or a quarter of its size: the weights, which are their average
+    where there is one, and the experiment.
+
+    `load` and `start_from` take the folder; a training cannot be resumed from it. Raises FileNotFoundError,
+    DamagedCheckpoint; FileExistsError for a folder that is not empty.
+    """
+    trained, experiment = load(location)
+    changes: dict[str, Any] = {"optim.ema": 0.0, "storage": Experiment().storage, "data.root": None}
+    if isinstance(experiment.model, BetweenConfig):
+        changes["model.adversarial_weight"] = 0.0  # its discriminators stay behind
+    experiment = override(experiment, changes)
+    networks = dict(learners.build(experiment, torch.device("cpu")).networks)
+    for name, network in networks.items():
+        average = trained.networks.get(f"{name}_average")
+        source = trained.networks[name] if average is None else cast(AveragedModel, average).module
+        network.load_state_dict(source.state_dict())
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise FileExistsError(f"{folder}: is not empty; remove it, or publish elsewhere")
+    _save_networks(folder, networks)
+    (folder / "experiment.yaml").write_text(to_yaml(experiment))
+    _seal(folder)
+
+
+def _save_networks(folder: Path, networks: Mapping[str, nn.Module]) -> None:
+    for name, network in networks.items():
+        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
+        save_file(weights, folder / f"{name}.safetensors")
+
+
+def _seal(folder: Path) -> None:
     files = {path.name: _fingerprint(str(path)) for path in sorted(folder.iterdir())}
     write_text(str(folder / _MANIFEST), json.dumps({"files": files}, indent=1))
 

@@ -30,6 +30,7 @@ _MAY_CHANGE = (
 _POLL_S = 0.2
 _RESIZE_S = 60.0  # between looks whether there is room for more workers, each of which costs a restart
 _START_TIMEOUT_S = 900  # a cloud node has to boot
+_MAKE_DO_S = 60  # before a training that may do with fewer workers starts with those that there are
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
@@ -63,13 +64,15 @@ def _trainer(
     experiment: Experiment, store: Store, share: Share, parent: str | None, callbacks: Sequence[ray.train.UserCallback]
 ) -> TorchTrainer:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
+    cluster = experiment.cluster
+    timeout_s = _START_TIMEOUT_S if cluster.fewest == cluster.most else _MAKE_DO_S
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
     return TorchTrainer(
         train_loop,
         train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
         scaling_config=ray.train.ScalingConfig(
-            num_workers=experiment.cluster.workers,
+            num_workers=cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,
             use_gpu=share.gpus_per_worker > 0,
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
@@ -83,9 +86,7 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=experiment.train.keep + 1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
             ),
-            failure_config=ray.train.FailureConfig(
-                max_failures=experiment.cluster.max_failures, controller_failure_limit=3
-            ),
+            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

@@ -8,22 +8,28 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pyarrow.parquet as pq
 import pytest
+import ray
 from mlflow.tracking import MlflowClient
+from ray.cluster_utils import Cluster
 
-from giffy_ray import checkpoints
-from giffy_ray.config import Experiment, override
+from giffy_ray import checkpoints, train
+from giffy_ray.cluster import Share
+from giffy_ray.config import Experiment, load, override
+from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
 from tests.conftest import moving_video
 
 pytestmark = pytest.mark.chaos
 ROOT = Path(__file__).parent.parent
 VIDEOS = 3000
+LONG = {"train.epochs": 200, "train.batch": 4, "train.validate_every": 20, "train.checkpoint_every": 10}
 
 
 def job_of(job: str, videos: Path, storage: Path, *words: str) -> subprocess.Popen:
@@ -92,7 +98,7 @@ KILLS = int(os.environ.get("GIFFY_RAY_KILLS", "20"))
 
 
 def train_job(videos: Path, storage: Path) -> subprocess.Popen:
-    words = ["train.epochs=200", "train.batch=4", "train.validate_every=20", "train.checkpoint_every=10"]
+    words = [f"{name}={value}" for name, value in LONG.items()]
     return job_of("train_cvae", videos, storage, "name=run", "cluster.workers=2", "cluster.max_failures=99", *words)
 
 
@@ -107,7 +113,7 @@ def steps_saved(storage: Path) -> int:
     return 0
 
 
-def workers_of(job: subprocess.Popen) -> list[psutil.Process]:
+def workers_of(job: subprocess.Popen | psutil.Process) -> list[psutil.Process]:
     below = psutil.Process(job.pid).children(recursive=True)
     return [process for process in below if process.name().startswith("ray::RayTrain")]
 
@@ -130,12 +136,17 @@ def curves_in(storage: Path) -> dict[str, list[tuple[int, float]]]:
     return {name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)] for name in names}
 
 
-def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path):
-    videos = tmp_path / "videos"
+def few_videos(folder: Path) -> Path:
+    videos = folder / "videos"
     for number in range(12):
         path = videos / ("training", "validation")[number % 4 == 3] / "cats" / f"{number:02}.mp4"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(moving_video(number, 30, 30))
+    return videos
+
+
+def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path):
+    videos = few_videos(tmp_path)
     whole = train_job(videos, tmp_path / "whole")
     out, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, out
@@ -164,3 +175,49 @@ def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturb
     for name, curve in curves_in(tmp_path / "killed").items():
         assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
         assert curve == pytest.approx(undisturbed[name], rel=1e-9), name
+
+
+def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_was_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Three times the second of two nodes is lost and comes back; steps are of four clips, whoever is there."""
+    monkeypatch.setattr(train, "_MAKE_DO_S", 10)
+    monkeypatch.setattr(train, "_RESIZE_S", 5.0)
+    changes = {"data.root": str(few_videos(tmp_path)), "name": "run", "cluster.max_failures": 9, "train.batch": 4}
+    changes |= {"train.epochs": 3000, "train.validate_every": 300, "train.checkpoint_every": 50}
+    experiment = load(ROOT / "tests/tiny.yaml")
+    lonely = override(experiment, changes | {"storage": str(tmp_path / "lonely"), "cluster.workers": 1})
+    shared = override(experiment, changes | {"storage": str(tmp_path / "shared"), "cluster.workers": [1, 2]})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        node = cluster.add_node(num_cpus=1)
+        ray.init(address=cluster.address, log_to_driver=False)
+        train.train(lonely, prepare(lonely), Share(1.0, 0, 1))
+        with ThreadPoolExecutor(1) as aside:
+            training = aside.submit(train.train, shared, prepare(shared), Share(1.0, 0, 1))
+            for loss in range(3):
+                wait_for_workers(2, training)
+                before = steps_saved(tmp_path / "shared")
+                print(f"loss {loss + 1} at step {before}", flush=True)
+                cluster.remove_node(node, allow_graceful=False)
+                while steps_saved(tmp_path / "shared") < before + 200:
+                    assert not training.done(), training.result()
+                    time.sleep(0.1)
+                wait_for_workers(1, training)
+                node = cluster.add_node(num_cpus=1)
+            training.result(timeout=500)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    undisturbed = curves_in(tmp_path / "lonely")
+    for name, curve in curves_in(tmp_path / "shared").items():
+        assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
+        assert curve == pytest.approx(undisturbed[name], rel=1e-2), name
+
+
+def wait_for_workers(wanted: int, training: Future) -> None:
+    deadline = time.monotonic() + 200
+    while (found := len(workers_of(psutil.Process()))) != wanted:
+        assert not training.done(), training.result()
+        assert time.monotonic() < deadline, f"{found} workers, not {wanted}"
+        time.sleep(0.1)

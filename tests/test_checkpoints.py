@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from pyarrow import fs
+from torch import nn
 
-from giffy_ray import checkpoints, learners
+from giffy_ray import checkpoints, learners, loop
 from giffy_ray.checkpoints import DamagedCheckpoint, Position
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.learners import Learner
@@ -258,3 +259,31 @@ def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, 
     with pytest.raises(DamagedCheckpoint, match="missing"):
         checkpoints.restore(f"{place}/checkpoint_2", other)
     assert checkpoints.newest(experiment) == f"{place}/checkpoint_1"
+
+
+@pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem in ("between-sharp", "cgan-erupting")])
+def test_what_is_published_makes_the_same_clips_and_is_smaller(path: Path, tmp_path: Path):
+    experiment = cut_down(path)
+    learner, trained, published = built(experiment), tmp_path / "trained", tmp_path / "published"
+    trained.mkdir()
+    for number in range(3):
+        step(learner, experiment, number)
+    checkpoints.save(trained, learner, experiment, Position(3))
+    checkpoints.publish(str(trained), published)
+    checkpoints.verify(str(published))
+    with pytest.raises(FileExistsError, match="published: is not empty"):
+        checkpoints.publish(str(trained), published)
+
+    ends = moving_squares(experiment.clip.frames, experiment.clip.height, experiment.clip.width)[:, [0, -1]]
+    noise = torch.ones(BATCH, learner.latent)
+    clips = [each.generate(ends[:, 0], ends[:, 1], noise) for each in (learner, checkpoints.load(str(published))[0])]
+    assert torch.equal(*clips)
+    size = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (published, trained)]
+    assert size[0] < 0.4 * size[1]
+    assert not list(published.glob("*discriminator*")) or "cgan" in path.stem
+    start = override(experiment, {"storage": str(tmp_path), "name": "next", "train.start_from": str(published)})
+    followed = built(start)
+    loop.begin(followed, start)
+    weights = nn.utils.parameters_to_vector(followed.networks[next(iter(learner.networks))].parameters())
+    (average,) = (network for name, network in learner.networks.items() if name.endswith("_average"))
+    assert torch.equal(weights, nn.utils.parameters_to_vector(average.parameters()))

@@ -1,0 +1,23 @@
+"""Takes out of a run what makes clips: python jobs/publish.py [EXPERIMENT.yaml] [name=... storage=...]
+
+Of the checkpoint with the best validation. The folder that is written, published/NAME in a local `storage`, is a
+checkpoint that evaluate.runs and train.start_from take.
+"""
+
+from pathlib import Path
+
+from giffy_ray import checkpoints, command
+from giffy_ray.config import ConfigError, Experiment
+from giffy_ray.storage import is_local
+
+
+def main(experiment: Experiment) -> None:
+    if not is_local(experiment.storage):
+        raise ConfigError(f"storage: publishing writes into a local folder (value {experiment.storage!r})")
+    folder = Path(experiment.storage, "published", experiment.name)
+    checkpoints.publish(checkpoints.best(experiment, "val/l2_report"), folder)
+    print(folder)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml")
