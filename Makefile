@@ -22,6 +22,9 @@ bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's q
 	.venv/bin/pip install -qq --no-deps opencv-python-headless==5.0.0.93 torchcodec==0.13.0 decord==0.6.0
 	PYTHONPATH=. .venv/bin/python benchmarks/decode.py
 	PYTHONPATH=. .venv/bin/python benchmarks/ingest.py
+	.venv/bin/pip install -qq lightning==2.6.6
+	PYTHONPATH=. .venv/bin/python benchmarks/train.py
+	PYTHONPATH=. .venv/bin/python benchmarks/scaling.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

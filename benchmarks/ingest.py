@@ -204,7 +204,7 @@ def memory_over_epochs(store: Store, epochs: int) -> list[float]:
 
 
 def start_ray(cpus: int) -> None:
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    ray.init(address="local", num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def decoded_per_s(videos: list[Path], cpus: int, folder: Path) -> float:

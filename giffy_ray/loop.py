@@ -30,7 +30,7 @@ _SAMPLES = 6
 
 
 def train_loop(settings: dict[str, Any]) -> None:
-    """`settings`: the experiment as YAML, the location of the store, and the parent of its MLflow run."""
+    """`settings`: the experiment as YAML, where the store is, and the place of the run that this one is shown under."""
     experiment = from_yaml(settings["experiment"])
     device, rank = ray.train.torch.get_device(), ranks.rank()
     torch.set_float32_matmul_precision("highest" if experiment.speed.precision == "float32" else "high")

@@ -95,7 +95,7 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
             print(line_of(metrics, experiment.train.epochs), flush=True)
 
     with relayed(show) as relay:
-        checkpoint = train(experiment, store, share, parent.run_id if parent else None, [relay])
+        checkpoint = train(experiment, store, share, parent.place if parent else None, [relay])
     trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
     trackers = [open_run(experiment), *([parent] if parent else [])]
     if parent is None:

@@ -45,7 +45,7 @@ def train(
 ) -> str:
     """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
 
-    `parent` is the id of the MLflow run that this one is shown under. Raises ConfigError before anything starts,
+    `parent` is the place of the run that this one is shown under. Raises ConfigError before anything starts,
     ray.train.TrainingFailedError after. On SIGTERM and Ctrl-C the training ends after the step that it is at, with a
     checkpoint; then SystemExit is raised.
     """

@@ -51,7 +51,7 @@ class Study:
 def search(experiment: Experiment, store: Store, share: Share, parent: str) -> Study:
     """Runs `search.trials` trials of the experiment over `search.space`, the report's values first.
 
-    `parent` is the MLflow run that the trials are shown under. Raises ConfigError before anything starts.
+    `parent` is the place of the run that the trials are shown under. Raises ConfigError before anything starts.
     """
     settings = experiment.search
     check(experiment, store)

@@ -14,7 +14,7 @@ from giffy_ray.config import Experiment, differences, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import log_data_set, train_and_show, trials_table
 from giffy_ray.storage import join, write_text
-from giffy_ray.tracking import close_children, open_run
+from giffy_ray.tracking import open_run
 
 
 def main(experiment: Experiment) -> None:
@@ -27,8 +27,8 @@ def main(experiment: Experiment) -> None:
     parent = open_run(searched)
     log_data_set(store, [parent])
     print(f"searching {study_name}: {searched.search.trials} trials, {share.trainings} at a time", flush=True)
-    study = tune.search(searched, store, share, parent.run_id)
-    close_children(searched, parent)
+    study = tune.search(searched, store, share, parent.place)
+    parent.close_children()
     Console(width=100).print(trials_table(study, searched.search.metric))
 
     best = override(experiment, study.best.values | {"name": f"{study_name}-best"})

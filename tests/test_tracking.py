@@ -1,12 +1,15 @@
 """Read back with MLflow's own client."""
 
+import socket
+import time
 from pathlib import Path
 
 import pytest
 from mlflow.tracking import MlflowClient
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
-from giffy_ray.tracking import Tracker, close_children, open_run, tracking_uri
+from giffy_ray.tracking import Tracker, carrier, open_run, replay, tracking_uri
+from giffy_ray.tracking.outbox import Outbox
 
 
 @pytest.fixture
@@ -26,6 +29,7 @@ def test_a_run_holds_the_experiment(experiment: Experiment, client: MlflowClient
     assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
     assert run.data.tags["data.fingerprint"] == "abc"
     assert len(run.data.tags["mlflow.source.git.commit"]) >= 7
+    tracker.flush()
     yaml = client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))
     assert from_yaml(Path(yaml).read_text()) == experiment
 
@@ -39,6 +43,7 @@ def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Ex
     assert again.run_id == first.run_id
     for step in (2, 3):
         again.log_metrics({"val/psnr": 20.0 + step}, step)
+    again.flush()
     history = client.get_metric_history(again.run_id, "val/psnr")
     assert [(metric.step, metric.value) for metric in history] == [(1, 11.0), (2, 12.0), (3, 23.0)]
     assert client.get_run(again.run_id).info.status == "RUNNING"
@@ -47,9 +52,11 @@ def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Ex
 
 def test_children_that_were_ended_from_outside_are_closed(experiment: Experiment, client: MlflowClient):
     parent = open_run(experiment)
-    done, cut = (open_run(override(experiment, {"name": name}), parent=parent.run_id) for name in ("done", "cut"))
+    done, cut = (open_run(override(experiment, {"name": name}), parent=parent.place) for name in ("done", "cut"))
     done.finish()
-    close_children(experiment, parent)
+    cut.flush()
+    parent.close_children()
+    parent.finish("RUNNING")
     statuses = [client.get_run(tracker.run_id).info.status for tracker in (parent, done, cut)]
     assert statuses == ["RUNNING", "FINISHED", "KILLED"]
     assert client.get_run(cut.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
@@ -57,7 +64,9 @@ def test_children_that_were_ended_from_outside_are_closed(experiment: Experiment
 
 def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Experiment, client: MlflowClient):
     tracker = open_run(experiment)
-    tracker.log_animation(lambda: b"webp", "validation", step=3)
+    for content in (b"webp", b"drawn again after an interruption"):
+        tracker.log_animation(lambda content=content: content, "validation", step=3)
+    tracker.flush()
     # MLflow's page wants both, and finds the one by the name of the other.
     small, image = (item.path for item in client.list_artifacts(tracker.run_id, "images"))
     assert image.startswith("images/validation+step+3+timestamp+")
@@ -73,6 +82,89 @@ def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_
     tracker.finish()
     assert isinstance(tracker, Tracker)
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(carrier, "PATIENCE_S", 0.5)
+    monkeypatch.setattr(carrier, "_WAITS_S", (0.05,))
+
+
+def nobody_there() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+
+
+def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
+    experiment: Experiment, client: MlflowClient, impatient: None, capsys: pytest.CaptureFixture
+):
+    away = override(experiment, {"tracking.uri": nobody_there()})
+    tracker, began_s = open_run(away), time.monotonic()
+    for step in (1, 2):
+        tracker.log_metrics({"val/psnr": 10.0 + step}, step)
+    tracker.log_text("words", "notes.txt")
+    assert time.monotonic() - began_s < 1  # nobody waited for the server
+    with pytest.raises(TimeoutError, match="MLflow at http"):
+        tracker.flush()
+    tracker.finish()
+    assert "has not taken 5 of the things that were logged (MlflowException: " in capsys.readouterr().out
+    assert replay(away) == 5
+
+    again = open_run(experiment)  # at the next chance, to a server that answers
+    for step in (2, 3):
+        again.log_metrics({"val/psnr": 20.0 + step}, step)
+    again.finish()
+    assert replay(experiment) == 0
+    (run,) = client.search_runs([client.get_experiment_by_name("giffy_ray").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "val/psnr")
+    assert [(metric.step, metric.value) for metric in history] == [(1, 11.0), (2, 12.0), (3, 23.0)]
+    assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
+
+
+def test_the_trials_below_a_run_are_replayed_too(experiment: Experiment, client: MlflowClient, impatient: None):
+    away = override(experiment, {"tracking.uri": nobody_there()})
+    trial = override(away, {"storage": f"{experiment.storage}/run", "name": "trial-1"})
+    parent = open_run(away)
+    child = open_run(trial, parent=parent.place)
+    child.log_metrics({"val/psnr": 1.0}, 1)
+    assert [each.finish() for each in (child, parent)]
+    assert replay(experiment) == 0
+    found = {run.info.run_name: run for run in client.search_runs(["1"])}
+    assert found["trial-1"].data.tags["mlflow.parentRunId"] == found["run"].info.run_id
+    assert found["trial-1"].data.metrics == {"val/psnr": 1.0}
+
+
+def test_a_letter_that_came_though_nobody_knew_is_stored_once(
+    experiment: Experiment, client: MlflowClient, monkeypatch
+):
+    monkeypatch.setattr(Outbox, "delivered", lambda *_: None)  # as if we were killed right before
+    first = open_run(experiment)
+    first.log_metrics({"val/psnr": 1.0}, 1)
+    run_id = first.run_id
+    while not client.get_metric_history(run_id, "val/psnr"):
+        time.sleep(0.05)
+    monkeypatch.undo()
+    open_run(experiment).finish()
+    assert len(client.get_metric_history(run_id, "val/psnr")) == 1
+    assert len(client.search_runs(["1"])) == 1
+
+
+def test_what_mlflow_will_never_take_is_put_aside_and_the_rest_goes_on(experiment: Experiment, client: MlflowClient):
+    tracker = open_run(experiment)
+    tracker.log_metrics({"x" * 1000: 1.0}, 1)
+    tracker.log_metrics({"val/psnr": 2.0}, 2)
+    tracker.finish()
+    assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 2.0}
+    assert len(list(Path(tracker.place, "tracking", "refused").iterdir())) == 1
+
+
+def test_no_password_of_an_address_is_logged(experiment: Experiment, client: MlflowClient, tmp_path: Path):
+    tracker = open_run(override(experiment, {"data.root": "https://me:secret@host/videos"}))
+    tracker.flush()
+    assert client.get_run(tracker.run_id).data.params["data.root"] == "https://***@host/videos"
+    yaml = Path(client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))).read_text()
+    assert "secret" not in yaml and "https://***@host/videos" in yaml
 
 
 def test_a_remote_storage_needs_a_server(experiment: Experiment):
