@@ -14,6 +14,7 @@ from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, 
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats
+from tests import float64
 from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
 CPU = torch.device("cpu")
@@ -238,20 +239,12 @@ def skipped_where_rank_1_fails(rank: int) -> torch.Tensor:
 def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tensor:
     """The weights of all the learner's networks after some updates in float64, one after the other."""
     experiment = from_yaml(yaml)
-    torch.set_default_dtype(torch.float64)
-    learner = learners.build(experiment, CPU)
-    torch.set_default_dtype(torch.float32)
-    for network in learner.networks.values():
-        network.register_forward_pre_hook(lambda _, inputs: tuple(map(widened, inputs)))
+    learner = float64.build(experiment)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
     for _ in range(updates):
         learner.update(clips[share], TIMES[share], POSITIONS[share])
     networks = learner.networks.values()
     return torch.cat([nn.utils.parameters_to_vector(network.parameters()) for network in networks]).detach()
-
-
-def widened(one: torch.Tensor) -> torch.Tensor:
-    return one.double() if one.is_floating_point() else one
 
 
 def trained_by_two(yamls: list[str]) -> list[list[torch.Tensor]]:
