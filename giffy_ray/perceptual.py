@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from functools import cache
 from pathlib import Path
 
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from giffy_ray.config import ConfigError
+from giffy_ray.config import ConfigError, PerceptualMetric, Supplied
 from giffy_ray.shapes import Clips, PerClip, to_floats
 
 _AT_ONCE = 64  # frames, or clips, that a network sees at a time
@@ -94,11 +94,7 @@ def fid(made: Clips, real: Clips, weights: str | Path | None) -> float:
     `weights`: TorchScript that takes uint8 [n, 3, height, width] and returns features [n, width]. ConfigError where it
     is not given or not there.
     """
-    network = _supplied("fid", weights, made.device)
-    ours, theirs = (
-        _in_parts(network, clips[:, 1:-1].flatten(0, 1).permute(0, 3, 1, 2).contiguous()) for clips in (made, real)
-    )
-    return frechet_distance(ours, theirs)
+    return frechet_distance(inception_features(made, weights), inception_features(real, weights))
 
 
 def fvd(made: Clips, real: Clips, weights: str | Path | None) -> float:
@@ -107,9 +103,19 @@ def fvd(made: Clips, real: Clips, weights: str | Path | None) -> float:
     `weights`: TorchScript that takes float32 [n, 3, time, height, width] of -1..1 and returns features [n, width].
     ConfigError where it is not given or not there.
     """
-    network = _supplied("fvd", weights, made.device)
-    ours, theirs = (_in_parts(lambda part: network(2 * to_floats(part) - 1), clips) for clips in (made, real))
-    return frechet_distance(ours, theirs)
+    return frechet_distance(i3d_features(made, weights), i3d_features(real, weights))
+
+
+def inception_features(clips: Clips, weights: str | Path | None) -> Tensor:
+    """float32 [frames between of all clips, width]: what `fid` compares."""
+    network = _supplied("fid", weights, clips.device)
+    return _in_parts(network, clips[:, 1:-1].flatten(0, 1).permute(0, 3, 1, 2).contiguous())
+
+
+def i3d_features(clips: Clips, weights: str | Path | None) -> Tensor:
+    """float32 [batch, width]: what `fvd` compares."""
+    network = _supplied("fvd", weights, clips.device)
+    return _in_parts(lambda part: network(2 * to_floats(part) - 1), clips)
 
 
 def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
@@ -124,6 +130,19 @@ def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
     # The trace of the root is the sum of the roots of the eigenvalues, which are real and >= 0 but for rounding.
     root = torch.linalg.eigvals(one @ other).real.clamp(min=0).sqrt().sum()
     return float((first.mean(0) - second.mean(0)).square().sum() + one.trace() + other.trace() - 2 * root)
+
+
+def require(names: Iterable[PerceptualMetric], weights: Mapping[Supplied, str]) -> None:
+    """Raises ConfigError for what a metric of these names lacks: a package, or a file in `weights`."""
+    cpu = torch.device("cpu")
+    for name in names:
+        match name:
+            case "st_lpips":
+                _st_lpips(cpu)
+            case "kernel_distance_frames" | "kernel_distance_motion":
+                _efficientnet(cpu)
+            case _:
+                _supplied(name, weights.get(name), cpu)
 
 
 class ShiftTolerantLPIPS(nn.Module):
@@ -277,6 +296,7 @@ def _packaged(package: str, file: str) -> dict[str, Tensor]:
 def _supplied(metric: str, weights: str | Path | None, device: torch.device) -> Callable[..., Tensor]:
     if weights is None or not Path(weights).is_file():
         raise ConfigError(
-            f"{metric}: needs the path of a TorchScript file with its network, and downloads none (value {weights})"
+            f"{metric}: needs the path of a TorchScript file with its network, evaluate.weights={{{metric}: ...}}, and "
+            f"downloads none (value {weights})"
         )
     return torch.jit.load(str(weights), map_location=device).eval()

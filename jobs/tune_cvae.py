@@ -12,8 +12,9 @@ from rich.console import Console
 from giffy_ray import cluster, command, tune
 from giffy_ray.config import Experiment, differences, override
 from giffy_ray.data.prepare import prepare
-from giffy_ray.results import log_data_set, train_and_show, trials_table
+from giffy_ray.results import log_data_set, train_and_show
 from giffy_ray.storage import join, write_text
+from giffy_ray.tables import trials_table
 from giffy_ray.tracking import open_run
 
 

@@ -15,10 +15,11 @@ FLOORS = [
     {"config", "shapes", "storage", "progress"},
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
     {"cluster", "learners", "tracking", "listen", "meter"},
-    {"checkpoints", "evaluate", "page", "survey"},
+    {"checkpoints", "evaluate", "perceived", "page", "survey"},
     {"loop"},
     {"train"},
     {"tune"},
+    {"tables"},
     {"results", "command"},
 ]
 ONLY_IMPORTERS = {"mlflow": ["tracking"], "ray.tune": ["tune"], "ray.data": ["data"], "optuna": ["tune"]}

@@ -13,7 +13,9 @@ from rich.console import Console
 from giffy_ray import checkpoints
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.evaluate import Score, summarise
-from giffy_ray.results import Trained, distance_table, measures_table, show_results, skill_table, trained_runs
+from giffy_ray.results import Trained, show_results, trained_runs
+from giffy_ray.tables import distance_table, measures_table, skill_table
+from tests.test_perceived import Difference
 
 CLIP = ClipConfig(frames=4, fps=2.0, height=16, width=16)
 
@@ -87,6 +89,20 @@ def test_everything_is_left_in_the_folder_and_in_mlflow(tmp_path: Path, capsys: 
     for name in [*methods, *files]:
         assert name in printed
     assert max(map(len, printed.splitlines()[:-4])) <= 110
+
+
+def test_what_trained_networks_see_is_a_table_of_its_own(tmp_path: Path, capsys: pytest.CaptureFixture):
+    torch.jit.script(Difference()).save(str(tmp_path / "network"))
+    asked = experiment(
+        tmp_path, baselines=("hold",), perceptual=("lpips",), weights={"lpips": str(tmp_path / "network")}
+    )
+    tracker = FakeTracker()
+    show_results(asked, [], FakeStore(tmp_path), [tracker])  # type: ignore[arg-type]
+    # The frames between are 20, 20 above the start, which the nearest end is 20 below and 40 above.
+    assert tracker.results["validation/hold/lpips"] == pytest.approx(2 * (20 + 40) / 2 / 255, rel=1e-4)
+    printed = capsys.readouterr().out
+    assert "4 clips, through trained networks" in printed
+    assert re.search(r"hold +0\.2353", printed)
 
 
 def test_a_split_without_clips_is_refused(tmp_path: Path):

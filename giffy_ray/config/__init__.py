@@ -38,8 +38,10 @@ from giffy_ray.config.sections import (
     IntervalsConfig,
     LimitsConfig,
     OptimConfig,
+    PerceptualMetric,
     SearchConfig,
     SpeedConfig,
+    Supplied,
     SyntheticConfig,
 )
 from giffy_ray.config.values import ConfigError
@@ -63,8 +65,10 @@ __all__ = [
     "LimitsConfig",
     "ModelConfig",
     "OptimConfig",
+    "PerceptualMetric",
     "SearchConfig",
     "SpeedConfig",
+    "Supplied",
     "SyntheticConfig",
     "TwoStreamConfig",
     "differences",
@@ -76,7 +80,7 @@ __all__ = [
 ]
 
 _EXPERIMENT = TypeAdapter(Experiment)
-_OPEN = ("search.space", "data.caps")  # fields whose names the user chooses: values, not sections
+_OPEN = ("search.space", "data.caps", "evaluate.weights")  # fields whose names the user chooses: values, not sections
 _KIND = "model.kind"
 
 

@@ -14,6 +14,8 @@ Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Baseline = Literal["linear", "linear_as_coded", "hold", "minterpolate_mci", "minterpolate_blend"]
+PerceptualMetric = Literal["st_lpips", "kernel_distance_frames", "kernel_distance_motion", "lpips", "fid", "fvd"]
+Supplied = Literal["lpips", "fid", "fvd"]  # the metrics whose networks the user brings
 Distribution = Literal["log_uniform", "uniform", "int", "choice"]
 # Left to right, because YAML reads 1e-4 as a string.
 SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
@@ -166,6 +168,8 @@ class EvaluateConfig(Strict):
     split: Literal["validation", "test", "shifted"] = "validation"
     runs: tuple[str, ...] = ()  # names of runs in `storage`, or locations of checkpoints; empty: the run `name`
     baselines: tuple[Baseline, ...] = get_args(Baseline)  # linear is always there: the others are measured against it
+    perceptual: tuple[PerceptualMetric, ...] = ()  # docs/metrics.md; the first three need the extra `perceptual`
+    weights: dict[Supplied, str] = field(default_factory=dict)  # TorchScript files of these
     samples: Positive = 8  # of a model that makes several clips of the same ends, the best of which is shown too
 
 
