@@ -12,20 +12,23 @@ from giffy_ray.models.blocks import leaky_relu
 from giffy_ray.shapes import ClipFloats, PerClip
 
 AUGMENT_DRAWS = 7
+# What is made differs from what is real by a few grey levels, which spectral norm would keep as small in the logits.
+_AMPLIFIED, _LOGIT = 30.0, 10.0
 _SHIFT, _HOLE = 1 / 8, 1 / 2  # of the size: the largest translation, and the side of what is cut out
 
 
 class PairDiscriminator(nn.Module):
     """(real, made) -> logits of both, [batch] each: the mean over places of what each place says.
 
-    Both are whole clips, with their end frames, which are the same in both. Each frame between is seen with both end
-    images joined as channels (pix2pix, Isola et al. 2017, arXiv 1611.07004, in time as well). Spectral norm (Miyato et
-    al. 2018, arXiv 1802.05957) and no batch norm, so that a clip's logit does not depend on the others.
+    Both are whole clips in even steps, with their end frames, which are the same in both. Each frame between is seen
+    with both end images joined as channels (pix2pix, Isola et al. 2017, arXiv 1611.07004, in time as well), and with
+    what it adds to linear interpolation between them, amplified. Spectral norm (Miyato et al. 2018, arXiv 1802.05957)
+    and no batch norm, so that a clip's logit does not depend on the others.
     """
 
     def __init__(self, model: BetweenConfig, clip: ClipConfig):
         super().__init__()
-        layers, inputs = [], 9
+        layers, inputs = [], 12
         for width in model.discriminator_widths:
             convolution = nn.Conv3d(inputs, width, (3, 4, 4), (1, 2, 2), padding=1)
             layers += [spectral_norm(convolution), leaky_relu()]
@@ -37,8 +40,11 @@ class PairDiscriminator(nn.Module):
 
     def _logits(self, clip: ClipFloats) -> PerClip:
         between = clip[:, :, 1:-1]
-        seen = torch.cat([between, clip[:, :, :1].expand_as(between), clip[:, :, -1:].expand_as(between)], dim=1)
-        return self.layers(2 * seen - 1).flatten(1).mean(1)
+        start, end = (clip[:, :, place].unsqueeze(2).expand_as(between) for place in (0, -1))
+        times = torch.linspace(0, 1, clip.shape[2], dtype=clip.dtype, device=clip.device)[1:-1].view(1, 1, -1, 1, 1)
+        added = _AMPLIFIED * (between - torch.lerp(start, end, times))
+        seen = torch.cat([2 * torch.cat([between, start, end], dim=1) - 1, added], dim=1)
+        return _LOGIT * self.layers(seen).flatten(1).mean(1)
 
 
 def augmented(clip: ClipFloats, draws: Tensor) -> ClipFloats:

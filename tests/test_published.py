@@ -1,0 +1,44 @@
+"""The checkpoints that come with the project: whole, and nearer to clips that they have not seen than a cross-fade is."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from giffy_ray import checkpoints
+from giffy_ray.config import SyntheticConfig
+from giffy_ray.data import synthetic
+from giffy_ray.data.decode import decode_clip
+from giffy_ray.metrics import sharpness_ratio, skill, squared_error
+from giffy_ray.models.baselines import linear
+
+PUBLISHED = sorted((Path(__file__).parent.parent / "published").glob("*/"))
+VIDEOS = 12
+
+
+@pytest.fixture(scope="module")
+def real() -> torch.Tensor:
+    """uint8 [VIDEOS, 30, 64, 64, 3]: of the test split of the built-in data, both categories."""
+    planned = synthetic.plan(SyntheticConfig(training_clips=1, validation_clips=1, test_clips=VIDEOS // 2))
+    videos = [synthetic.video(one) for one in planned if one.split == "test"]
+    _, experiment = checkpoints.load(str(PUBLISHED[0]))
+    return torch.from_numpy(np.stack([decode_clip(video, experiment.clip) for video in videos]))
+
+
+def test_there_are_an_accurate_and_a_sharp_one():
+    assert [folder.name for folder in PUBLISHED] == ["between", "between-sharp"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_it_is_whole_and_beats_interpolation(folder: Path, real: torch.Tensor):
+    checkpoints.verify(str(folder))
+    learner, experiment = checkpoints.load(str(folder))
+    assert not experiment.storage.startswith("/")
+    assert experiment.data.root is None
+    start, end = real[:, 0], real[:, -1]
+    made, faded = learner.generate(start, end, torch.zeros(VIDEOS, learner.latent)), linear(start, end, 30)
+    gained = skill(squared_error(made, real), squared_error(faded, real))
+    assert gained > 0.4
+    sharper = sharpness_ratio(made, real).mean() - sharpness_ratio(faded, real).mean()
+    assert sharper > 0
