@@ -48,7 +48,7 @@ from giffy_ray.train import train
 
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
-_MOST_PERCEIVED = 200  # clips: what perceptual metrics take grows with their square
+_MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
 _MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
 
 

@@ -18,7 +18,7 @@ WIDTH = 110  # of the tables; a job's log has no terminal to ask
 COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
 _SHOWN_CATEGORIES = 30
 _METHOD_WIDTH = 34  # of the first column of the tables
-_HOPELESS = -10  # a skill below this needs no digits
+_HOPELESS = -1  # a skill below this needs neither digits nor bounds
 _BOUNDED = 3  # columns that have room for intervals
 
 
@@ -156,7 +156,7 @@ def _skill_of(summary: Summary, bounded: bool) -> str:
     assert summary.skill
     skill, low, high = summary.skill
     if skill < _HOPELESS:
-        return f"{skill:.0f} {summary.won:4.0%}"
+        return f"{skill:.1f} {summary.won:4.0%}"
     bounds = f" ({low:z.2f}, {high:z.2f})" if bounded and not math.isnan(low) else ""
     return f"{skill:z.2f}{bounds} {summary.won:4.0%}"
 

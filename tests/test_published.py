@@ -1,4 +1,4 @@
-"""The checkpoints that come with the project: whole, and nearer to clips that they have not seen than a cross-fade is."""
+"""The checkpoints that come with the project: whole, and nearer to clips that they never saw than a cross-fade is."""
 
 from pathlib import Path
 
