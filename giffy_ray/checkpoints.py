@@ -50,6 +50,7 @@ class Position:
     steps_done: int
     metrics: Mapping[str, float] = field(default_factory=dict)  # measured at this moment
     sums: Mapping[str, float] = field(default_factory=dict)  # of losses, since they were last logged
+    epoch: int | None = None  # that ended here, with `metrics`
 
 
 def save(folder: Path, learner: Learner, experiment: Experiment, position: Position) -> None:
@@ -110,8 +111,9 @@ def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
     return copied(Path(checkpoint.path), storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
 
 
-def copied(folder: Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
+def copied(folder: str | Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
     filesystem.create_dir(place)
+    folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != _MANIFEST)
     for name in (*names, _MANIFEST):
         fs.copy_files(str(folder / name), f"{place}/{name}", fs.LocalFileSystem(), filesystem)
@@ -209,6 +211,22 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
             raise ConfigError(f"{metric!r} was not measured at {location}; there are: {known}")
         measured[location] = metrics[metric]
     return _first_whole(experiment, sorted(measured, key=lambda place: measured[place], reverse=not smaller))
+
+
+def reported(experiment: Experiment) -> dict[str, Any] | None:
+    """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was."""
+    location = to_resume(experiment)
+    position = json.loads(read_text(join(location, "position.json")) or "{}") if location else {}
+    if position.get("epoch") is None:
+        return None
+    return {"steps_done": position["steps_done"], "epoch": position["epoch"], **position["metrics"]}
+
+
+def remove_older(experiment: Experiment) -> None:
+    """All checkpoints of the run but the newest."""
+    for location in _locations(experiment)[1:]:
+        filesystem, place = filesystem_of(location)
+        filesystem.delete_dir(place)
 
 
 def manifest(location: str) -> dict[str, dict[str, Any]]:

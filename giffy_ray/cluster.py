@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import ray
 from ray._private.state import state  # no public function tells what an autoscaler may add
 
-from giffy_ray.config import ConfigError, Experiment
+from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.storage import is_local
 
 # Ray Data's tasks, which deal the batches and decode, take whole CPUs; without one to spare the workers wait for ever.
@@ -21,7 +21,7 @@ class Share:
     """What each DDP worker takes, and how many trainings fit side by side."""
 
     cpus_per_worker: float
-    gpus_per_worker: int
+    gpus_per_worker: float
     trainings: int
 
 
@@ -56,6 +56,20 @@ def share_of(experiment: Experiment) -> Share:
     # Logical CPUs: on a small machine the workers and the data tasks take turns on its cores.
     cpus_per_worker = min(1.0, (there.cpus - _DATA_CPUS) / settings.most)
     return Share(cpus_per_worker, 0, max(1, int((there.cpus - _DATA_CPUS) / (settings.most * cpus_per_worker))))
+
+
+def share_of_trials(experiment: Experiment) -> Share:
+    """The same for the trials of a search, `search.workers` each: as many side by side as there are cores or GPUs."""
+    settings = experiment.search
+    share = share_of(override(experiment, {"cluster.workers": settings.workers}))
+    if settings.workers > 1:
+        return share
+    there = capacity()
+    if share.gpus_per_worker:
+        side_by_side = min(int(there.gpus / settings.gpus_per_worker), int(there.cpus) - _DATA_CPUS)
+        return Share(1.0, settings.gpus_per_worker, max(1, side_by_side))
+    cores = int(there.cpus)
+    return Share((there.cpus - _DATA_CPUS) / cores, 0, cores)
 
 
 @dataclass(frozen=True)

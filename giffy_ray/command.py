@@ -1,4 +1,4 @@
-"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...] [--profile]."""
+"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...] [--profile] [--resume ...]."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def run(job: Callable[[Experiment], None], usage: str | None, default: Path) -> 
 
     Without an experiment file `default` is read. A mistake in the experiment ends with code 2 and one clear message.
     """
-    words = ["speed.profile=true" if word == "--profile" else word for word in sys.argv[1:]]
+    words = _plain(sys.argv[1:])
     if {"-h", "--help"} & set(words):
         print(usage)
         return
@@ -29,3 +29,18 @@ def run(job: Callable[[Experiment], None], usage: str | None, default: Path) -> 
     except ConfigError as error:
         print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def _plain(words: list[str]) -> list[str]:
+    """With the fields that options stand for: --profile, and --resume auto, never or must."""
+    plain: list[str] = []
+    for word in words:
+        if word == "--profile":
+            plain.append("speed.profile=true")
+        elif word.startswith("--resume="):
+            plain.append(f"search.resume={word.removeprefix('--resume=')}")
+        elif plain and plain[-1] == "--resume":
+            plain[-1] = f"search.resume={word}"
+        else:
+            plain.append(word)
+    return plain

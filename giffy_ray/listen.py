@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
+from typing import Any
 
-import ray.train
 import torch
 
 from giffy_ray import ranks
@@ -30,9 +31,9 @@ def forget_stop(experiment: Experiment) -> None:
 class Listener:
     """Rank 0 looks for the file in a thread; after each step all workers agree on what was heard."""
 
-    def __init__(self, experiment: Experiment, rank: int, device: torch.device):
+    def __init__(self, experiment: Experiment, rank: int, device: torch.device, notice: Callable[[], Any]):
         self.location = join(experiment.storage, experiment.name, _STOP)
-        self.device = device
+        self.device, self.notice = device, notice
         self._stop, self._ask, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._known = None
         if rank == 0:
@@ -44,7 +45,7 @@ class Listener:
         The same on all workers, which must call it equally often. Each notice is told once.
         """
         stop, ask = ranks.any_of_each([self._stop.is_set(), self._ask.is_set()], self.device)
-        notice = ray.train.get_preemption_info() if ask else self._known
+        notice = self.notice() if ask else self._known
         self._ask.clear()
         is_new, self._known = notice is not None and notice != self._known, notice
         return stop, is_new

@@ -1,16 +1,17 @@
-"""What each worker of a training runs."""
+"""The training loop, as each worker of Ray Train runs it, and a trial of a search in its own process."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from ray.train import CheckpointUploadMode
+from ray.train import Checkpoint, CheckpointUploadMode
 
-from giffy_ray import checkpoints, learners, ranks, render
+from giffy_ray import checkpoints, learners, metrics, ranks, render
 from giffy_ray.checkpoints import Position
 from giffy_ray.config import Experiment, from_yaml, override
 from giffy_ray.data import stream
@@ -20,8 +21,8 @@ from giffy_ray.evaluate import Method, learner_method
 from giffy_ray.learners import Learner
 from giffy_ray.listen import Listener
 from giffy_ray.meter import Meter, profiler
-from giffy_ray.metrics import l2_report, psnr
-from giffy_ray.tracking import open_run
+from giffy_ray.models import baselines
+from giffy_ray.tracking import Tracker, open_run
 
 # Of a checkpoint that was not validated: Ray Train's memory of a run cannot hold NaN or infinity.
 _UNSCORED = 1e30
@@ -29,24 +30,44 @@ SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
 _SAMPLES = 6
 
 
+# Takes what is reported, and rank 0's checkpoint of it in a temporary folder, which is then the taker's.
+Tell = Callable[[dict[str, Any], Checkpoint | None], None]
+
+
 def train_loop(settings: dict[str, Any]) -> None:
-    """`settings`: the experiment as YAML, where the store is, and the place of the run that this one is shown under."""
-    experiment = from_yaml(settings["experiment"])
-    device, rank = ray.train.torch.get_device(), ranks.rank()
+    """What a worker of Ray Train runs.
+
+    `settings`: the experiment as YAML, where its store is, and the place of the run that this one is shown under.
+    """
+    experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
+    with open_run(experiment, ranks.rank(), settings["parent"], {"data.fingerprint": store.fingerprint}) as tracker:
+        run(experiment, store, tracker, ray.train.torch.get_device(), to_ray_train, ray.train.get_preemption_info)
+
+
+def run(
+    experiment: Experiment,
+    store: Store,
+    tracker: Tracker,
+    device: torch.device,
+    tell: Tell,
+    notice: Callable[[], Any] = lambda: None,
+) -> None:
+    """Trains to the end, or to where it is told to stop.
+
+    `notice` returns something new when a machine of the training is about to be taken away.
+    """
     torch.set_float32_matmul_precision("highest" if experiment.speed.precision == "float32" else "high")
-    store = Store(settings["store"])
-    tracker = open_run(experiment, rank, settings["parent"], {"data.fingerprint": store.fingerprint})
     train, clips = experiment.train, len(store.rows_of("training"))
     validated = validations(clips, experiment)
     last = max(validated)
     learner = learners.build(experiment, device, steps=last)
     make = learner_method(learner, train.seed)
 
-    position = begin(learner, experiment)
+    position, rank = begin(learner, experiment), ranks.rank()
     steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device)
     steps = range(steps_done, last)
     batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
-    listener = Listener(experiment, rank, device)
+    listener = Listener(experiment, rank, device, notice)
     if steps_done == 0:
         tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=0)
 
@@ -66,14 +87,14 @@ def train_loop(settings: dict[str, Any]) -> None:
 
         stopped, warned = listener.heard()
         due = train.checkpoint_every and steps_done % train.checkpoint_every == 0
-        epoch, metrics = validated.get(steps_done), {}
+        epoch, measured = validated.get(steps_done), {}
         if epoch is not None:
             ranks.share_buffers(learner.networks.values())
-            metrics = meter.means() | validate(make, store, train.batch // ranks.count(), device)
-            tracker.log_metrics(metrics, step=epoch)
+            measured = meter.means() | validate(make, store, train.batch // ranks.count(), device)
+            tracker.log_metrics(measured, step=epoch)
             tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
-            report(learner, experiment, Position(steps_done, metrics, meter.sums()), epoch)
+            report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell)
         if epoch is not None:
             meter.start()
     # ----------------------------------------------------------------------------------
@@ -105,17 +126,16 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     return Position(0)
 
 
-def report(learner: Learner, experiment: Experiment, position: Position, epoch: int | None) -> None:
-    """Tells Ray Train of the metrics, with a checkpoint that is uploaded while the training goes on.
-
-    A checkpoint between validations has no score, and Ray Train keeps it only while it is the newest.
-    """
+def report(learner: Learner, experiment: Experiment, position: Position, tell: Tell) -> None:
+    """Tells of the metrics, with a checkpoint. One between validations has no score, and is kept while it is the newest."""
     named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
-    if epoch is not None:
-        named |= {"epoch": epoch, **position.metrics}
-    checkpoint = None
-    if ranks.rank() == 0:
-        checkpoint = checkpoints.written(learner, experiment, position)
+    if position.epoch is not None:
+        named |= {"epoch": position.epoch, **position.metrics}
+    tell(named, checkpoints.written(learner, experiment, position) if ranks.rank() == 0 else None)
+
+
+def to_ray_train(named: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+    """The checkpoint is uploaded while the training goes on."""
     ray.train.report(
         named,
         checkpoint=checkpoint,
@@ -125,17 +145,30 @@ def report(learner: Learner, experiment: Experiment, position: Position, epoch: 
 
 
 def validate(make: Method, store: Store, share: int, device: torch.device) -> dict[str, float]:
-    """Means over the validation clips, `share` at a time on each worker, which takes every workers-th clip."""
+    """Over the validation clips, `share` at a time on each worker, which takes every workers-th clip.
+
+    Means of l2 and PSNR; the skill against linear interpolation; and, as `blur`, the mean distance of the sharpness
+    ratio from 1, over clips where that is finite.
+    """
     rows = store.rows_of("validation")[ranks.rank() :: ranks.count()]
-    sums = {"l2_report": 0.0, "psnr": 0.0}
+    parts = [torch.zeros(6, dtype=torch.float64)]
     for first in range(0, len(rows), share):
         chosen = rows[first : first + share]
         real = torch.from_numpy(store.gather(chosen))
-        made = make(real[:, 0], real[:, -1], [store.ids[row] for row in chosen])
-        sums["l2_report"] += float(l2_report(made, real).sum())
-        sums["psnr"] += float(psnr(made, real).sum())
-    *totals, clips = ranks.sums([*sums.values(), len(rows)], device)
-    return {f"val/{name}": total / clips for name, total in zip(sums, totals, strict=True)}
+        start, end = real[:, 0], real[:, -1]
+        made = make(start, end, [store.ids[row] for row in chosen])
+        blur = (metrics.sharpness_ratio(made, real) - 1).abs()
+        linear_sse = metrics.squared_error(baselines.linear(start, end, real.shape[1]), real)
+        each = (
+            *(metrics.l2_report(made, real), metrics.psnr(made, real), metrics.squared_error(made, real), linear_sse),
+            *(blur.where(blur.isfinite(), 0), blur.isfinite()),
+        )
+        parts.append(torch.stack([one.double().sum() for one in each]))
+    totals = ranks.sums([*torch.stack(parts).sum(0).tolist(), len(rows)], device)
+    l2, psnr, sse, linear_sse, blur, sharp, clips = totals
+    named = {"l2_report": l2 / clips, "psnr": psnr / clips}
+    named |= {"skill": 1 - sse / linear_sse if linear_sse else 0.0, "blur": blur / sharp if sharp else 0.0}
+    return {f"val/{name}": value for name, value in named.items()}
 
 
 def too_many_skipped(skipped: int, step: int, store: Store, experiment: Experiment) -> str:

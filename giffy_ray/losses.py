@@ -76,3 +76,8 @@ def hinge_discriminator(real_logits: PerClip, made_logits: PerClip) -> PerClip:
 def hinge_generator(made_logits: PerClip) -> PerClip:
     """The generator's side of the hinge loss: -D(made), as in SAGAN (Zhang et al. 2019, arXiv 1805.08318), eq. 4."""
     return -made_logits
+
+
+def warmed_up(step: int, steps: int) -> float:
+    """What a term that comes in linearly over `steps` counts for at step `step`, from 0 on: up to 1."""
+    return min(1.0, (step + 1) / steps) if steps else 1.0

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from rich import box
 from rich.table import Table
 
-from giffy_ray.config import SPLITS
+from giffy_ray.config import SPLITS, SearchConfig
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import ALL, MEASURES, REPORT_NOTE, REPORT_TABLE_2, Summary
 from giffy_ray.tune import Study
@@ -43,16 +43,20 @@ def data_table(store: Store) -> Table:
     return table
 
 
-def trials_table(study: Study, metric: str) -> Table:
-    """The trials of a search, best first."""
-    names = list(study.best.values)
-    table = Table(title="trials, best first", title_justify="left")
+def trials_table(study: Study, search: SearchConfig) -> Table:
+    """The trials of a search, best first; those among which none is better are marked."""
+    names = [*search.space]
+    measured = [*search.objectives] or [search.metric]
+    best = {trial.name for trial in study.best}
+    table = Table(title="trials, best first", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
     table.add_column("trial", no_wrap=True)
-    for heading in (*(name.rpartition(".")[2] for name in names), "epochs", metric):
+    for heading in (*(name.rpartition(".")[2].replace("_", "\n") for name in names), "epochs", *measured):
         table.add_column(heading, justify="right")
     for trial in study.trials:
-        values = [f"{trial.values[name]:.3g}" for name in names]
-        table.add_row(trial.name, *values, str(trial.epochs), f"{trial.best:.1f}")
+        values = [f"{trial.values[n]:.3g}" if isinstance(trial.values[n], float) else str(trial.values[n]) for n in names]
+        reached = [trial.ended] if trial.ended else [f"{value:.4g}" for value in trial.objectives]
+        table.add_row("best" if trial.name in best else "", trial.name, *values, str(trial.epochs), *reached)
     return table
 
 

@@ -33,7 +33,7 @@ _START_TIMEOUT_S = 900  # a cloud node has to boot
 _MAKE_DO_S = 60  # before a training that may do with fewer workers starts with those that there are
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
 
 
 def train(
@@ -49,15 +49,25 @@ def train(
     ray.train.TrainingFailedError after. On SIGTERM and Ctrl-C the training ends after the step that it is at, with a
     checkpoint; then SystemExit is raised.
     """
-    check(experiment, store)
-    with lease.held(experiment), _ended_by_signals(experiment) as signals:
-        _claim(experiment, store)
+    with claimed(experiment, store), _ended_by_signals(experiment) as signals:
         # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
         with ThreadPoolExecutor(1) as aside:
             aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
     if signals:
         raise SystemExit(128 + signals[0])
     return checkpoints.newest(experiment)
+
+
+@contextmanager
+def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = _MAY_CHANGE) -> Iterator[None]:
+    """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
+
+    `may_change`: what may differ from before, fields, and sections that end with a point.
+    """
+    check(experiment, store)
+    with lease.held(experiment):
+        _claim(experiment, store, may_change)
+        yield
 
 
 def _trainer(
@@ -80,7 +90,7 @@ def _trainer(
         run_config=ray.train.RunConfig(
             name=experiment.name,
             storage_path=experiment.storage,
-            worker_runtime_env={"env_vars": _KEEP_MEMORY},
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
             callbacks=list(callbacks),
             # One more than the best: where the newest is among them, another has to be there if it is damaged.
             checkpoint_config=ray.train.CheckpointConfig(
@@ -134,7 +144,7 @@ def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
         listen.forget_stop(experiment)
 
 
-def _claim(experiment: Experiment, store: Store) -> None:
+def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) -> None:
     """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there."""
     folder = join(experiment.storage, experiment.name)
     text = read_text(join(folder, "experiment.yaml"))
@@ -149,7 +159,7 @@ def _claim(experiment: Experiment, store: Store) -> None:
         )
     before, now = flatten(from_yaml(text)), flatten(experiment)
     for name in now:
-        if before[name] != now[name] and not name.startswith(_MAY_CHANGE):
+        if before[name] != now[name] and not name.startswith(may_change):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
                 f"give another name=..., or remove {folder}"

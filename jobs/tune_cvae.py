@@ -1,10 +1,9 @@
 """Searches for a better CVAE, then trains it: python jobs/tune_cvae.py [EXPERIMENT.yaml] [section.field=value ...]
 
-The space is the experiment's `search` section. Every search is a new one, named after the experiment and the time;
-its trials, and the training of the best, are shown under it in MLflow.
+The space is the experiment's `search` section. A search that was cut goes on when it is started again (--resume auto;
+never: a new one; must: or nothing). Its trials, and the training of the best, are shown under it in MLflow.
 """
 
-from datetime import datetime
 from pathlib import Path
 
 from rich.console import Console
@@ -14,29 +13,29 @@ from giffy_ray.config import Experiment, differences, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import log_data_set, train_and_show
 from giffy_ray.storage import join, write_text
-from giffy_ray.tables import trials_table
+from giffy_ray.tables import WIDTH, trials_table
 from giffy_ray.tracking import open_run
 
 
 def main(experiment: Experiment) -> None:
-    study_name = f"{experiment.name}-{datetime.now():%Y%m%d-%H%M%S}"
-    searched = override(experiment, {"name": study_name})
-    share = cluster.share_of(searched)
-    tune.space_of(searched)  # a mistake in the space is told before anything is rendered or decoded
-    store = prepare(searched)
+    study = tune.named(experiment)
+    share, share_of_trials = cluster.share_of(study), cluster.share_of_trials(study)
+    points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
+    store = prepare(study)
 
-    parent = open_run(searched)
+    parent = open_run(study)
     log_data_set(store, [parent])
-    print(f"searching {study_name}: {searched.search.trials} trials, {share.trainings} at a time", flush=True)
-    study = tune.search(searched, store, share, parent.place)
+    print(f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True)
+    found = tune.search(study, store, share_of_trials, parent.place, points)
     parent.close_children()
-    Console(width=100).print(trials_table(study, searched.search.metric))
+    print(found.why_ended)
+    Console(width=WIDTH).print(trials_table(found, study.search))
 
-    best = override(experiment, study.best.values | {"name": f"{study_name}-best"})
-    where = join(searched.storage, study_name, "best.yaml")
+    best = override(experiment, found.best[0].values | {"name": f"{study.name}-best"})
+    where = join(study.storage, study.name, "best.yaml")
     write_text(where, differences(best))
     parent.log_text(differences(best), "best.yaml")
-    print(f"the best trial is {study.best.name}: {where}")
+    print(f"the best trial is {found.best[0].name}: {where}")
     train_and_show(best, store, share, parent)
 
 

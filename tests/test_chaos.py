@@ -12,10 +12,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import optuna
 import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import sqlalchemy.exc
 from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -221,3 +223,46 @@ def wait_for_workers(wanted: int, training: Future) -> None:
         assert not training.done(), training.result()
         assert time.monotonic() < deadline, f"{found} workers, not {wanted}"
         time.sleep(0.1)
+
+
+def trials_of(storage: Path) -> list[optuna.trial.FrozenTrial]:
+    database = storage / "tiny-study" / "optuna.db"
+    try:
+        return optuna.load_study(study_name="tiny-study", storage=f"sqlite:///{database}").trials
+    except (KeyError, sqlalchemy.exc.SQLAlchemyError):  # it is only being made
+        return []
+
+
+def test_a_search_that_is_killed_five_times_has_each_of_its_trials_once(tmp_path: Path):
+    videos, drawn, trials = few_videos(tmp_path), random.Random(0), 8
+    words = [f"search.trials={trials}", "search.epochs=400", "train.validate_every=20", "search.asha=false"]
+
+    def search() -> subprocess.Popen:
+        return job_of("tune_cvae", videos, tmp_path / "runs", "cluster.workers=1", *words)
+
+    job = search()
+    for kill in range(5):
+        while len(trials_of(tmp_path / "runs")) < kill + 1:
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.2)
+        time.sleep(4 * drawn.random())
+        print(f"kill {kill + 1} with {len(trials_of(tmp_path / 'runs'))} trials", flush=True)
+        os.kill(job.pid, signal.SIGKILL)
+        job.communicate(timeout=120)
+        time.sleep(2)  # for its Ray to notice
+        job = search()
+    out, _ = job.communicate(timeout=900)
+    assert job.returncode == 0, out
+
+    found = trials_of(tmp_path / "runs")
+    assert [trial.number for trial in found] == list(range(trials))
+    assert {trial.state for trial in found} == {optuna.trial.TrialState.COMPLETE}
+    assert len({tuple(trial.params.items()) for trial in found}) == trials
+    assert not [trial.user_attrs for trial in found if trial.user_attrs]  # none failed
+    assert all(list(trial.intermediate_values) == list(range(20, 401, 20)) for trial in found)
+    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'giffy_ray'")
+    runs = client.search_runs([experiment.experiment_id])
+    names = [f"trial-{number:04}" for number in range(trials)]
+    assert sorted(run.info.run_name for run in runs) == ["tiny-study", "tiny-study-best", *names]
+    assert {run.info.status for run in runs} == {"FINISHED"}

@@ -99,7 +99,7 @@ def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Pa
 
 
 def test_the_results_lie_in_the_storage(tuned: str, storage: Path):
-    (folder,) = storage.glob("tiny-*-best")
+    (folder,) = storage.glob("tiny-study-best")
     rows = list(csv.DictReader((folder / "evaluation.csv").open()))
     (location,) = storage.glob("stores/*/sets/*")
     store = Store(str(location))
@@ -119,7 +119,7 @@ def test_the_results_lie_in_the_storage(tuned: str, storage: Path):
 
 
 def test_a_run_started_again_goes_on_and_its_best_yaml_is_ready(head: Head, storage: Path, videos: Path, tuned: str):
-    (best,) = storage.glob("tiny-*[0-9]/best.yaml")
+    (best,) = storage.glob("tiny-study/best.yaml")
     experiment = load(best)
     assert experiment.data.root == str(videos)
     words = [f"storage={storage}", "name=again", "cluster.workers=1"]

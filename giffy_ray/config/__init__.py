@@ -80,7 +80,7 @@ __all__ = [
 ]
 
 _EXPERIMENT = TypeAdapter(Experiment)
-_OPEN = ("search.space", "data.caps", "evaluate.weights")  # fields whose names the user chooses: values, not sections
+_OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")  # fields whose names the user chooses: values, not sections
 _KIND = "model.kind"
 
 

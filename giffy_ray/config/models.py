@@ -25,6 +25,7 @@ class Encoders(Strict):
     image_batch_statistics: bool = False
     reconstruction_weight: Weight = 2.0  # lambda1 of equation 1
     ends_weight: Weight = 2.0  # lambda2 of equation 1
+    kl_warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which the divergence from the prior comes in
 
 
 @dataclass(frozen=True)

@@ -178,10 +178,22 @@ class SearchConfig(Strict):
     """What `jobs/tune_*.py` tries. `space` maps a field of the experiment to {distribution: [low, high]}."""
 
     trials: Positive = 12
+    max_hours: Annotated[float, Field(gt=0)] | None = None  # no trial is begun later; what was interrupted counts on
+    patience: Positive | None = None  # trials without a better one, after which none is begun
     epochs: Positive = 20  # of the longest trial; ASHA ends poor ones sooner
+    metric: str = "val/l2_report"  # smaller is better; must not depend on what is searched
+    # In place of `metric`: several that depend on each other as val/skill and val/blur do. No trial is ended early then.
+    objectives: dict[str, Literal["smaller", "larger"]] = field(default_factory=dict)
+    sampler: Literal["tpe", "random"] = "tpe"
+    asha: bool = True
     grace_epochs: Positive = 2  # no trial is ended before
-    metric: str = "val/l2_report"  # minimised; must not depend on what is searched
+    reduction_factor: Annotated[int, Field(ge=2)] = 2  # of so many trials at a rung, one goes on
     seed: Annotated[int, Field(ge=0)] = 0
+    workers: Positive = 1  # of a trial; one trains in the trial's own process
+    gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0  # less than 1: so many trials share a GPU
+    resume: Literal["auto", "never", "must"] = "auto"  # a search of this name that is there
+    storage: str | None = None  # of Optuna: postgresql://..., a journal file /path/NAME.log; else SQLite in the folder
+    enqueue: tuple[str, ...] = ()  # MLflow's ids of runs whose values are tried after the report's
     space: dict[str, dict[Distribution, tuple[SearchValue, ...]]] = field(default_factory=dict)
 
 

@@ -67,7 +67,7 @@ class BetweenLearner:
         made, *distributions = self.descent(real, times, noise, sampled)
         relative = losses.relative_error(made, real, times, model.error_floor)
         kl = losses.free_nats(losses.gaussian_kl_between(*distributions)[sampled], model.free_nats)
-        loss = relative.mean() + self._kl_weight(step) * kl
+        loss = relative.mean() + model.kl_weight * losses.warmed_up(step, model.kl_warmup_steps) * kl
         named = {"kl": kl, "relative_error": relative.mean()}
         if model.adversarial_weight and step >= model.adversarial_from_step:
             judged = self._judged(real, made, positions, step, weight)
@@ -97,7 +97,3 @@ class BetweenLearner:
         real, made = augmented(real, draws), augmented(made, draws)
         named = self.adversary.update(real, made, step, weight)
         return named | {"g_loss": self.adversary.persuade(made).mean()}
-
-    def _kl_weight(self, step: int) -> float:
-        warmup = self.model.kl_warmup_steps
-        return self.model.kl_weight * (min(1.0, (step + 1) / warmup) if warmup else 1.0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import torch
@@ -31,21 +32,22 @@ class CVAELearner:
     def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
         """One step of Adam on the mean over `clips` of KL + lambda1 |X-G|^2 + lambda2 (|xi-Gi|^2 + |xf-Gf|^2).
 
-        Each clip's position seeds the noise of its latent.
+        Each clip's position seeds the noise of its latent. KL comes in over the first `model.kl_warmup_steps`.
         """
         self.descent.network.train()
         train = self.experiment.train
         noise = noise_at(train.seed, positions.tolist(), self.latent, self.device)
         real = to_floats(clips.to(self.device, non_blocking=True))
         step, weight = int(positions[0]) // train.batch, ranks.weight_of(len(clips), train.batch)
-        return self.descent.descend(self._loss, (real, noise), step, weight)
+        kl_weight = losses.warmed_up(step, self.model.kl_warmup_steps)
+        return self.descent.descend(partial(self._loss, kl_weight=kl_weight), (real, noise), step, weight)
 
-    def _loss(self, real: ClipFloats, noise: Noise) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, real: ClipFloats, noise: Noise, *, kl_weight: float) -> tuple[Tensor, dict[str, Tensor]]:
         made, mean, std = self.descent(real, noise)
         kl = losses.gaussian_kl(mean, std).mean()
         reconstruction = losses.squared_error(made, real).mean()
         ends = losses.squared_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
-        loss = kl + self.model.reconstruction_weight * reconstruction + self.model.ends_weight * ends
+        loss = kl_weight * kl + self.model.reconstruction_weight * reconstruction + self.model.ends_weight * ends
         return loss, {"loss": loss, "kl": kl, "reconstruction": reconstruction, "ends": ends}
 
     @torch.no_grad()

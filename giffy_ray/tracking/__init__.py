@@ -21,8 +21,10 @@ from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
 from giffy_ray.storage import filesystem_of, is_local, join
-from giffy_ray.tracking.carrier import Carrier
+from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
+
+__all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
 
 _LONGEST_PARAM = 6000  # characters, of MLflow
 
@@ -46,6 +48,14 @@ class Tracker:
     def __init__(self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = ""):
         self.place = place  # of the run: its folder, which is what others know it by
         self._outbox, self._carrier = outbox, carrier
+
+    def __enter__(self) -> Tracker:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """What ends before it called `finish` was ended from outside, as trials are, or failed."""
+        if kind:
+            self.finish("KILLED" if issubclass(kind, SystemExit | KeyboardInterrupt) else "FAILED")
 
     @property
     def run_id(self) -> str:

@@ -14,6 +14,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from giffy_ray.config import ConfigError
 from giffy_ray.storage import join, read_text, write_text
 from giffy_ray.tracking.outbox import Letter, Outbox
 
@@ -118,7 +119,10 @@ class Carrier:
     def _begin(self, client: MlflowClient, letter: Letter) -> None:
         from mlflow.entities import Param
 
-        head, experiment_id = letter.head, self._experiment_id(client)
+        head = letter.head
+        if head["parent"] and client.get_experiment_by_name(self.experiment) is None:
+            raise LookupError("the experiment is not there yet; the run that this one is shown under makes it")
+        experiment_id = self._experiment_id(client)
         known = _found(client, experiment_id, self.place)
         if known:
             self._run_id = known
@@ -172,6 +176,17 @@ class Carrier:
     def _experiment_id(self, client: MlflowClient) -> str:
         known = client.get_experiment_by_name(self.experiment)
         return known.experiment_id if known else client.create_experiment(self.experiment, self.artifacts)
+
+
+def params_of(uri: str, run_id: str) -> dict[str, str]:
+    """The parameters of a run. Raises ConfigError where MLflow has no such run."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.tracking import MlflowClient
+
+    try:
+        return MlflowClient(uri).get_run(run_id).data.params
+    except MlflowException as error:
+        raise ConfigError(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})") from error
 
 
 def _found(client: MlflowClient, experiment_id: str, place: str) -> str | None:

@@ -1,0 +1,209 @@
+"""Search: Optuna proposes values (`ledger`), Ray Tune runs each trial in an actor of its own (`trial`).
+
+What is known of a search lies in Optuna's storage and the trials' folders, not in Ray Tune's: a search that was killed
+goes on from there. The objective is a validation metric that does not contain what is searched.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from optuna.trial import FrozenTrial
+from ray import tune
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+from ray.tune.search import Searcher
+
+from giffy_ray.cluster import Share
+from giffy_ray.config import ConfigError, Experiment, override, to_yaml
+from giffy_ray.data.store import Store
+from giffy_ray.reports import line_of
+from giffy_ray.storage import join, read_text
+from giffy_ray.tracking import params_of, tracking_uri
+from giffy_ray.train import check, claimed
+from giffy_ray.tune.ledger import ENDED, Ledger
+from giffy_ray.tune.space import Values, earlier_point, reports_point
+from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
+
+# What may differ where a search goes on.
+_MAY_CHANGE = (
+    *("search.trials", "search.max_hours", "search.patience", "search.resume", "search.enqueue"),
+    *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate."),
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One trial that is over: what it tried, and its value of each objective."""
+
+    name: str
+    values: Values
+    epochs: int
+    objectives: tuple[float, ...]
+    ended: str  # why it has no value to speak of; an empty string where it has
+
+
+@dataclass(frozen=True)
+class Study:
+    trials: tuple[Trial, ...]  # best first; those that failed last
+    best: tuple[Trial, ...]  # of several objectives those that no other is better than in all of them
+    why_ended: str
+
+
+def search(experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()) -> Study:
+    """Runs trials of the experiment over `search.space` until there are `search.trials`, or its budget is spent.
+
+    `points` are tried first. `share` is what a trial gets; `parent` is the place of the run that the trials are shown
+    under. Raises ConfigError before anything starts, RuntimeError where every trial failed.
+    """
+    check(experiment_of(experiment, 0, {}), store)
+    with claimed(experiment, store, _MAY_CHANGE):
+        ledger = Ledger(experiment, points)
+        if ledger.unfinished() or not ledger.why_ended():
+            os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
+            _tuner(experiment, store, share, parent, ledger).fit()
+        return _study(ledger)
+
+
+def named(experiment: Experiment) -> Experiment:
+    """The search of an experiment: one that is there to be gone on with, or a new one, as `search.resume` says.
+
+    Raises ConfigError where one must be there and is not.
+    """
+    name = f"{experiment.name}-study"
+    if experiment.search.resume == "never":
+        return override(experiment, {"name": f"{name}-{datetime.now():%Y%m%d-%H%M%S}"})
+    study = override(experiment, {"name": name})
+    if experiment.search.resume == "must" and read_text(join(study.storage, name, "experiment.yaml")) is None:
+        raise ConfigError(f"search.resume: there is no search {name!r} in {study.storage} to go on with (value 'must')")
+    return study
+
+
+def first_points(experiment: Experiment) -> list[Values]:
+    """What a new search tries first: the report's values, then those of `search.enqueue`. Raises ConfigError."""
+    report = reports_point(experiment)
+    uri = tracking_uri(experiment)
+    earlier = [earlier_point(experiment, run, params_of(uri, run)) for run in experiment.search.enqueue]
+    return [*([report] if report else []), *earlier]
+
+
+def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger) -> tune.Tuner:
+    yaml = to_yaml(experiment)
+    run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent)
+    return tune.Tuner(
+        tune.with_resources(run, _resources(experiment, share)),
+        tune_config=tune.TuneConfig(
+            num_samples=-1,  # until the ledger has no more
+            max_concurrent_trials=share.trainings,
+            search_alg=_Asks(ledger),
+            scheduler=_Judges(ledger),
+            reuse_actors=True,  # one process start less for each trial
+            trial_name_creator=lambda one: name_of(one.config["number"]),
+            trial_dirname_creator=lambda one: name_of(one.config["number"]),
+        ),
+        run_config=tune.RunConfig(
+            name="tune",
+            storage_path=join(experiment.storage, experiment.name),
+            failure_config=tune.FailureConfig(max_failures=experiment.cluster.max_failures),
+            verbose=0,
+            callbacks=[_Tells(experiment)],
+        ),
+    )
+
+
+def _resources(experiment: Experiment, share: Share) -> dict[str, float]:
+    """Of a trial's actor. One that has workers is only their driver, and stays on the head, which is no spot machine."""
+    if experiment.search.workers > 1:
+        return {"CPU": 0, "node:__internal_head__": 0.001}  # Tune refuses a trial that asks for nothing
+    return {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
+
+
+class _Asks(Searcher):
+    """Ray Tune's side of `Ledger.ask`."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self.ledger = ledger
+        self.numbers: dict[str, int] = {}
+
+    def suggest(self, trial_id: str) -> Any:
+        asked = self.ledger.ask()
+        if asked is None:
+            return Searcher.FINISHED
+        self.numbers[trial_id], values = asked
+        return {"number": asked[0], "values": values}
+
+    def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
+        self.ledger.end(self.numbers[trial_id], "its process died" if error else "")
+
+    def save(self, checkpoint_path: str) -> None:
+        """The ledger keeps everything already."""
+
+    def restore(self, checkpoint_path: str) -> None:
+        """As `save`."""
+
+
+class _Judges(FIFOScheduler):
+    """Ray Tune's side of `Ledger.report`."""
+
+    def __init__(self, ledger: Ledger):
+        super().__init__()
+        self.ledger = ledger
+
+    def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+        number = trial.config["number"]
+        if FAILED in result:
+            self.ledger.end(number, result[FAILED])
+            return TrialScheduler.STOP
+        if "epoch" not in result:  # only a checkpoint
+            return TrialScheduler.CONTINUE
+        ended = self.ledger.report(number, result["epoch"], result)
+        return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
+
+
+class _Tells(tune.Callback):
+    """A line when a trial starts, and one for each of its reports."""
+
+    def __init__(self, experiment: Experiment):
+        self.settings = experiment.search
+
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        values = "  ".join(f"{name} {_short(value)}" for name, value in trial.config["values"].items())
+        self._say(trial, values)
+
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
+        if FAILED in result:
+            self._say(trial, result[FAILED])
+        elif "epoch" in result:
+            self._say(trial, line_of(result, self.settings.epochs))
+
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._say(trial, "its process died")
+
+    def _say(self, trial: Any, what: str) -> None:
+        print(f"trial {trial.config['number'] + 1}/{self.settings.trials}  {what}", flush=True)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def _study(ledger: Ledger) -> Study:
+    trials = [_trial_of(frozen, ledger) for frozen in ledger.trials()]
+    best = {name_of(frozen.number) for frozen in ledger.best()}
+    sign = 1 if next(iter(ledger.objectives.values())) == "smaller" else -1
+    trials.sort(key=lambda one: (bool(one.ended), sign * one.objectives[0] if one.objectives else 0))
+    if not best:
+        reasons = "\n  ".join(f"{one.name}: {one.ended}" for one in trials)
+        raise RuntimeError(f"none of {len(trials)} trials came to a value:\n  {reasons}")
+    return Study(tuple(trials), tuple(one for one in trials if one.name in best), ledger.why_ended())
+
+
+def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
+    epochs = max(frozen.intermediate_values, default=0)
+    reported = ledger.values_of(frozen)
+    return Trial(name_of(frozen.number), dict(frozen.params), epochs, tuple(reported), frozen.user_attrs.get(ENDED, ""))
