@@ -1,4 +1,4 @@
-"""The command line that all jobs share: NAME.py [EXPERIMENT.yaml] [section.field=value ...] [--profile] [--resume ...]."""
+"""The command line of all jobs: NAME.py [EXPERIMENT.yaml] [section.field=value ...] [--profile] [--resume HOW]."""
 
 from __future__ import annotations
 

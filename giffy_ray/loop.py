@@ -127,7 +127,7 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
 
 
 def report(learner: Learner, experiment: Experiment, position: Position, tell: Tell) -> None:
-    """Tells of the metrics, with a checkpoint. One between validations has no score, and is kept while it is the newest."""
+    """Tells of the metrics, with a checkpoint. One between validations has no score: it is kept while it is newest."""
     named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}

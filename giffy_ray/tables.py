@@ -54,7 +54,8 @@ def trials_table(study: Study, search: SearchConfig) -> Table:
     for heading in (*(name.rpartition(".")[2].replace("_", "\n") for name in names), "epochs", *measured):
         table.add_column(heading, justify="right")
     for trial in study.trials:
-        values = [f"{trial.values[n]:.3g}" if isinstance(trial.values[n], float) else str(trial.values[n]) for n in names]
+        tried = [trial.values[name] for name in names]
+        values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in tried]
         reached = [trial.ended] if trial.ended else [f"{value:.4g}" for value in trial.objectives]
         table.add_row("best" if trial.name in best else "", trial.name, *values, str(trial.epochs), *reached)
     return table

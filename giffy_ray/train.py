@@ -49,10 +49,9 @@ def train(
     ray.train.TrainingFailedError after. On SIGTERM and Ctrl-C the training ends after the step that it is at, with a
     checkpoint; then SystemExit is raised.
     """
-    with claimed(experiment, store), _ended_by_signals(experiment) as signals:
-        # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
-        with ThreadPoolExecutor(1) as aside:
-            aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
+    # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
+    with claimed(experiment, store), _ended_by_signals(experiment) as signals, ThreadPoolExecutor(1) as aside:
+        aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
     if signals:
         raise SystemExit(128 + signals[0])
     return checkpoints.newest(experiment)

@@ -57,7 +57,7 @@ def test_an_earlier_runs_values_are_read_as_mlflow_holds_them():
     search = searching("{optim.lr: {log_uniform: [1e-5, 1e-2]}, model.latent: {int: [2, 700]}}")
     params = {"optim.lr": "0.001", "model.latent": "64", "train.batch": "20"}
     assert earlier_point(search, "abc", params) == {"optim.lr": 1e-3, "model.latent": 64}
-    with pytest.raises(ConfigError, match="search.enqueue: the run 'abc' has no model.latent"):
+    with pytest.raises(ConfigError, match=r"search\.enqueue: the run 'abc' has no model\.latent"):
         earlier_point(search, "abc", {"optim.lr": "0.001"})
     with pytest.raises(ConfigError, match=r"search.enqueue: optim.lr is 0.1 in the run 'abc'.*log_uniform"):
         earlier_point(search, "abc", params | {"optim.lr": "0.1"})
@@ -69,7 +69,7 @@ def test_the_name_of_a_search_says_whether_it_goes_on(tmp_path: Path):
     never = load(None, ["name=mine", f"storage={tmp_path}", "search.resume=never"])
     assert tune.named(never).name.startswith("mine-study-2")
     must = load(None, ["name=mine", f"storage={tmp_path}", "search.resume=must"])
-    with pytest.raises(ConfigError, match="search.resume: there is no search 'mine-study'"):
+    with pytest.raises(ConfigError, match=r"search\.resume: there is no search 'mine-study'"):
         tune.named(must)
     (tmp_path / "mine-study").mkdir()
     (tmp_path / "mine-study" / "experiment.yaml").write_text("")

@@ -80,7 +80,8 @@ __all__ = [
 ]
 
 _EXPERIMENT = TypeAdapter(Experiment)
-_OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")  # fields whose names the user chooses: values, not sections
+# Fields whose names the user chooses: values, not sections.
+_OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")
 _KIND = "model.kind"
 
 

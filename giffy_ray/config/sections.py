@@ -182,7 +182,7 @@ class SearchConfig(Strict):
     patience: Positive | None = None  # trials without a better one, after which none is begun
     epochs: Positive = 20  # of the longest trial; ASHA ends poor ones sooner
     metric: str = "val/l2_report"  # smaller is better; must not depend on what is searched
-    # In place of `metric`: several that depend on each other as val/skill and val/blur do. No trial is ended early then.
+    # In place of `metric`: several, such as val/skill and val/blur. No trial is ended early then.
     objectives: dict[str, Literal["smaller", "larger"]] = field(default_factory=dict)
     sampler: Literal["tpe", "random"] = "tpe"
     asha: bool = True

@@ -116,7 +116,7 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
 
 
 def _resources(experiment: Experiment, share: Share) -> dict[str, float]:
-    """Of a trial's actor. One that has workers is only their driver, and stays on the head, which is no spot machine."""
+    """Of a trial's actor. One that has workers only drives them, and stays on the head, which is no spot machine."""
     if experiment.search.workers > 1:
         return {"CPU": 0, "node:__internal_head__": 0.001}  # Tune refuses a trial that asks for nothing
     return {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}

@@ -88,7 +88,7 @@ class Ledger:
         return ""
 
     def report(self, number: int, epoch: int, reported: Mapping[str, Any]) -> bool:
-        """Takes down a report. Returns whether the trial is to end: it diverged, or is worse than others were by then."""
+        """Takes down a report. Returns whether the trial is to end: it diverged, or is worse than others by then."""
         if number not in self._open:
             return True
         values = [reported.get(name, math.nan) for name in self.objectives]
