@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import ray.train
 import torch
 from pyarrow import fs
 from ray.train import Checkpoint
@@ -53,13 +52,33 @@ class Position:
     epoch: int | None = None  # that ended here, with `metrics`
 
 
-def save(folder: Path, learner: Learner, experiment: Experiment, position: Position) -> None:
-    _save_networks(folder, learner.networks)
-    tensors, numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
-    save_file(tensors, folder / "optimizers.safetensors")
-    (folder / "experiment.yaml").write_text(to_yaml(experiment))
-    (folder / "position.json").write_text(json.dumps({**vars(position), "optimizers": numbers}, indent=1))
-    _seal(folder)
+class Snapshot:
+    """A learner at one moment, in memory of its own: it can be written while the training goes on."""
+
+    def __init__(self, learner: Learner, experiment: Experiment, position: Position):
+        self.experiment, self.position = experiment, position
+        self.networks = {name: _kept(_weights(network)) for name, network in learner.networks.items()}
+        tensors, self.numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
+        self.tensors = _kept(tensors)
+
+    def save(self, folder: Path) -> None:
+        """Writes it into a local folder, its manifest last."""
+        for name, weights in self.networks.items():
+            save_file(weights, folder / f"{name}.safetensors")
+        save_file(self.tensors, folder / "optimizers.safetensors")
+        (folder / "experiment.yaml").write_text(to_yaml(self.experiment))
+        (folder / "position.json").write_text(json.dumps({**vars(self.position), "optimizers": self.numbers}, indent=1))
+        _seal(folder)
+
+    def write(self, filesystem: fs.FileSystem, place: str) -> Checkpoint:
+        """The same wherever `place` is: to a bucket its files are copied, the manifest last."""
+        if isinstance(filesystem, fs.LocalFileSystem):
+            Path(place).mkdir(parents=True)
+            self.save(Path(place))
+            return Checkpoint(place, filesystem)
+        with tempfile.TemporaryDirectory(prefix="giffy_ray-checkpoint-") as folder:
+            self.save(Path(folder))
+            return copied(Path(folder), filesystem, place)
 
 
 def publish(location: str, folder: Path) -> None:
@@ -82,15 +101,19 @@ def publish(location: str, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if any(folder.iterdir()):
         raise FileExistsError(f"{folder}: is not empty; remove it, or publish elsewhere")
-    _save_networks(folder, networks)
+    for name, network in networks.items():
+        save_file(_weights(network), folder / f"{name}.safetensors")
     (folder / "experiment.yaml").write_text(to_yaml(experiment))
     _seal(folder)
 
 
-def _save_networks(folder: Path, networks: Mapping[str, nn.Module]) -> None:
-    for name, network in networks.items():
-        weights = {key: value.contiguous() for key, value in network.state_dict().items()}
-        save_file(weights, folder / f"{name}.safetensors")
+def _weights(network: nn.Module) -> dict[str, torch.Tensor]:
+    return {key: value.contiguous() for key, value in network.state_dict().items()}
+
+
+def _kept(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Copies in the memory of the CPU, which the next step does not change."""
+    return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
 def _seal(folder: Path) -> None:
@@ -98,22 +121,8 @@ def _seal(folder: Path) -> None:
     write_text(str(folder / _MANIFEST), json.dumps({"files": files}, indent=1))
 
 
-def written(learner: Learner, experiment: Experiment, position: Position) -> Checkpoint:
-    """A checkpoint in a temporary folder, which is the caller's to remove: Ray Train does it after the upload."""
-    folder = tempfile.mkdtemp(prefix="giffy_ray-checkpoint-")
-    save(Path(folder), learner, experiment, position)
-    return Checkpoint.from_directory(folder)
-
-
-def upload(checkpoint: Checkpoint, name: str) -> Checkpoint:
-    """Copies a local checkpoint to the run's storage, its manifest last. For `ray.train.report`, in a worker."""
-    storage = cast(Any, ray.train.get_context().get_storage())
-    return copied(Path(checkpoint.path), storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
-
-
-def copied(folder: str | Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
+def copied(folder: Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
     filesystem.create_dir(place)
-    folder = Path(folder)
     names = sorted(path.name for path in folder.iterdir() if path.name != _MANIFEST)
     for name in (*names, _MANIFEST):
         fs.copy_files(str(folder / name), f"{place}/{name}", fs.LocalFileSystem(), filesystem)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
+import threading
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import ray.train
 import ray.train.torch
@@ -12,7 +15,7 @@ import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
 from giffy_ray import checkpoints, learners, metrics, ranks, render
-from giffy_ray.checkpoints import Position
+from giffy_ray.checkpoints import Position, Snapshot
 from giffy_ray.config import Experiment, from_yaml, override
 from giffy_ray.data import stream
 from giffy_ray.data.deal import rows_at, slice_of
@@ -30,8 +33,8 @@ SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
 _SAMPLES = 6
 
 
-# Takes what is reported, and rank 0's checkpoint of it in a temporary folder, which is then the taker's.
-Tell = Callable[[dict[str, Any], Checkpoint | None], None]
+# Takes what is reported, and, of rank 0, what makes a snapshot for a checkpoint of it.
+Tell = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
 
 
 def train_loop(settings: dict[str, Any]) -> None:
@@ -41,7 +44,7 @@ def train_loop(settings: dict[str, Any]) -> None:
     """
     experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
     with open_run(experiment, ranks.rank(), settings["parent"], {"data.fingerprint": store.fingerprint}) as tracker:
-        run(experiment, store, tracker, ray.train.torch.get_device(), to_ray_train, ray.train.get_preemption_info)
+        run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
 
 
 def run(
@@ -131,17 +134,31 @@ def report(learner: Learner, experiment: Experiment, position: Position, tell: T
     named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}
-    tell(named, checkpoints.written(learner, experiment, position) if ranks.rank() == 0 else None)
+    tell(named, functools.partial(Snapshot, learner, experiment, position) if ranks.rank() == 0 else None)
 
 
-def to_ray_train(named: dict[str, Any], checkpoint: Checkpoint | None) -> None:
-    """The checkpoint is uploaded while the training goes on."""
-    ray.train.report(
-        named,
-        checkpoint=checkpoint,
-        checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=checkpoints.upload,
-    )
+class ToRayTrain:
+    """Reports to Ray Train. A checkpoint is written while the training goes on, one at a time: it takes memory."""
+
+    def __init__(self) -> None:
+        self._idle = threading.Semaphore()
+
+    def __call__(self, named: dict[str, Any], take: Callable[[], Snapshot] | None) -> None:
+        if take is None:
+            ray.train.report(named, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
+            return
+        self._idle.acquire()
+        snapshot, storage = take(), cast(Any, ray.train.get_context().get_storage())
+
+        def write(_: Checkpoint, name: str) -> Checkpoint:
+            try:
+                return snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+            finally:
+                self._idle.release()
+
+        # Ray Train wants a local folder to upload, and removes it: an empty one, for the snapshot is still in memory.
+        nothing = Checkpoint.from_directory(tempfile.mkdtemp(prefix="giffy_ray-"))
+        ray.train.report(named, nothing, checkpoint_upload_mode=CheckpointUploadMode.ASYNC, checkpoint_upload_fn=write)
 
 
 def validate(make: Method, store: Store, share: int, device: torch.device) -> dict[str, float]:

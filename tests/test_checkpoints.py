@@ -48,7 +48,7 @@ def test_a_restored_training_goes_on_bit_by_bit(path: Path, tmp_path: Path):
     for number in range(2):
         step(learner, experiment, number)
     position = Position(2, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})
-    checkpoints.save(tmp_path, learner, experiment, position)
+    checkpoints.Snapshot(learner, experiment, position).save(tmp_path)
 
     restored = built(override(experiment, {"train.seed": 1}))
     assert checkpoints.restore(str(tmp_path), restored) == position
@@ -89,7 +89,7 @@ def test_what_an_optimizer_holds_comes_back_as_it_was(optimizer, settings, steps
     ours, theirs = Bare(optimizer, **settings), Bare(optimizer, **settings)
     for _ in range(steps):
         ours.descend()
-    checkpoints.save(tmp_path, ours, Experiment(), Position(steps))  # type: ignore[arg-type]
+    checkpoints.Snapshot(ours, Experiment(), Position(steps)).save(tmp_path)  # type: ignore[arg-type]
     checkpoints.restore(str(tmp_path), theirs)  # type: ignore[arg-type]
     before, after = ours.optimizers["net"].state_dict(), theirs.optimizers["net"].state_dict()
     assert before["param_groups"] == after["param_groups"]
@@ -106,7 +106,7 @@ def test_what_an_optimizer_holds_comes_back_as_it_was(optimizer, settings, steps
 def test_the_optimizer_of_another_experiment_is_refused(tmp_path: Path):
     ours = Bare(torch.optim.AdamW)
     ours.descend()
-    checkpoints.save(tmp_path, ours, Experiment(), Position(1))  # type: ignore[arg-type]
+    checkpoints.Snapshot(ours, Experiment(), Position(1)).save(tmp_path)  # type: ignore[arg-type]
     theirs = Bare(torch.optim.AdamW, size=4)
     theirs.networks = {}
     with pytest.raises(ValueError, match=r"optimizer 'net', parameter 0.*\[2, 3\].*\[2, 4\]"):
@@ -130,7 +130,7 @@ def folder(tiny: Experiment, tmp_path: Path) -> Path:
     for steps, name in ((1, "checkpoint_1"), (2, "checkpoint_2")):
         place = tmp_path / "run" / name
         place.mkdir(parents=True)
-        checkpoints.save(place, learner, tiny, Position(steps, {"val/psnr": 30.0 - steps}))
+        checkpoints.Snapshot(learner, tiny, Position(steps, {"val/psnr": 30.0 - steps})).save(place)
     return place
 
 
@@ -238,6 +238,29 @@ def test_the_best_is_chosen_by_what_was_measured(folder: Path):
     assert checkpoints.best(run_of(folder), "val/psnr", smaller=False).endswith("checkpoint_2")
 
 
+def test_a_snapshot_is_of_its_moment_wherever_and_whenever_it_is_written(bucket: str, tiny: Experiment, tmp_path: Path):
+    learner, before = Bare(torch.optim.AdamW), tmp_path / "before"
+    learner.descend()
+    snapshot = checkpoints.Snapshot(learner, tiny, Position(1))  # type: ignore[arg-type]
+    snapshot.write(fs.LocalFileSystem(), str(before))
+    learner.descend()
+    for place in (str(tmp_path / "after"), f"{bucket}/snapshots/after"):
+        snapshot.write(*filesystem_of(place))
+        assert checkpoints.manifest(place) == checkpoints.manifest(str(before))
+        checkpoints.verify(place)
+
+
+def test_a_snapshot_whose_writing_was_cut_off_has_no_manifest(folder: Path, tiny: Experiment, monkeypatch):
+    def full(*_: object) -> None:
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    place = folder.parent / "checkpoint_3"
+    with pytest.raises(OSError, match="No space"):
+        checkpoints.Snapshot(built(tiny), tiny, Position(3)).write(fs.LocalFileSystem(), str(place))
+    assert checkpoints.to_resume(run_of(folder)) == str(folder)
+
+
 def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, tiny: Experiment):
     place = f"{bucket}/checkpoints/run"
     for name in ("checkpoint_1", "checkpoint_2"):
@@ -268,7 +291,7 @@ def test_what_is_published_makes_the_same_clips_and_is_smaller(path: Path, tmp_p
     trained.mkdir()
     for number in range(3):
         step(learner, experiment, number)
-    checkpoints.save(trained, learner, experiment, Position(3))
+    checkpoints.Snapshot(learner, experiment, Position(3)).save(trained)
     checkpoints.publish(str(trained), published)
     checkpoints.verify(str(published))
     with pytest.raises(FileExistsError, match="published: is not empty"):

@@ -4,7 +4,6 @@ import time
 from pathlib import Path
 
 import pytest
-import ray.train
 import torch
 
 from giffy_ray import listen
@@ -28,9 +27,11 @@ def until(heard) -> bool:
     return False
 
 
-def test_a_file_in_its_folder_stops_a_run(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: None)
-    listener = Listener(experiment, 0, torch.device("cpu"))
+def nothing() -> None: ...
+
+
+def test_a_file_in_its_folder_stops_a_run(experiment: Experiment):
+    listener = Listener(experiment, 0, torch.device("cpu"), nothing)
     time.sleep(0.1)
     assert listener.heard() == (False, False)
     ask_to_stop(experiment)
@@ -38,16 +39,15 @@ def test_a_file_in_its_folder_stops_a_run(experiment: Experiment, monkeypatch: p
     listener.end()
     forget_stop(experiment)
     forget_stop(experiment)  # which is not there
-    another = Listener(experiment, 0, torch.device("cpu"))
+    another = Listener(experiment, 0, torch.device("cpu"), nothing)
     time.sleep(0.1)
     assert another.heard() == (False, False)
     another.end()
 
 
-def test_a_notice_is_told_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+def test_a_notice_is_told_once(experiment: Experiment):
     notices = [None]
-    monkeypatch.setattr(ray.train, "get_preemption_info", lambda: notices[0])
-    listener = Listener(experiment, 0, torch.device("cpu"))
+    listener = Listener(experiment, 0, torch.device("cpu"), lambda: notices[0])
     for notice in ("node a goes away", "node b goes away"):
         notices[0] = notice  # type: ignore[call-overload]
         assert until(lambda: listener.heard()[1])
@@ -57,6 +57,6 @@ def test_a_notice_is_told_once(experiment: Experiment, monkeypatch: pytest.Monke
 
 def test_other_ranks_do_not_look(experiment: Experiment):
     ask_to_stop(experiment)
-    listener = Listener(experiment, 1, torch.device("cpu"))
+    listener = Listener(experiment, 1, torch.device("cpu"), nothing)
     time.sleep(0.1)
     assert listener.heard() == (False, False)

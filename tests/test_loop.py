@@ -54,7 +54,7 @@ def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: i
 
     before, meter = built(experiment), Meter({}, 4, CPU)
     go_on(before, meter, range(cut))
-    checkpoints.save(tmp_path, before, experiment, checkpoints.Position(cut, {}, meter.sums()))
+    checkpoints.Snapshot(before, experiment, checkpoints.Position(cut, {}, meter.sums())).save(tmp_path)
     after = learners.build(override(experiment, {"train.seed": 9}), CPU, steps=10)
     position = checkpoints.restore(str(tmp_path), after)
     after.experiment = experiment  # type: ignore[attr-defined]
@@ -84,7 +84,7 @@ def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: P
     other = built(override(tiny, {"train.seed": 5}))
     place = tmp_path / "other" / "checkpoint_1"
     place.mkdir(parents=True)
-    checkpoints.save(place, other, tiny, checkpoints.Position(7))
+    checkpoints.Snapshot(other, tiny, checkpoints.Position(7)).save(place)
     for start in ("other", str(place)):
         experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": start})
         learner = built(experiment)
@@ -101,7 +101,7 @@ def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Expe
     ours = built(override(tiny, {"train.seed": 5}))
     place = tmp_path / "mine" / "checkpoint_1"
     place.mkdir(parents=True)
-    checkpoints.save(place, ours, tiny, checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi}))
+    checkpoints.Snapshot(ours, tiny, checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})).save(place)
     experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": "nowhere"})
     learner = built(experiment)
     assert loop.begin(learner, experiment) == checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})

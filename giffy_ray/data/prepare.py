@@ -27,7 +27,7 @@ def catalog_of(experiment: Experiment) -> Catalog:
     """The videos of `data.root`, or of the built-in data set, which is rendered on first use. Raises ConfigError."""
     if experiment.data.root is not None:
         return read_catalog(experiment.data.root, experiment.data)
-    root = synthetic.ensure(join(experiment.storage, "data"), experiment.data.synthetic)
+    root = synthetic.ensure(join(experiment.storage, "data"), experiment.data.synthetic, experiment.data.categories)
     return read_catalog(root, experiment.data, name=synthetic.NAME)
 
 

@@ -12,13 +12,13 @@ they are shown. Every split has seeds of its own, and the same seed gives the sa
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import av
 import numpy as np
 
-from giffy_ray.config import SyntheticConfig
+from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.data import scenes
 from giffy_ray.progress import Bar
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
@@ -44,7 +44,7 @@ class Planned(NamedTuple):
         return f"{self.split}/{self.category}/{self.name}"
 
 
-def plan(settings: SyntheticConfig) -> list[Planned]:
+def plan(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIES) -> list[Planned]:
     """Every video of the data set. Splits take their seeds from ranges that do not meet."""
     counts = {
         "training": settings.training_clips,
@@ -58,7 +58,7 @@ def plan(settings: SyntheticConfig) -> list[Planned]:
             first = (settings.seed * len(counts) + place) * _SEEDS_PER_SPLIT
             yield from ((split, first + clip) for clip in range(count))
 
-    return [Planned(split, category, seed) for category in scenes.CATEGORIES for split, seed in seeds()]
+    return [Planned(split, category, seed) for category in categories for split, seed in seeds()]
 
 
 def video(planned: Planned) -> bytes:
@@ -78,13 +78,24 @@ def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
     return out.getvalue()
 
 
-def ensure(parent: str, settings: SyntheticConfig) -> str:
-    """The root of the data set of these settings below `parent`; rendered by Ray tasks if it is not there."""
+def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> str:
+    """The root of the data set of these settings below `parent`; rendered by Ray tasks if it is not there.
+
+    With `categories` (empty: all) no other one is rendered. Raises ConfigError for one that there is not.
+    """
+    unknown = [name for name in categories if name not in scenes.CATEGORIES]
+    if unknown:
+        raise ConfigError(
+            f"data.categories: the built-in data set has {' and '.join(scenes.CATEGORIES)} (value {unknown[0]!r}); "
+            "leave it out for both, or give data.root"
+        )
+    drawn = [name for name in scenes.CATEGORIES if name in categories or not categories]
     counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.shifted_clips)
-    version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}"
+    only = "" if len(drawn) == len(scenes.CATEGORIES) else f"-{'-'.join(drawn)}"
+    version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}{only}"
     root = join(parent, f"{NAME}-{version}")
     if read_text(join(root, "moments_categories.txt")) is None:
-        render_all(root, plan(settings))
+        render_all(root, plan(settings, drawn))
     return root
 
 

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
+from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
 import torch
 from ray import tune
-from ray.train import Checkpoint
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from giffy_ray import checkpoints, loop
+from giffy_ray.checkpoints import Snapshot
 from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, from_yaml, override
 from giffy_ray.data.store import Store
@@ -67,13 +67,12 @@ def _alone(experiment: Experiment, store: Store, parent: str) -> None:
         loop.run(experiment, store, tracker, device, functools.partial(_report, experiment))
 
 
-def _report(experiment: Experiment, named: dict[str, Any], checkpoint: Checkpoint | None) -> None:
+def _report(experiment: Experiment, named: dict[str, Any], take: Callable[[], Snapshot] | None) -> None:
     """The checkpoint first: what was reported need not be done again. Only the newest is kept."""
-    assert checkpoint
+    assert take
     folder = join(experiment.storage, experiment.name)
     filesystem, place = filesystem_of(join(folder, f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"))
-    checkpoints.copied(checkpoint.path, filesystem, place)
-    shutil.rmtree(checkpoint.path)
+    take().write(filesystem, place)
     checkpoints.remove_older(experiment)
     if "epoch" in named:
         tune.report(named)

@@ -1,8 +1,10 @@
 import io
+from pathlib import Path
 
 import av
+import pytest
 
-from giffy_ray.config import ClipConfig, SyntheticConfig
+from giffy_ray.config import ClipConfig, ConfigError, SyntheticConfig
 from giffy_ray.data import synthetic
 from giffy_ray.data.decode import decode_clip
 
@@ -21,6 +23,19 @@ def test_no_seed_is_in_two_splits():
     )
     assert set(planned) <= set(larger)
     assert not {one.seed for one in larger} & {one.seed for one in synthetic.plan(SyntheticConfig(seed=5))}
+
+
+def test_only_the_categories_that_are_asked_for_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    drawn: list[synthetic.Planned] = []
+    monkeypatch.setattr(synthetic, "render_all", lambda root, videos: drawn.extend(videos))
+    skiing = synthetic.ensure(str(tmp_path), SETTINGS, ["skiing"])
+    assert set(drawn) == {one for one in synthetic.plan(SETTINGS) if one.category == "skiing"}
+    drawn.clear()
+    both = [synthetic.ensure(str(tmp_path), SETTINGS, names) for names in ([], ["skiing", "erupting"])]
+    assert drawn == synthetic.plan(SETTINGS) * 2
+    assert both[0] == both[1] != skiing
+    with pytest.raises(ConfigError, match=r"data\.categories: .* erupting and skiing \(value 'sking'\)"):
+        synthetic.ensure(str(tmp_path), SETTINGS, ["erupting", "sking"])
 
 
 def test_a_video_is_h264_and_the_same_every_time():
