@@ -60,6 +60,7 @@ def run(
     `notice` returns something new when a machine of the training is about to be taken away.
     """
     torch.set_float32_matmul_precision("highest" if experiment.speed.precision == "float32" else "high")
+    torch.backends.cudnn.benchmark = True  # batches are all of one shape; its first guesses for 3D are slow ones
     train, clips = experiment.train, len(store.rows_of("training"))
     validated = validations(clips, experiment)
     last = max(validated)
@@ -83,9 +84,7 @@ def run(
         with meter.at_first_counting_flops():
             named = learner.update(dealt.clips, dealt.times, dealt.positions)
         profile.step()
-        meter.add(named, len(dealt.clips))
-        if named["skipped"] and meter.skipped > train.most_skipped:
-            raise RuntimeError(too_many_skipped(meter.skipped, steps_done, store, experiment))
+        meter.add(steps_done, named, len(dealt.clips))
         steps_done += 1
 
         stopped, warned = listener.heard()
@@ -98,6 +97,8 @@ def run(
             tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
             report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell)
+        if meter.skipped > train.most_skipped:
+            raise RuntimeError(too_many_skipped(meter, store, experiment))
         if epoch is not None:
             meter.start()
     # ----------------------------------------------------------------------------------
@@ -188,13 +189,13 @@ def validate(make: Method, store: Store, share: int, device: torch.device) -> di
     return {f"val/{name}": value for name, value in named.items()}
 
 
-def too_many_skipped(skipped: int, step: int, store: Store, experiment: Experiment) -> str:
-    train = experiment.train
+def too_many_skipped(meter: Meter, store: Store, experiment: Experiment) -> str:
+    train, step = experiment.train, meter.last_skipped
     positions = slice_of(step, train.batch, ranks.rank(), ranks.count())
     ids = [store.ids[row] for row in rows_at(positions, store.rows_of("training"), train.seed)]
     return (
-        f"train.most_skipped: {skipped} steps had no finite loss or gradient (value {train.most_skipped}); the last "
-        f"is step {step}, with these clips on worker {ranks.rank()}: {', '.join(ids)}"
+        f"train.most_skipped: {meter.skipped} steps had no finite loss or gradient (value {train.most_skipped}); "
+        f"the last is step {step}, with these clips on worker {ranks.rank()}: {', '.join(ids)}"
     )
 
 

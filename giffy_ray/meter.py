@@ -27,7 +27,8 @@ class Meter:
 
     def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
         self.batch, self.device = batch, device
-        self.skipped = 0
+        self.skipped, self.last_skipped = 0, -1  # how many steps, and which
+        self._unseen: tuple[int, Tensor] | None = None
         self.flops: int | None = None  # of a step of this worker
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
         self.start()
@@ -50,14 +51,24 @@ class Meter:
     def waited(self, seconds: float) -> None:
         self._waited_s += seconds
 
-    def add(self, losses: Mapping[str, Tensor], clips: int) -> None:
-        """What a step of this worker's `clips` returned: means over them."""
+    def add(self, step: int, losses: Mapping[str, Tensor], clips: int) -> None:
+        """What a step of this worker's `clips` returned: means over them.
+
+        Whether it was skipped is looked at after the next one, so that a GPU has work while we wait for its answer.
+        """
         self._losses.append((losses, clips / self.batch))
         self._steps += 1
-        self.skipped += bool(losses["skipped"])
+        self._look()
+        self._unseen = step, losses["skipped"]
+
+    def _look(self) -> None:
+        if self._unseen and self._unseen[1]:
+            self.skipped, self.last_skipped = self.skipped + 1, self._unseen[0]
+        self._unseen = None
 
     def sums(self) -> dict[str, float]:
         """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it."""
+        self._look()
         here: dict[str, list[Tensor]] = {}
         for losses, share in self._losses:
             for name, loss in losses.items():

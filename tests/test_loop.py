@@ -46,7 +46,7 @@ def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: i
 
     def go_on(learner: Learner, meter: Meter, steps: range) -> None:
         for number in steps:
-            meter.add(step(learner, experiment, number), 4)
+            meter.add(number, step(learner, experiment, number), 4)
 
     whole, meter = built(experiment), Meter({}, 4, CPU)
     go_on(whole, meter, range(4))
@@ -70,12 +70,12 @@ def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: i
 def test_means_count_the_steps_that_had_a_loss():
     meter = Meter({}, batch=2, device=CPU)
     none = torch.tensor(0.0)
-    meter.add({"loss": torch.tensor(1.0), "skipped": none}, 2)
-    meter.add({"loss": torch.tensor(3.0), "g_loss": torch.tensor(5.0), "skipped": torch.tensor(1.0)}, 2)
+    meter.add(0, {"loss": torch.tensor(1.0), "skipped": none}, 2)
+    meter.add(1, {"loss": torch.tensor(3.0), "g_loss": torch.tensor(5.0), "skipped": torch.tensor(1.0)}, 2)
     means = meter.means()
     assert (means["train/loss"], means["train/g_loss"], means["train/skipped"]) == (2, 5, 1)
     assert meter.skipped == 1
-    meter.add({"loss": torch.tensor(7.0), "skipped": none}, 2)
+    meter.add(2, {"loss": torch.tensor(7.0), "skipped": none}, 2)
     assert meter.means()["train/loss"] == 7
     assert meter.skipped == 1
 

@@ -38,7 +38,7 @@ class Descent:
             lr=self.lr,
             betas=(optim.beta1, optim.beta2),
             weight_decay=optim.weight_decay,
-            fused=self.device.type == "cuda",
+            fused=True,
         )
 
     @property
@@ -102,12 +102,14 @@ class Descent:
         norm = nn.utils.get_total_norm([one.grad for one in weights if one.grad is not None])
         if self.optim.clip_norm:
             nn.utils.clip_grads_with_norm_(weights, self.optim.clip_norm, norm)
-        finite = norm.isfinite()
-        if finite:
-            self.optimizer.step()
-            if self.average:
-                self.average.update_parameters(self.network)
-        return torch.tensor(0.0 if finite else 1.0)
+        skipped = (~norm.isfinite()).float()
+        # The fused optimiser leaves the step out where this is 1, as for torch.amp.GradScaler: to ask for it here would
+        # be to wait for the GPU at each step.
+        self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
+        self.optimizer.step()
+        if self.average and not skipped:
+            self.average.update_parameters(self.network)
+        return skipped
 
 
 def rate_at(step: int, steps: int, optim: OptimConfig) -> float:

@@ -16,7 +16,10 @@ def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | 
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32) for key in keys
     ]
-    return torch.from_numpy(np.stack(rows)).to(device)
+    noise = torch.from_numpy(np.stack(rows))
+    if device is not None and device.type == "cuda":
+        return noise.pin_memory().to(device, non_blocking=True)
+    return noise
 
 
 def noise_for(seed: int, clip_ids: Sequence[str], width: int, device: torch.device | None = None) -> Noise:
