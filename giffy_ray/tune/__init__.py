@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
@@ -25,9 +25,11 @@ from giffy_ray.reports import line_of
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
 from giffy_ray.train import check, claimed
-from giffy_ray.tune.ledger import ENDED, Ledger
+from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger, objectives
 from giffy_ray.tune.space import Values, earlier_point, reports_point
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
+
+__all__ = ["Study", "Trial", "experiment_of", "first_points", "named", "objectives", "search"]
 
 # What may differ where a search goes on.
 _MAY_CHANGE = (
@@ -40,11 +42,17 @@ _MAY_CHANGE = (
 class Trial:
     """One trial that is over: what it tried, and its value of each objective."""
 
-    name: str
+    number: int
     values: Values
     epochs: int
     objectives: tuple[float, ...]
+    cut: bool  # it was ended early, as others were better by then
     ended: str  # why it has no value to speak of; an empty string where it has
+    reports: dict[int, float]  # epoch -> the objective, where there is a single one
+
+    @property
+    def name(self) -> str:
+        return name_of(self.number)
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Study:
     trials: tuple[Trial, ...]  # best first; those that failed last
     best: tuple[Trial, ...]  # of several objectives those that no other is better than in all of them
     why_ended: str
+    importances: dict[str, dict[str, float]]  # objective -> field -> its share; empty where there are too few trials
 
 
 def search(experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()) -> Study:
@@ -194,16 +203,18 @@ def _short(value: Any) -> str:
 
 def _study(ledger: Ledger) -> Study:
     trials = [_trial_of(frozen, ledger) for frozen in ledger.trials()]
-    best = {name_of(frozen.number) for frozen in ledger.best()}
+    best = {frozen.number for frozen in ledger.best()}
     sign = 1 if next(iter(ledger.objectives.values())) == "smaller" else -1
     trials.sort(key=lambda one: (bool(one.ended), sign * one.objectives[0] if one.objectives else 0))
     if not best:
         reasons = "\n  ".join(f"{one.name}: {one.ended}" for one in trials)
         raise RuntimeError(f"none of {len(trials)} trials came to a value:\n  {reasons}")
-    return Study(tuple(trials), tuple(one for one in trials if one.name in best), ledger.why_ended())
+    winners = tuple(one for one in trials if one.number in best)
+    return Study(tuple(trials), winners, ledger.why_ended(), ledger.importances())
 
 
 def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
-    epochs = max(frozen.intermediate_values, default=0)
-    reported = ledger.values_of(frozen)
-    return Trial(name_of(frozen.number), dict(frozen.params), epochs, tuple(reported), frozen.user_attrs.get(ENDED, ""))
+    reports = dict(sorted(frozen.intermediate_values.items()))
+    epochs = max(reports, default=frozen.user_attrs.get(EPOCH, 0))
+    cut, ended = frozen.state == TrialState.PRUNED, frozen.user_attrs.get(ENDED, "")
+    return Trial(frozen.number, dict(frozen.params), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports)
