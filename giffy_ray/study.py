@@ -19,6 +19,7 @@ from giffy_ray.tune import Study, Trial, objectives
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
 NO_IMPORTANCES = "Too few trials to tell what mattered."
+CHANGING = "Values changed while the trials trained: what one reached is not due to those that it has last."
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ def study_page(study: Experiment, found: Study, clip: ClipConfig, clips: Sequenc
         "fields": [_field(name, spec) for name, spec in study.search.space.items()],
         "trials": [_plain(trial, trial.number in best) for trial in found.trials],
         "importances": found.importances,
-        "unimportant": NO_IMPORTANCES,
+        "unimportant": CHANGING if study.search.sampler == "pbt" else NO_IMPORTANCES,
         "clips": {
             "ids": list(clips),
             "size": [clip.height, clip.width],
@@ -98,6 +99,11 @@ def _counted(trials: Sequence[Trial]) -> str:
 
 def _how(study: Experiment) -> str:
     search = study.search
+    if search.sampler == "pbt":
+        return (
+            f"A population that trains for {search.epochs} epochs. After each validation the worst quarter takes over "
+            "weights and values of the best, and changes the values a little. Values shown are the last."
+        )
     drawn = {"tpe": "by Optuna's TPE", "random": "by chance"}[search.sampler]
     longest = f"Values are drawn {drawn}, a trial has {search.epochs} epochs at most."
     if search.objectives:

@@ -7,7 +7,7 @@ never: a new one; must: or nothing). Its trials, and the training of the best, a
 from pathlib import Path
 
 from giffy_ray import cluster, command, tune
-from giffy_ray.config import Experiment, differences, override
+from giffy_ray.config import Experiment, differences
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import log_data_set, show_search, train_and_show
 from giffy_ray.storage import join, write_text
@@ -27,7 +27,7 @@ def main(experiment: Experiment) -> None:
     parent.close_children()
     show_search(study, found, store, parent)
 
-    best = override(experiment, found.best[0].values | {"name": f"{study.name}-best"})
+    best = tune.trained_out(experiment, study, found)
     where = join(study.storage, study.name, "best.yaml")
     write_text(where, differences(best))
     parent.log_text(differences(best), "best.yaml")

@@ -18,6 +18,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from giffy_ray import checkpoints
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.store import Store
@@ -26,10 +27,12 @@ from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
 from giffy_ray.train import check, claimed
 from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger, objectives
+from giffy_ray.tune.population import Population
+from giffy_ray.tune.population import check as check_population
 from giffy_ray.tune.space import Values, earlier_point, reports_point
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
 
-__all__ = ["Study", "Trial", "experiment_of", "first_points", "named", "objectives", "search"]
+__all__ = ["Study", "Trial", "experiment_of", "first_points", "named", "objectives", "search", "trained_out"]
 
 # What may differ where a search goes on.
 _MAY_CHANGE = (
@@ -71,7 +74,7 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
     """
     check(experiment_of(experiment, 0, {}), store)
     with claimed(experiment, store, _MAY_CHANGE):
-        ledger = Ledger(experiment, points)
+        ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
         if ledger.unfinished() or not ledger.why_ended():
             os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
             _tuner(experiment, store, share, parent, ledger).fit()
@@ -94,10 +97,21 @@ def named(experiment: Experiment) -> Experiment:
 
 def first_points(experiment: Experiment) -> list[Values]:
     """What a new search tries first: the report's values, then those of `search.enqueue`. Raises ConfigError."""
+    if experiment.search.sampler == "pbt":
+        check_population(experiment)
     report = reports_point(experiment)
     uri = tracking_uri(experiment)
     earlier = [earlier_point(experiment, run, params_of(uri, run)) for run in experiment.search.enqueue]
     return [*([report] if report else []), *earlier]
+
+
+def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Experiment:
+    """The training of the best trial's values. They were the last of several in a population: on from its weights."""
+    best = found.best[0]
+    changes = best.values | {"name": f"{study.name}-best"}
+    if study.search.sampler == "pbt":
+        changes["train.start_from"] = checkpoints.newest(experiment_of(study, best.number, best.values))
+    return override(experiment, changes)
 
 
 def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger) -> tune.Tuner:
@@ -111,8 +125,8 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             search_alg=_Asks(ledger),
             scheduler=_Judges(ledger),
             reuse_actors=True,  # one process start less for each trial
-            trial_name_creator=lambda one: name_of(one.config["number"]),
-            trial_dirname_creator=lambda one: name_of(one.config["number"]),
+            trial_name_creator=_known_as,
+            trial_dirname_creator=_known_as,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -122,6 +136,12 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             callbacks=[_Tells(experiment)],
         ),
     )
+
+
+def _known_as(one: Any) -> str:
+    """Of Ray Tune's trials, which are turns where ours train in turns."""
+    name, until = name_of(one.config["number"]), one.config.get("until")
+    return name if until is None else f"{name}-{until:04}"
 
 
 def _resources(experiment: Experiment, share: Share) -> dict[str, float]:
@@ -142,9 +162,9 @@ class _Asks(Searcher):
     def suggest(self, trial_id: str) -> Any:
         asked = self.ledger.ask()
         if asked is None:
-            return Searcher.FINISHED
+            return Searcher.FINISHED if self.ledger.why_ended() else None  # None: not now
         self.numbers[trial_id], values = asked
-        return {"number": asked[0], "values": values}
+        return {"number": asked[0], "values": values, **self.ledger.turn(asked[0])}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self.ledger.end(self.numbers[trial_id], "its process died" if error else "")
@@ -182,7 +202,8 @@ class _Tells(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         values = "  ".join(f"{name} {_short(value)}" for name, value in trial.config["values"].items())
-        self._say(trial, values)
+        take = trial.config.get("take")
+        self._say(trial, f"{values}  on from trial {take[1] + 1}" if take else values)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if FAILED in result:
@@ -217,4 +238,6 @@ def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
     reports = dict(sorted(frozen.intermediate_values.items()))
     epochs = max(reports, default=frozen.user_attrs.get(EPOCH, 0))
     cut, ended = frozen.state == TrialState.PRUNED, frozen.user_attrs.get(ENDED, "")
-    return Trial(frozen.number, dict(frozen.params), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports)
+    return Trial(
+        frozen.number, ledger.values(frozen.number), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports
+    )

@@ -29,7 +29,7 @@ ENDED = "ended"  # attribute of a trial that did not end well: why
 EPOCH = "epoch"  # attribute of a trial with several objectives: that of its last report
 _SEARCHED_S = "searched_s"
 # What a trial counts for that failed: finite, so that the sampler learns to keep away from it.
-_WORST = 1e6
+WORST = 1e6
 _FIRST_RANDOM = 4  # trials, before TPE has something to tell apart
 _FEWEST_TO_TELL = 8  # trials, with which the most important field is named rightly three times in four
 
@@ -70,18 +70,23 @@ class Ledger:
             return left.number, dict(left.params)
         if self.why_ended():
             return None
-        trial = self._study.ask(self._space)
-        self._open[trial.number] = trial
-        return trial.number, dict(trial.params)
+        number = self._begun()
+        return number, self.values(number)
+
+    def turn(self, number: int) -> dict[str, Any]:
+        """What else the trial is to know that was handed out."""
+        return {}
+
+    def values(self, number: int) -> Values:
+        return dict(self._study.get_trials(deepcopy=False)[number].params)
 
     def why_ended(self) -> str:
         """Why no more trials are begun, or an empty string."""
         settings, begun = self._settings, self.trials()
         if len(begun) >= settings.trials:
             return f"search.trials={settings.trials} are done"
-        hours = (self._before_s + time.monotonic() - self._began_s) / 3600
-        if settings.max_hours is not None and hours >= settings.max_hours:
-            return f"search.max_hours={settings.max_hours:g} are over"
+        if self._hours_over():
+            return self._hours_over()
         done = [trial for trial in begun if trial.state.is_finished()]
         if settings.patience and len(self.objectives) == 1 and len(done) > settings.patience:
             best = self._study.best_trial.number if any(trial.state == TrialState.COMPLETE for trial in done) else -1
@@ -121,7 +126,7 @@ class Ledger:
             why = why or "it reported nothing"
         if why:
             trial.set_user_attr(ENDED, why)
-            values = [_WORST if better == "smaller" else -_WORST for better in self.objectives.values()]
+            values = [WORST if better == "smaller" else -WORST for better in self.objectives.values()]
         self._tell(number, values=values)
 
     def unfinished(self) -> bool:
@@ -157,6 +162,15 @@ class Ledger:
             distributions, values = trial.distributions, self.values_of(trial)
             reached.add_trial(optuna.create_trial(params=trial.params, distributions=distributions, values=values))
         return {name: _importances_for(place, reached) for place, name in enumerate(self.objectives)}
+
+    def _begun(self) -> int:
+        trial = self._study.ask(self._space)
+        self._open[trial.number] = trial
+        return trial.number
+
+    def _hours_over(self) -> str:
+        most, hours = self._settings.max_hours, (self._before_s + time.monotonic() - self._began_s) / 3600
+        return f"search.max_hours={most:g} are over" if most is not None and hours >= most else ""
 
     def _tell(self, number: int, **what: Any) -> None:
         self._study.tell(self._open.pop(number), **what)
@@ -202,7 +216,7 @@ def _opened(where: str) -> BaseStorage:
 def _sampler(settings: SearchConfig, trials: int) -> BaseSampler:
     # Another seed where a search goes on, which would else draw the same values again.
     seed = settings.seed + trials
-    if settings.sampler == "random":
+    if settings.sampler in ("random", "pbt"):
         return RandomSampler(seed)
     # Without warnings of what is experimental: how trials that run beside are counted in, and parameters together.
     return TPESampler(seed=seed, n_startup_trials=_FIRST_RANDOM, multivariate=True, constant_liar=True)
