@@ -18,6 +18,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any, cast
 
@@ -214,7 +215,7 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError."""
     measured = {}
     for location in _locations(experiment):
-        metrics = json.loads(read_text(join(location, "position.json")) or "{}").get("metrics", {})
+        metrics = _position(location).get("metrics", {})
         if metric not in metrics:
             known = ", ".join(sorted(metrics)) or "none"
             raise ConfigError(f"{metric!r} was not measured at {location}; there are: {known}")
@@ -225,17 +226,39 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
 def reported(experiment: Experiment) -> dict[str, Any] | None:
     """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was."""
     location = to_resume(experiment)
-    position = json.loads(read_text(join(location, "position.json")) or "{}") if location else {}
+    position = _position(location) if location else {}
     if position.get("epoch") is None:
         return None
     return {"steps_done": position["steps_done"], "epoch": position["epoch"], **position["metrics"]}
 
 
-def remove_older(experiment: Experiment) -> None:
-    """All checkpoints of the run but the newest."""
-    for location in _locations(experiment)[1:]:
-        filesystem, place = filesystem_of(location)
-        filesystem.delete_dir(place)
+def remove_older(experiment: Experiment, epochs: int = 0) -> None:
+    """All checkpoints of the run but the newest, and the newest of so many epochs."""
+    newest, *others = _locations(experiment)
+    ended = [location for location in (newest, *others) if _position(location).get("epoch") is not None][:epochs]
+    for location in others:
+        if location not in ended:
+            filesystem, place = filesystem_of(location)
+            filesystem.delete_dir(place)
+
+
+def take_over(experiment: Experiment, other: Experiment, epoch: int) -> None:
+    """Makes what `other` was at the end of `epoch` the newest checkpoint of the experiment's run.
+
+    Unless that is past it: then this was done before. Raises ConfigError where there is no such checkpoint.
+    """
+    found = [location for location in _locations(other) if _position(location).get("epoch") == epoch]
+    source = _first_whole(other, found)
+    own = to_resume(experiment)
+    if own and _position(own)["steps_done"] > _position(source)["steps_done"]:
+        return
+    with _fetched(source, None) as folder:
+        copied(folder, *filesystem_of(place_of_new(experiment)))
+
+
+def place_of_new(experiment: Experiment) -> str:
+    """Where the run's next checkpoint goes: as Ray Train names them."""
+    return join(experiment.storage, experiment.name, f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
 
 
 def manifest(location: str) -> dict[str, dict[str, Any]]:
@@ -251,6 +274,10 @@ def manifest(location: str) -> dict[str, dict[str, Any]]:
     if not sound:
         raise DamagedCheckpoint(f"{location}/{_MANIFEST}: it must name files of this folder, with bytes and sha256")
     return files
+
+
+def _position(location: str) -> dict[str, Any]:
+    return json.loads(read_text(join(location, "position.json")) or "{}")
 
 
 def _locations(experiment: Experiment) -> list[str]:

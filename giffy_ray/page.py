@@ -20,7 +20,7 @@ from giffy_ray.data.store import Store
 from giffy_ray.evaluate import MEASURES, REAL, REPORT_NOTE, REPORT_TABLE_2, Score, Summary
 from giffy_ray.render import sprite_columns
 
-_TEMPLATE = Path(__file__).with_suffix(".html")
+_TEMPLATE, _STYLE = Path(__file__).with_suffix(".html"), Path(__file__).with_suffix(".css")
 _MOST_PIXELS = 90_000_000  # of all frames of all clips: about 25 MB of file
 
 
@@ -46,7 +46,7 @@ def page(
     """The HTML. `sprites`: row of the store -> {REAL and every method: `render.sprite` of its clip}."""
     scores_of: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for score in scores:
-        scores_of[score.clip_id][score.method] = {metric: _plain(getattr(score, metric)) for metric in MEASURES}
+        scores_of[score.clip_id][score.method] = {metric: getattr(score, metric) for metric in MEASURES}
     clips, clip = len(scores_of), store.clip
     of_each = "" if len(sprites) == clips else "the first of each category, "
     study = {
@@ -62,7 +62,7 @@ def page(
         "methods": list(dict.fromkeys(score.method for score in scores)),
         "real": REAL,
         "measures": [{"name": name, **measure._asdict()} for name, measure in MEASURES.items()],
-        "summaries": [_plain(dataclasses.asdict(summary)) for summary in summaries],
+        "summaries": [dataclasses.asdict(summary) for summary in summaries],
         "report": {"rows": REPORT_TABLE_2, "note": REPORT_NOTE},
         "clips": [
             {
@@ -74,9 +74,14 @@ def page(
             for row, pictures in sprites.items()
         ],
     }
+    return filled(_TEMPLATE, study)
+
+
+def filled(template: Path, study: Mapping[str, Any]) -> bytes:
+    """The page of a template: with the look that all have, and `study` as the JSON that it draws."""
     # In a script element only "</script" and "<!--" matter, and JSON has "<" nowhere but in strings.
-    text = json.dumps(study, allow_nan=False).replace("<", "\\u003c")
-    return _TEMPLATE.read_text().replace("{{study}}", text).encode()
+    text = json.dumps(_plain(study), allow_nan=False).replace("<", "\\u003c")
+    return template.read_text().replace("{{style}}", _STYLE.read_text()).replace("{{study}}", text).encode()
 
 
 def _plain(value: Any) -> Any:

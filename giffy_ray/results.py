@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from giffy_ray import checkpoints, perceptual, render
@@ -23,6 +24,7 @@ from giffy_ray.evaluate import (
     Summary,
     baseline_methods,
     evaluate,
+    learner_method,
     learner_methods,
     summarise,
     to_csv,
@@ -32,6 +34,7 @@ from giffy_ray.page import chosen_rows, page
 from giffy_ray.perceived import Perceived
 from giffy_ray.reports import line_of, relayed
 from giffy_ray.storage import join, read_bytes, settle, write_bytes
+from giffy_ray.study import Reel, study_page
 from giffy_ray.survey import measure, readable, sample, survey
 from giffy_ray.tables import (
     COLUMNS,
@@ -42,14 +45,17 @@ from giffy_ray.tables import (
     measures_table,
     perceptual_table,
     skill_table,
+    trials_table,
 )
 from giffy_ray.tracking import Tracker, open_run
 from giffy_ray.train import train
+from giffy_ray.tune import Study, experiment_of
 
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
 _MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
 _MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
+_MOST_TRIALS, _MOST_CLIPS = 5, 6  # of a search, and of each of these, that its page shows
 
 
 class Trained(NamedTuple):
@@ -76,6 +82,30 @@ def log_data_set(store: Store, trackers: Sequence[Tracker]) -> None:
     counts |= {f"rejects/{reason}": count for reason, count in store.reject_counts().items()}
     for tracker in trackers:
         tracker.log_results({f"data/{name}": value for name, value in counts.items()})
+
+
+def show_search(study: Experiment, found: Study, store: Store, tracker: Tracker) -> None:
+    """A search's trials as a table, and as `study.html` in its folder and in MLflow: plots, and clips of the best."""
+    print(found.why_ended)
+    Console(width=WIDTH).print(trials_table(found, study.search))
+    rows = np.asarray(_typical(store, store.rows_of("validation"))[:_MOST_CLIPS])
+    ids = [store.ids[row] for row in rows]
+    real = torch.from_numpy(store.gather(rows))
+    reels = [Reel(REAL, tuple(render.sprite(clip) for clip in real.numpy()))]
+    others = [trial for trial in found.trials if trial not in found.best and not trial.ended]
+    for trial in [*found.best, *others][:_MOST_TRIALS]:
+        try:
+            location = checkpoints.newest(experiment_of(study, trial.number, trial.values))
+            learner, trained = checkpoints.load(location)
+        except ConfigError as error:  # it was removed since; the others are shown
+            reels.append(Reel(trial.name, (), str(error)))
+            continue
+        made = learner_method(learner, trained.train.seed)(real[:, 0], real[:, -1], ids)
+        reels.append(Reel(trial.name, tuple(render.sprite(clip) for clip in made.numpy())))
+    files = {"study.html": study_page(study, found, store.clip, ids, reels)}
+    write_bytes(join(study.storage, study.name, "study.html"), files["study.html"])
+    print(f"  {join(study.storage, study.name, 'study.html')}")
+    _log_files(files, [tracker])
 
 
 def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:

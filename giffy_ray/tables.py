@@ -20,6 +20,9 @@ _SHOWN_CATEGORIES = 30
 _METHOD_WIDTH = 34  # of the first column of the tables
 _HOPELESS = -1  # a skill below this needs neither digits nor bounds
 _BOUNDED = 3  # columns that have room for intervals
+WHY_NONE_IS_CUT = (
+    "Of several objectives none is ended early: successive halving (search.asha) needs one number to compare."
+)
 
 
 def data_table(store: Store) -> Table:
@@ -44,11 +47,15 @@ def data_table(store: Store) -> Table:
 
 
 def trials_table(study: Study, search: SearchConfig) -> Table:
-    """The trials of a search, best first; those among which none is better are marked."""
+    """The trials of a search, best first; of several objectives the Pareto front is marked: none beats these in all."""
     names = [*search.space]
     measured = [*search.objectives] or [search.metric]
-    best = {trial.name for trial in study.best}
-    table = Table(title="trials, best first", title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    best, mark, title = {trial.number for trial in study.best}, "best", "trials, best first"
+    table = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    if search.objectives:
+        mark, title = "front", f"trials, by {measured[0]}; {len(best)} on the Pareto front"
+        table.caption = f"front: no trial beats these in all objectives. {WHY_NONE_IS_CUT}"
+    table.title = title
     table.add_column("", no_wrap=True)
     table.add_column("trial", no_wrap=True)
     for heading in (*(name.rpartition(".")[2].replace("_", "\n") for name in names), "epochs", *measured):
@@ -56,8 +63,10 @@ def trials_table(study: Study, search: SearchConfig) -> Table:
     for trial in study.trials:
         tried = [trial.values[name] for name in names]
         values = [f"{value:.3g}" if isinstance(value, float) else str(value) for value in tried]
-        reached = [trial.ended] if trial.ended else [f"{value:.4g}" for value in trial.objectives]
-        table.add_row("best" if trial.name in best else "", trial.name, *values, str(trial.epochs), *reached)
+        reached = ["failed"] if trial.ended else [f"{value:.4g}" for value in trial.objectives]
+        table.add_row(mark if trial.number in best else "", trial.name, *values, str(trial.epochs), *reached)
+    failures = [f"{trial.name}: {trial.ended}" for trial in study.trials if trial.ended]
+    table.caption = "\n".join([*([str(table.caption)] if table.caption else []), *failures]) or None
     return table
 
 

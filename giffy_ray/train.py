@@ -22,7 +22,7 @@ from giffy_ray.loop import SCORE, train_loop
 from giffy_ray.storage import join, read_text, write_text
 
 # What may differ when a run is started again under its name.
-_MAY_CHANGE = (
+MAY_CHANGE = (
     *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
     *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
 )
@@ -58,7 +58,7 @@ def train(
 
 
 @contextmanager
-def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = _MAY_CHANGE) -> Iterator[None]:
+def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[None]:
     """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
 
     `may_change`: what may differ from before, fields, and sections that end with a point.

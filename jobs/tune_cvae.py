@@ -6,14 +6,11 @@ never: a new one; must: or nothing). Its trials, and the training of the best, a
 
 from pathlib import Path
 
-from rich.console import Console
-
 from giffy_ray import cluster, command, tune
-from giffy_ray.config import Experiment, differences, override
+from giffy_ray.config import Experiment, differences
 from giffy_ray.data.prepare import prepare
-from giffy_ray.results import log_data_set, train_and_show
+from giffy_ray.results import log_data_set, show_search, train_and_show
 from giffy_ray.storage import join, write_text
-from giffy_ray.tables import WIDTH, trials_table
 from giffy_ray.tracking import open_run
 
 
@@ -28,10 +25,9 @@ def main(experiment: Experiment) -> None:
     print(f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True)
     found = tune.search(study, store, share_of_trials, parent.place, points)
     parent.close_children()
-    print(found.why_ended)
-    Console(width=WIDTH).print(trials_table(found, study.search))
+    show_search(study, found, store, parent)
 
-    best = override(experiment, found.best[0].values | {"name": f"{study.name}-best"})
+    best = tune.trained_out(experiment, study, found)
     where = join(study.storage, study.name, "best.yaml")
     write_text(where, differences(best))
     parent.log_text(differences(best), "best.yaml")

@@ -20,6 +20,7 @@ FLOORS = [
     {"train"},
     {"tune"},
     {"tables"},
+    {"study"},
     {"results", "command"},
 ]
 ONLY_IMPORTERS = {"mlflow": ["tracking"], "ray.tune": ["tune"], "ray.data": ["data"], "optuna": ["tune"]}

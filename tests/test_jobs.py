@@ -97,6 +97,9 @@ def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Pa
     assert best.data.params["optim.lr"] == winner.data.params["optim.lr"]
     artifacts = {item.path for item in MlflowClient(f"sqlite:///{storage}/mlflow.db").list_artifacts(best.info.run_id)}
     assert {"experiment.yaml", "evaluation.csv", "contact_sheet.png", "clips.gif", "images"} <= artifacts
+    of_parent = MlflowClient(f"sqlite:///{storage}/mlflow.db").list_artifacts(parent.info.run_id)
+    assert {"study.html", "best.yaml"} <= {item.path for item in of_parent}
+    assert (storage / "tiny-study" / "study.html").read_bytes().count(b'"state": "whole"') == 2
 
 
 def test_the_results_lie_in_the_storage(tuned: str, storage: Path):

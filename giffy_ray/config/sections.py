@@ -184,8 +184,9 @@ class SearchConfig(Strict):
     metric: str = "val/l2_report"  # smaller is better; must not depend on what is searched
     # In place of `metric`: several, such as val/skill and val/blur. No trial is ended early then.
     objectives: dict[str, Literal["smaller", "larger"]] = field(default_factory=dict)
-    sampler: Literal["tpe", "random"] = "tpe"
-    asha: bool = True
+    # pbt: `trials` train side by side, and after each validation the worst take over weights and values of the best.
+    sampler: Literal["tpe", "random", "pbt"] = "tpe"
+    asha: bool = True  # of one metric, and not of pbt
     grace_epochs: Positive = 2  # no trial is ended before
     reduction_factor: Annotated[int, Field(ge=2)] = 2  # of so many trials at a rung, one goes on
     seed: Annotated[int, Field(ge=0)] = 0

@@ -68,9 +68,12 @@ class Tracker:
         if self._carrier:
             self._carrier.flush()
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
-        """Logs `phase/name` values in one call. A step that was logged before an interruption is not logged again."""
-        self._metrics(metrics, step, f"metrics-{step:09}")
+    def log_metrics(self, metrics: Mapping[str, float], step: int, what: str = "metrics") -> None:
+        """Logs `phase/name` values in one call. A step that was logged before an interruption is not logged again.
+
+        `what` tells apart those that are logged at the same step in several calls.
+        """
+        self._metrics(metrics, step, f"{what}-{step:09}")
 
     def log_results(self, results: Mapping[str, float]) -> None:
         """Logs values that belong to the run as a whole."""

@@ -13,11 +13,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from optuna.trial import FrozenTrial
+from optuna.trial import FrozenTrial, TrialState
 from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
+from giffy_ray import checkpoints
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.store import Store
@@ -25,9 +26,13 @@ from giffy_ray.reports import line_of
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
 from giffy_ray.train import check, claimed
-from giffy_ray.tune.ledger import ENDED, Ledger
+from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger, objectives
+from giffy_ray.tune.population import Population
+from giffy_ray.tune.population import check as check_population
 from giffy_ray.tune.space import Values, earlier_point, reports_point
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
+
+__all__ = ["Study", "Trial", "experiment_of", "first_points", "named", "objectives", "search", "trained_out"]
 
 # What may differ where a search goes on.
 _MAY_CHANGE = (
@@ -40,11 +45,17 @@ _MAY_CHANGE = (
 class Trial:
     """One trial that is over: what it tried, and its value of each objective."""
 
-    name: str
+    number: int
     values: Values
     epochs: int
     objectives: tuple[float, ...]
+    cut: bool  # it was ended early, as others were better by then
     ended: str  # why it has no value to speak of; an empty string where it has
+    reports: dict[int, float]  # epoch -> the objective, where there is a single one
+
+    @property
+    def name(self) -> str:
+        return name_of(self.number)
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,7 @@ class Study:
     trials: tuple[Trial, ...]  # best first; those that failed last
     best: tuple[Trial, ...]  # of several objectives those that no other is better than in all of them
     why_ended: str
+    importances: dict[str, dict[str, float]]  # objective -> field -> its share; empty where there are too few trials
 
 
 def search(experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()) -> Study:
@@ -62,7 +74,7 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
     """
     check(experiment_of(experiment, 0, {}), store)
     with claimed(experiment, store, _MAY_CHANGE):
-        ledger = Ledger(experiment, points)
+        ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
         if ledger.unfinished() or not ledger.why_ended():
             os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
             _tuner(experiment, store, share, parent, ledger).fit()
@@ -85,10 +97,21 @@ def named(experiment: Experiment) -> Experiment:
 
 def first_points(experiment: Experiment) -> list[Values]:
     """What a new search tries first: the report's values, then those of `search.enqueue`. Raises ConfigError."""
+    if experiment.search.sampler == "pbt":
+        check_population(experiment)
     report = reports_point(experiment)
     uri = tracking_uri(experiment)
     earlier = [earlier_point(experiment, run, params_of(uri, run)) for run in experiment.search.enqueue]
     return [*([report] if report else []), *earlier]
+
+
+def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Experiment:
+    """The training of the best trial's values. They were the last of several in a population: on from its weights."""
+    best = found.best[0]
+    changes = best.values | {"name": f"{study.name}-best"}
+    if study.search.sampler == "pbt":
+        changes["train.start_from"] = checkpoints.newest(experiment_of(study, best.number, best.values))
+    return override(experiment, changes)
 
 
 def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger) -> tune.Tuner:
@@ -102,8 +125,8 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             search_alg=_Asks(ledger),
             scheduler=_Judges(ledger),
             reuse_actors=True,  # one process start less for each trial
-            trial_name_creator=lambda one: name_of(one.config["number"]),
-            trial_dirname_creator=lambda one: name_of(one.config["number"]),
+            trial_name_creator=_known_as,
+            trial_dirname_creator=_known_as,
         ),
         run_config=tune.RunConfig(
             name="tune",
@@ -113,6 +136,12 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             callbacks=[_Tells(experiment)],
         ),
     )
+
+
+def _known_as(one: Any) -> str:
+    """Of Ray Tune's trials, which are turns where ours train in turns."""
+    name, until = name_of(one.config["number"]), one.config.get("until")
+    return name if until is None else f"{name}-{until:04}"
 
 
 def _resources(experiment: Experiment, share: Share) -> dict[str, float]:
@@ -133,9 +162,9 @@ class _Asks(Searcher):
     def suggest(self, trial_id: str) -> Any:
         asked = self.ledger.ask()
         if asked is None:
-            return Searcher.FINISHED
+            return Searcher.FINISHED if self.ledger.why_ended() else None  # None: not now
         self.numbers[trial_id], values = asked
-        return {"number": asked[0], "values": values}
+        return {"number": asked[0], "values": values, **self.ledger.turn(asked[0])}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self.ledger.end(self.numbers[trial_id], "its process died" if error else "")
@@ -173,7 +202,8 @@ class _Tells(tune.Callback):
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         values = "  ".join(f"{name} {_short(value)}" for name, value in trial.config["values"].items())
-        self._say(trial, values)
+        take = trial.config.get("take")
+        self._say(trial, f"{values}  on from trial {take[1] + 1}" if take else values)
 
     def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict, **info: Any) -> None:
         if FAILED in result:
@@ -194,16 +224,20 @@ def _short(value: Any) -> str:
 
 def _study(ledger: Ledger) -> Study:
     trials = [_trial_of(frozen, ledger) for frozen in ledger.trials()]
-    best = {name_of(frozen.number) for frozen in ledger.best()}
+    best = {frozen.number for frozen in ledger.best()}
     sign = 1 if next(iter(ledger.objectives.values())) == "smaller" else -1
     trials.sort(key=lambda one: (bool(one.ended), sign * one.objectives[0] if one.objectives else 0))
     if not best:
         reasons = "\n  ".join(f"{one.name}: {one.ended}" for one in trials)
         raise RuntimeError(f"none of {len(trials)} trials came to a value:\n  {reasons}")
-    return Study(tuple(trials), tuple(one for one in trials if one.name in best), ledger.why_ended())
+    winners = tuple(one for one in trials if one.number in best)
+    return Study(tuple(trials), winners, ledger.why_ended(), ledger.importances())
 
 
 def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
-    epochs = max(frozen.intermediate_values, default=0)
-    reported = ledger.values_of(frozen)
-    return Trial(name_of(frozen.number), dict(frozen.params), epochs, tuple(reported), frozen.user_attrs.get(ENDED, ""))
+    reports = dict(sorted(frozen.intermediate_values.items()))
+    epochs = max(reports, default=frozen.user_attrs.get(EPOCH, 0))
+    cut, ended = frozen.state == TrialState.PRUNED, frozen.user_attrs.get(ENDED, "")
+    return Trial(
+        frozen.number, ledger.values(frozen.number), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports
+    )

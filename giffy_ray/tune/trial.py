@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 import torch
@@ -15,13 +15,14 @@ from ray.tune.integration.ray_train import TuneReportCallback
 from giffy_ray import checkpoints, loop
 from giffy_ray.checkpoints import Snapshot
 from giffy_ray.cluster import Share
-from giffy_ray.config import Experiment, from_yaml, override
+from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.data.store import Store
 from giffy_ray.storage import filesystem_of, join
 from giffy_ray.tracking import open_run, tracking_uri
-from giffy_ray.train import claimed, train
+from giffy_ray.train import MAY_CHANGE, claimed, train
 from giffy_ray.tune.space import Values
 
+Take = Callable[[], Snapshot] | None  # of what is reported, where it is to be kept
 FAILED = "failed"  # what a trial reports instead of a metric: why it ended
 # A trial that is ended leaves its loop at the next report, and its actor is used again if that takes no longer.
 _LEAVE_S = 60
@@ -44,11 +45,17 @@ def experiment_of(study: Experiment, number: int, values: Values) -> Experiment:
 
 
 def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
-    """`config`: {"number", "values"}. What goes wrong is reported, and ends this trial alone."""
-    experiment = experiment_of(from_yaml(study), config["number"], config["values"])
+    """`config`: {"number", "values"}, of a population also {"until", "take"}.
+
+    What goes wrong is reported, and ends this trial alone.
+    """
+    whole = from_yaml(study)
+    experiment = experiment_of(whole, config["number"], config["values"])
     try:
         if experiment.cluster.most > 1:
             train(experiment, Store(store), share, parent, [TuneReportCallback()])
+        elif "until" in config:
+            _turn(experiment, whole, Store(store), parent, config["until"], config["take"])
         else:
             _alone(experiment, Store(store), parent)
     except Exception as failure:
@@ -67,12 +74,43 @@ def _alone(experiment: Experiment, store: Store, parent: str) -> None:
         loop.run(experiment, store, tracker, device, functools.partial(_report, experiment))
 
 
-def _report(experiment: Experiment, named: dict[str, Any], take: Callable[[], Snapshot] | None) -> None:
-    """The checkpoint first: what was reported need not be done again. Only the newest is kept."""
+class _TurnIsOver(SystemExit):
+    """As a trial that Ray Tune ends leaves its loop."""
+
+
+def _turn(
+    experiment: Experiment, study: Experiment, store: Store, parent: str, until: int, take: tuple[int, int] | None
+) -> None:
+    """The training of one of a population, up to epoch `until`. `take`: (epoch, number) of whose weights it goes on.
+
+    Of what a run was started with, only the fields of `search.space` may be others by now.
+    """
+    tags = {"data.fingerprint": store.fingerprint}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with claimed(experiment, store, (*MAY_CHANGE, *study.search.space)), contextlib.suppress(_TurnIsOver):
+        if take:
+            checkpoints.take_over(experiment, override(experiment, {"name": name_of(take[1])}), take[0])
+        done = checkpoints.reported(experiment)
+        if done and done["epoch"] == until:  # it was cut before the search took it down
+            tune.report(done)
+            if until < experiment.train.epochs:
+                return
+        with open_run(experiment, parent=parent, tags=tags) as tracker:
+            values = flatten(experiment)
+            tracker.log_metrics({f"searched/{name}": values[name] for name in study.search.space}, until, "searched")
+            loop.run(experiment, store, tracker, device, functools.partial(_report_turn, experiment, until))
+
+
+def _report_turn(experiment: Experiment, until: int, named: dict[str, Any], take: Take) -> None:
+    _report(experiment, named, take, epochs=2)  # others may still take over the one before
+    if named.get("epoch") == until < experiment.train.epochs:
+        raise _TurnIsOver
+
+
+def _report(experiment: Experiment, named: dict[str, Any], take: Take, epochs: int = 0) -> None:
+    """The checkpoint first: what was reported need not be done again. Only the newest is kept, and of `epochs`."""
     assert take
-    folder = join(experiment.storage, experiment.name)
-    filesystem, place = filesystem_of(join(folder, f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}"))
-    take().write(filesystem, place)
-    checkpoints.remove_older(experiment)
+    take().write(*filesystem_of(checkpoints.place_of_new(experiment)))
+    checkpoints.remove_older(experiment, epochs)
     if "epoch" in named:
         tune.report(named)
