@@ -222,7 +222,7 @@ def test_rates_weights_and_smoothing_may_be_searched(tmp_path: Path):
 def saved(run: Experiment, name: str, learner: Learner, steps: int, epoch: int | None) -> None:
     place = Path(run.storage, run.name, name)
     place.mkdir(parents=True)
-    checkpoints.save(place, learner, run, Position(steps, {"val/l2_report": float(steps)}, epoch=epoch))
+    checkpoints.Snapshot(learner, run, Position(steps, {"val/l2_report": float(steps)}, epoch=epoch)).save(place)
 
 
 def test_a_trial_goes_on_from_anothers_weights_with_a_rate_of_its_own(tiny: Experiment, tmp_path: Path):
