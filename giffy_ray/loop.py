@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -68,6 +69,8 @@ def run(
     steps = range(steps_done, last)
     batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
     listener = Listener(experiment, rank, device, notice)
+    tracker.log_data_set(store.name, store.fingerprint, store.root, store.counts())
+    tracker.sample(*held())
     if steps_done == 0:
         tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=0)
 
@@ -101,6 +104,12 @@ def run(
     listener.end()
     profile.stop()
     tracker.finish("KILLED" if stopped else "FINISHED")
+
+
+def held() -> tuple[float, float]:
+    """The CPUs and GPUs that Ray keeps for this training's workers; Ray Data's tasks come on top."""
+    own = ray.get_runtime_context().get_assigned_resources()
+    return ranks.count() * own.get("CPU", 0.0), ranks.count() * own.get("GPU", 0.0)
 
 
 def validations(clips: int, experiment: Experiment) -> dict[int, int]:

@@ -1,6 +1,10 @@
 """Read back with MLflow's own client."""
 
+import json
+import re
+import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -28,10 +32,61 @@ def test_a_run_holds_the_experiment(experiment: Experiment, client: MlflowClient
     assert run.info.run_name == "run"
     assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
     assert run.data.tags["data.fingerprint"] == "abc"
-    assert len(run.data.tags["mlflow.source.git.commit"]) >= 7
+    assert run.data.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    assert run.data.tags["mlflow.source.git.dirty"] == str(dirty).lower()
+    assert re.fullmatch("[0-9a-f]{64}", run.data.tags["requirements.sha256"])
     tracker.flush()
     yaml = client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))
     assert from_yaml(Path(yaml).read_text()) == experiment
+
+
+def git(*words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_that_was_made_and_no_more_when_we_were_killed_is_filled(
+    experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit  # ends the carrier's thread, as a kill would
+
+    monkeypatch.setattr(MlflowClient, "log_text", killed)
+    open_run(experiment)._carrier._thread.join()  # type: ignore[union-attr]
+    (made,) = client.search_runs([client.get_experiment_by_name("giffy_ray").experiment_id])
+    assert not made.data.params
+    monkeypatch.undo()
+    open_run(experiment).finish()
+    run = client.get_run(made.info.run_id)
+    assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
+    assert [item.path for item in client.list_artifacts(made.info.run_id)] == ["experiment.yaml"]
+
+
+def test_what_mlflow_takes_of_a_parameter_is_kept_of_a_long_one(experiment: Experiment, client: MlflowClient):
+    """Its limits are 6000 characters, and 100 parameters in one call: there are more."""
+    many = {"model.kind": "cgan", "data.caps": {f"category {number}": {"training": 1} for number in range(1000)}}
+    long = override(experiment, many)
+    tracker = open_run(long)
+    params = client.get_run(tracker.run_id).data.params
+    assert params.keys() == flatten(long).keys()
+    assert len(params) > 100
+    assert params["data.caps"] == str(long.data.caps)[:6000]
+
+
+def test_a_run_names_its_data_set_once_however_often_it_is_started(experiment: Experiment, client: MlflowClient):
+    for _ in range(2):
+        tracker = open_run(experiment)
+        tracker.log_data_set("clips", "0123456789abcdef", "s3://me:secret@bucket/videos", {"training": 9, "rejects": 1})
+        tracker.finish()
+        shutil.rmtree(Path(tracker.place, "tracking"))  # as if we had been killed before we knew that it came
+    (used,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("clips", "0123456789abcdef")
+    assert (used.dataset.source_type, json.loads(used.dataset.source)) == ("s3", {"uri": "s3://***@bucket/videos"})
+    assert json.loads(used.dataset.profile) == {"training": 9, "rejects": 1}
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
 
 
 def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Experiment, client: MlflowClient):

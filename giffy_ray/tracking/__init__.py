@@ -23,6 +23,7 @@ from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
 from giffy_ray.storage import filesystem_of, is_local, join
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
+from giffy_ray.tracking.system import Sampler
 
 __all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
 
@@ -48,6 +49,7 @@ class Tracker:
     def __init__(self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = ""):
         self.place = place  # of the run: its folder, which is what others know it by
         self._outbox, self._carrier = outbox, carrier
+        self._sampler: Sampler | None = None
 
     def __enter__(self) -> Tracker:
         return self
@@ -67,6 +69,26 @@ class Tracker:
         """Waits until MLflow has taken what was logged so far. Raises TimeoutError where it does not answer."""
         if self._carrier:
             self._carrier.flush()
+
+    def sample(self, cpus: float, gpus: float) -> None:
+        """Has this machine sampled until the run is finished, and what it costs: `cpus` and `gpus` are what it holds.
+
+        `cost/cpu_hours` and `cost/gpu_hours` go on where an earlier start of the run left them.
+        """
+        if self._outbox and not self._sampler:
+            self._sampler = Sampler(self._metrics, self.place, cpus, gpus)
+
+    def log_data_set(self, name: str, fingerprint: str, source: str, counts: Mapping[str, int]) -> None:
+        """Names the data set among the run's inputs, as what it was trained on."""
+        kind = source.partition("://")[0] if "://" in source else "local"
+        dataset = {
+            "name": name,
+            "digest": fingerprint,
+            "source_type": kind,
+            "source": json.dumps({"uri": _without_secrets(source)}),
+            "profile": json.dumps(dict(counts)),
+        }
+        self._put({"kind": "inputs", "dataset": dataset}, key="inputs")
 
     def log_metrics(self, metrics: Mapping[str, float], step: int) -> None:
         """Logs `phase/name` values in one call. A step that was logged before an interruption is not logged again."""
@@ -101,6 +123,8 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Ends the run, and waits a while for what MLflow has not taken yet; what is left is said, and kept."""
+        if self._sampler:
+            self._sampler.end()
         self._put({"kind": "status", "status": status})
         if self._carrier:
             self._carrier.end()
@@ -131,7 +155,7 @@ def open_run(
         return Tracker()
     place = join(experiment.storage, experiment.name)
     tracker = Tracker(*_connected(experiment, place), place)
-    own_tags = {"mlflow.source.git.commit": _git_commit(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    own_tags = {**_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
     params = {name: _without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, _without_secrets(to_yaml(experiment)).encode())
@@ -168,8 +192,8 @@ def _lock_sha256() -> str:
     return hashlib.sha256("\n".join(versions).encode()).hexdigest()
 
 
-def _git_commit() -> str:
-    """The commit of the code that runs, with '-dirty' where files differ from it; 'unknown' without a checkout.
+def _git() -> dict[str, str]:
+    """The commit of the code that runs, and whether files differ from it; 'unknown' without a checkout.
 
     `ray job submit --working-dir` runs a copy without its .git; the checkout that it was most likely copied from is
     the one that is installed here.
@@ -177,10 +201,12 @@ def _git_commit() -> str:
     for folder in (Path(__file__).parent, _installed_from()):
         try:
             git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-            return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             continue
-    return "unknown"
+        commit, _, dirty = said.partition("-")
+        return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(dirty)).lower()}
+    return {"mlflow.source.git.commit": "unknown"}
 
 
 def _installed_from() -> str:

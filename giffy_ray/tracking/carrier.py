@@ -11,6 +11,7 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -123,22 +124,31 @@ class Carrier:
         if head["parent"] and client.get_experiment_by_name(self.experiment) is None:
             raise LookupError("the experiment is not there yet; the run that this one is shown under makes it")
         experiment_id = self._experiment_id(client)
-        known = _found(client, experiment_id, self.place)
-        if known:
-            self._run_id = known
-            client.update_run(known, status="RUNNING")
-        else:
-            tags = {"giffy_ray.run": self.place, **head["tags"]}
-            if head["parent"]:
-                parent = _found(client, experiment_id, head["parent"])
-                if parent is None:
-                    raise LookupError(f"the run that it is shown under is not there yet ({head['parent']})")
-                tags["mlflow.parentRunId"] = parent
-            self._run_id = client.create_run(experiment_id, tags=tags, run_name=head["name"]).info.run_id
-            client.log_batch(self._run_id, params=[Param(name, value) for name, value in head["params"].items()])
-            client.log_text(self._run_id, letter.content.decode(), "experiment.yaml")
+        run_id = _found(client, experiment_id, self.place) or self._created(client, experiment_id, head)
+        client.update_run(run_id, status="RUNNING")
+        # Last the parameters, by which a run is known to be whole: we may have been killed right after it was made.
+        if not client.get_run(run_id).data.params:
+            client.log_text(run_id, letter.content.decode(), "experiment.yaml")
+            client.log_batch(run_id, params=[Param(name, value) for name, value in head["params"].items()])
+        self._run_id = run_id
         write_text(join(self.place, "mlflow_run"), self._run_id)
         self._begun.set()
+
+    def _created(self, client: MlflowClient, experiment_id: str, head: Mapping[str, Any]) -> str:
+        tags = {"giffy_ray.run": self.place, **head["tags"]}
+        if head["parent"]:
+            parent = _found(client, experiment_id, head["parent"])
+            if parent is None:
+                raise LookupError(f"the run that it is shown under is not there yet ({head['parent']})")
+            tags["mlflow.parentRunId"] = parent
+        return client.create_run(experiment_id, tags=tags, run_name=head["name"]).info.run_id
+
+    def _inputs(self, client: MlflowClient, letter: Letter) -> None:
+        """Sent twice, MLflow keeps it once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(**letter.head["dataset"])
+        client.log_inputs(self._run_id or "", [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _metrics(self, client: MlflowClient, letter: Letter) -> None:
         """Sent twice, as when we are killed before we know that it came, it is stored once: the time is the same."""
