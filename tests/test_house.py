@@ -16,7 +16,7 @@ FLOORS = [
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
     {"cluster", "learners", "tracking", "listen", "meter"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
-    {"loop"},
+    {"loop", "pyfunc", "registry"},
     {"train"},
     {"tune"},
     {"tables"},

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import time
 import uuid
@@ -20,7 +19,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
-from giffy_ray.storage import filesystem_of, is_local, join
+from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
 from giffy_ray.tracking.system import Sampler
@@ -85,7 +84,7 @@ class Tracker:
             "name": name,
             "digest": fingerprint,
             "source_type": kind,
-            "source": json.dumps({"uri": _without_secrets(source)}),
+            "source": json.dumps({"uri": without_secrets(source)}),
             "profile": json.dumps(dict(counts)),
         }
         self._put({"kind": "inputs", "dataset": dataset}, key="inputs")
@@ -156,9 +155,9 @@ def open_run(
     place = join(experiment.storage, experiment.name)
     tracker = Tracker(*_connected(experiment, place), place)
     own_tags = {**_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
-    params = {name: _without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
+    params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
-    tracker._put(begin, _without_secrets(to_yaml(experiment)).encode())
+    tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
     return tracker
 
 
@@ -179,11 +178,6 @@ def _connected(experiment: Experiment, place: str) -> tuple[Outbox, Carrier]:
     artifacts = None if experiment.tracking.uri else Path(experiment.storage, "artifacts").as_uri()
     outbox = Outbox(join(place, "tracking"))
     return outbox, Carrier(outbox, tracking_uri(experiment), experiment.tracking.experiment, artifacts, place)
-
-
-def _without_secrets(text: str) -> str:
-    """Without what stands before the @ of an address: a user and a password."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
 
 
 def _lock_sha256() -> str:
