@@ -130,10 +130,23 @@ def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Exp
     assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
 
 
+def test_a_picture_of_the_end_is_drawn_once_for_each_step_and_replaces_the_one_before(
+    experiment: Experiment, client: MlflowClient, tmp_path: Path
+):
+    tracker = open_run(experiment)
+    tracker.log_drawn(lambda: b"first", "samples.gif", 3)
+    tracker.log_drawn(lambda: pytest.fail("drawn again"), "samples.gif", 3)
+    tracker.log_drawn(lambda: b"last", "samples.gif", 5)
+    tracker.flush()
+    assert Path(client.download_artifacts(tracker.run_id, "samples.gif", str(tmp_path))).read_bytes() == b"last"
+
+
 def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
     tracker = open_run(experiment, rank=1)
     tracker.log_metrics({"val/psnr": 1.0}, 1)
     tracker.log_animation(lambda: pytest.fail("drawn for nobody"), "validation", 1)
+    tracker.log_drawn(lambda: pytest.fail("drawn for nobody"), "samples.gif", 1)
+    tracker.sample(1, 0)
     tracker.finish()
     assert isinstance(tracker, Tracker)
     assert not (tmp_path / "runs").exists()

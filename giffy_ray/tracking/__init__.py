@@ -104,6 +104,12 @@ class Tracker:
         if self._outbox:
             self._files([path.name], folder, path.read_bytes())
 
+    def log_drawn(self, draw: Callable[[], bytes], name: str, step: int) -> None:
+        """Draws a file and logs it, in place of that of an earlier step; once for each step."""
+        letter = f"{name}-{step:09}"
+        if self._outbox and not self._outbox.has(letter):
+            self._put({"kind": "files", "folder": None, "names": [name], "tags": {}}, draw(), letter)
+
     def log_animation(self, draw: Callable[[], bytes], key: str, step: int) -> None:
         """Draws an animated WebP and logs it under the names that MLflow's image grid, with its step slider, wants.
 
