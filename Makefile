@@ -25,6 +25,7 @@ bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's q
 	.venv/bin/pip install -qq lightning==2.6.6
 	PYTHONPATH=. .venv/bin/python benchmarks/train.py
 	PYTHONPATH=. .venv/bin/python benchmarks/scaling.py
+	PYTHONPATH=. .venv/bin/python benchmarks/tracking.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -24,6 +24,7 @@ from tests.test_checkpoints import built, step
 from tests.test_tracking import nobody_there
 
 ROOT = Path(__file__).parent.parent
+KEPT = {"cvae.safetensors", "experiment.yaml", "manifest.json"}
 
 
 def trained(base: Experiment, storage: Path, name: str, l2: float, clips: str = "abc", steps: int = 1) -> Experiment:
@@ -68,7 +69,7 @@ def test_the_best_of_a_run_is_registered_with_what_is_known_of_it(champion: Expe
     files = [item.path for item in client.list_artifacts(version.run_id) if item.is_dir]
     assert len(files) == 1
     inside = {item.path.rpartition("/")[2] for item in client.list_artifacts(version.run_id, f"{files[0]}/checkpoint")}
-    assert inside == {"cvae.safetensors", "experiment.yaml", "manifest.json"}
+    assert inside == KEPT
 
 
 def test_a_model_that_is_registered_again_is_the_same_version(champion: Experiment):
@@ -157,7 +158,9 @@ except mlflow.exceptions.MlflowException as refusal:
     assert not np.array_equal(made["sample"], made["mean"])
 
     place = MlflowClient(tracking_uri(champion)).get_model_version_download_uri("giffy_ray", "1")
-    assert not [path for path in Path(place.removeprefix("file://")).rglob("*") if path.suffix in (".pkl", ".py")]
+    place = place.removeprefix("file://")
+    files = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
+    assert files == {"MLmodel", *(f"checkpoint/{name}" for name in KEPT)}  # so neither code nor pickle
     signature = get_model_info(place).signature
     assert [one.shape for one in signature.inputs.inputs] == [(-1, 16, 16, 3)] * 2
     assert signature.outputs.inputs[0].shape == (-1, 6, 16, 16, 3)
