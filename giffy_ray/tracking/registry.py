@@ -40,8 +40,8 @@ def describe(folder: Path, clip: ClipConfig, latent: int, loader: str) -> None:
     picture, byte = (clip.height, clip.width, 3), np.dtype(np.uint8)
     ends = Schema([TensorSpec(byte, (-1, *picture), name) for name in ("start", "end")])
     clips = Schema([TensorSpec(byte, (-1, clip.frames, *picture), "clip")])
-    seed = ParamSchema([ParamSpec("seed", "long", None)]) if latent else None
-    model = Model(signature=ModelSignature(ends, clips, seed))
+    seed = {"params": ParamSchema([ParamSpec("seed", "long", None)])} if latent else {}
+    model = Model(signature=ModelSignature(ends, clips, **seed))
     pyfunc.add_to_model(model, loader_module=loader, data=CHECKPOINT)
     model.save(folder / "MLmodel")
 
@@ -98,7 +98,8 @@ def fetch(uri: str, model: str, folder: Path) -> str:
         version = by_alias or client.get_model_version(name, number)
         if _DIGEST not in version.tags:
             raise ConfigError(f"{name} {version.version} was not registered by giffy_ray")
-        return client.download_artifacts(version.run_id, f"{_place(version.tags[_DIGEST])}/{CHECKPOINT}", str(folder))
+        checkpoint = f"{_place(version.tags[_DIGEST])}/{CHECKPOINT}"
+        return client.download_artifacts(version.run_id or "", checkpoint, str(folder))
     except MlflowException as error:
         raise ConfigError(f"MLflow at {without_secrets(uri)} says: {error}") from error
 

@@ -87,7 +87,8 @@ def gpus_here() -> list[Any]:
 def of_gpus(gpus: list[Any]) -> dict[str, float]:
     named: dict[str, float] = {}
     for number, gpu in enumerate(gpus):
-        memory, watts = pynvml.nvmlDeviceGetMemoryInfo(gpu), pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+        memory: Any = pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        watts = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
         values = {
             "memory_usage_percentage": 100 * memory.used / memory.total,
             "memory_usage_megabytes": memory.used / 1e6,
