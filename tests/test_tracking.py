@@ -12,6 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
+from giffy_ray.storage import without_secrets
 from giffy_ray.tracking import Tracker, carrier, open_run, replay, tracking_uri
 from giffy_ray.tracking.outbox import Outbox
 
@@ -165,7 +166,11 @@ def nobody_there() -> str:
 
 
 def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
-    experiment: Experiment, client: MlflowClient, impatient: None, capsys: pytest.CaptureFixture
+    experiment: Experiment,
+    client: MlflowClient,
+    impatient: None,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
     away = override(experiment, {"tracking.uri": nobody_there()})
     tracker, began_s = open_run(away), time.monotonic()
@@ -177,6 +182,7 @@ def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
         tracker.flush()
     tracker.finish()
     assert "has not taken 5 of the things that were logged (MlflowException: " in capsys.readouterr().out
+    assert len(caplog.records) == 1  # however often it was tried
     assert replay(away) == 5
 
     again = open_run(experiment)  # at the next chance, to a server that answers
@@ -233,6 +239,12 @@ def test_no_password_of_an_address_is_logged(experiment: Experiment, client: Mlf
     assert client.get_run(tracker.run_id).data.params["data.root"] == "https://***@host/videos"
     yaml = Path(client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))).read_text()
     assert "secret" not in yaml and "https://***@host/videos" in yaml
+
+
+def test_passwords_are_taken_out_of_every_address_of_a_text():
+    said = "to s3://key:word@bucket/a@b and http://me@host:80/: sqlite:///runs/mlflow.db me@host"
+    kept = "to s3://***@bucket/a@b and http://***@host:80/: sqlite:///runs/mlflow.db me@host"
+    assert without_secrets(said) == kept
 
 
 def test_a_remote_storage_needs_a_server(experiment: Experiment):

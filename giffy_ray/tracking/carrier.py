@@ -105,9 +105,11 @@ class Carrier:
                 self._send(client, self.outbox.read(name))
         except Exception as failure:  # whatever it is, training goes on and the letter stays
             said = without_secrets(str(failure)).strip().splitlines() or [""]
-            self._failure = f"{type(failure).__name__}: {said[0]}"
-            _log.warning("MLflow at %s: %s", without_secrets(self.uri), self._failure)
+            told, self._failure = self._failure, f"{type(failure).__name__}: {said[0]}"
+            if told != self._failure:  # and not with every try
+                _log.warning("MLflow at %s: %s", without_secrets(self.uri), self._failure)
             return False
+        self._failure = ""
         return True
 
     def _send(self, client: Any, letter: Letter) -> None:
