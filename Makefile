@@ -25,14 +25,15 @@ bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's q
 	.venv/bin/pip install -qq lightning==2.6.6
 	PYTHONPATH=. .venv/bin/python benchmarks/train.py
 	PYTHONPATH=. .venv/bin/python benchmarks/scaling.py
+	PYTHONPATH=. .venv/bin/python benchmarks/tracking.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-ui: $(INSTALLED)  ## the MLflow page of the runs in runs/, on http://127.0.0.1:5000
-	.venv/bin/mlflow server --backend-store-uri sqlite:///$(CURDIR)/runs/mlflow.db --host 127.0.0.1 --port $(or $(PORT),5000)
+ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PORT
+	@.venv/bin/python -m giffy_ray.ui $(or $(RUNS),runs) $(or $(PORT),5000)
 
 lock: $(INSTALLED)  ## after changing a range in pyproject.toml
 	.venv/bin/pip install --upgrade --editable .[dev,perceptual] torch==2.13.0

@@ -90,7 +90,8 @@ def publish(location: str, folder: Path) -> None:
     DamagedCheckpoint; FileExistsError for a folder that is not empty.
     """
     trained, experiment = load(location)
-    changes: dict[str, Any] = {"optim.ema": 0.0, "storage": Experiment().storage, "data.root": None}
+    changes: dict[str, Any] = {"optim.ema": 0.0, "storage": Experiment().storage}
+    changes |= dict.fromkeys(["data.root", "tracking.uri", "search.storage"])  # ours, and may hold a password
     if isinstance(experiment.model, BetweenConfig):
         changes["model.adversarial_weight"] = 0.0  # its discriminators stay behind
     experiment = override(experiment, changes)
@@ -213,13 +214,14 @@ def to_resume(experiment: Experiment) -> str | None:
 
 def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError."""
-    measured = {}
+    measured, known = {}, set[str]()
     for location in _locations(experiment):
         metrics = _position(location).get("metrics", {})
-        if metric not in metrics:
-            known = ", ".join(sorted(metrics)) or "none"
-            raise ConfigError(f"{metric!r} was not measured at {location}; there are: {known}")
-        measured[location] = metrics[metric]
+        known |= metrics.keys()
+        if metric in metrics:  # and it is not one between validations
+            measured[location] = metrics[metric]
+    if known and not measured:
+        raise ConfigError(f"{metric!r} was not measured at any; there are: {', '.join(sorted(known))}")
     return _first_whole(experiment, sorted(measured, key=lambda place: measured[place], reverse=not smaller))
 
 

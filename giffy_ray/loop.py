@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from typing import Any, cast
 
+import ray
 import ray.train
 import ray.train.torch
 import torch
@@ -72,8 +73,10 @@ def run(
     steps = range(steps_done, last)
     batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
     listener = Listener(experiment, rank, device, notice)
+    introduce(tracker, store)
+    draw = functools.partial(samples, learner, make, store)
     if steps_done == 0:
-        tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=0)
+        tracker.log_animation(functools.partial(draw, "webp"), "validation", step=0)
 
     # ---------------------------------------------------------------------------------- the training
     stopped, profile = False, profiler(experiment.speed.profile and rank == 0, tracker.log_file)
@@ -94,7 +97,7 @@ def run(
             ranks.share_buffers(learner.networks.values())
             measured = meter.means() | validate(make, store, train.batch // ranks.count(), device)
             tracker.log_metrics(measured, step=epoch)
-            tracker.log_animation(lambda: samples(make, store, experiment.clip.fps), "validation", step=epoch)
+            tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
             report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell)
         if meter.skipped > train.most_skipped:
@@ -104,7 +107,16 @@ def run(
     # ----------------------------------------------------------------------------------
     listener.end()
     profile.stop()
+    tracker.log_drawn(functools.partial(draw, "mp4"), "samples.mp4", steps_done)
+    tracker.log_drawn(functools.partial(draw, "gif"), "samples.gif", steps_done)
     tracker.finish("KILLED" if stopped else "FINISHED")
+
+
+def introduce(tracker: Tracker, store: Store) -> None:
+    """Tells of the clips, and of the CPUs and GPUs that Ray keeps for the workers; Ray Data's tasks come on top."""
+    tracker.log_data_set(store.name, store.fingerprint, store.root, store.counts())
+    own = ray.get_runtime_context().get_assigned_resources()
+    tracker.sample(ranks.count() * own.get("CPU", 0.0), ranks.count() * own.get("GPU", 0.0))
 
 
 def validations(clips: int, experiment: Experiment) -> dict[int, int]:
@@ -199,9 +211,11 @@ def too_many_skipped(meter: Meter, store: Store, experiment: Experiment) -> str:
     )
 
 
-def samples(make: Method, store: Store, fps: float) -> bytes:
-    """Real above made, side by side and moving: the first validation clips."""
+def samples(learner: Learner, make: Method, store: Store, kind: render.Kind) -> bytes:
+    """The first validation clips, side by side and moving; below them what the learner makes of all their frames, where
+    it sees them, and what it makes of their ends and noise."""
     rows = store.rows_of("validation")[:_SAMPLES]
     real = torch.from_numpy(store.gather(rows))
     made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
-    return render.animation({"real": real.numpy(), "made": made.numpy()}, fps, "webp")
+    shown = {"real": real, "reconstruction": learner.reconstruct(real), "prior sample": made}
+    return render.animation({name: one.numpy() for name, one in shown.items() if one is not None}, store.clip.fps, kind)

@@ -7,12 +7,15 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal
 
+import av
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+Kind = Literal["gif", "webp", "mp4"]
 PAPER, INK, FAINT = (250, 250, 248), (32, 34, 38), (120, 124, 130)
 _TEXT_PX, _GAP_PX, _MARGIN_PX = 14, 3, 14
 _FONT_PX, _LINE_PX = 13, 18
@@ -22,10 +25,10 @@ _BLOCK_PX = 960  # about as high as a screen: many rows are shown smaller, so th
 _LAST_FRAME_S = 0.7  # the eye needs to see where it ends before it starts again
 
 
-def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "webp"]) -> bytes:
+def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Kind) -> bytes:
     """Clips side by side and moving, a labelled row for each method.
 
-    `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays in a loop at `fps`.
+    `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays at `fps`, GIF and WebP in a loop.
     """
     clips, time, *size = next(iter(rows.values())).shape
     height, width = _shown_size(size[0], size[1], len(rows))
@@ -106,7 +109,28 @@ def sprite_columns(time: int) -> int:
     return math.ceil(math.sqrt(time))
 
 
-def _animated(frames: list[Image.Image], fps: float, kind: Literal["gif", "webp"]) -> bytes:
+def encode_mp4(frames: np.ndarray, fps: float) -> bytes:
+    """uint8 [time, height, width, 3], of even height and width -> H.264 at x264's default quality.
+
+    The same frames give the same bytes.
+    """
+    out = io.BytesIO()
+    with av.open(out, "w", format="mp4") as container:
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"preset": "veryfast", "threads": "1"})
+        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
+        container.mux(stream.encode())
+    return out.getvalue()
+
+
+def _animated(frames: list[Image.Image], fps: float, kind: Kind) -> bytes:
+    if kind == "mp4":
+        again = [frames[-1]] * round(_LAST_FRAME_S * fps)
+        stacked = np.stack([np.asarray(frame) for frame in [*frames, *again]])
+        odd = [(0, 0), *((0, size % 2) for size in stacked.shape[1:3]), (0, 0)]  # H.264's colours are of 2x2 pixels
+        return encode_mp4(np.pad(stacked, odd, mode="edge"), fps)
     frame_ms = round(1000 / fps)
     durations_ms = [frame_ms] * (len(frames) - 1) + [frame_ms + round(_LAST_FRAME_S * 1000)]
     out = io.BytesIO()

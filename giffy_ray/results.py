@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from giffy_ray import checkpoints, perceptual, render
+from giffy_ray import checkpoints, perceptual, registry, render
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data.store import Store
@@ -47,13 +47,15 @@ from giffy_ray.tables import (
     skill_table,
     trials_table,
 )
-from giffy_ray.tracking import Tracker, open_run
+from giffy_ray.tracking import Tracker, open_run, tracking_uri
+from giffy_ray.tracking.registry import fetch
 from giffy_ray.train import train
 from giffy_ray.tune import Study, experiment_of
 
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
 _SHOWN_QUANTILES = (0.5, 0.85)
 _MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
+_REGISTERED = "models:/"  # in MLflow's registry
 _MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
 _MOST_TRIALS, _MOST_CLIPS = 5, 6  # of a search, and of each of these, that its page shows
 
@@ -133,6 +135,7 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     for tracker in trackers:
         tracker.finish()
     print(f"  {checkpoint}")
+    registry.offer(experiment)
 
 
 def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
@@ -153,8 +156,11 @@ def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
 
 
 def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
-    """`run`: a name, or, with a slash in it, where a checkpoint lies."""
+    """`run`: a name, or, with a slash in it, where a checkpoint lies, or models:/NAME@champion, models:/NAME/3."""
     try:
+        if run.startswith(_REGISTERED):
+            with tempfile.TemporaryDirectory() as folder:
+                return checkpoints.load(fetch(tracking_uri(experiment), run, Path(folder)))
         location = settle(run) if "/" in run else checkpoints.newest(override(experiment, {"name": run}))
         return checkpoints.load(location)
     except (ConfigError, FileNotFoundError, checkpoints.DamagedCheckpoint) as error:
@@ -163,6 +169,8 @@ def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
 
 def _short(run: str) -> str:
     """What a run is called in the tables: of a checkpoint the folder that it lies in, unless it has a name itself."""
+    if run.startswith(_REGISTERED):
+        return run.removeprefix(_REGISTERED)
     *folders, last = run.rstrip("/").split("/")
     return folders[-1] if folders and last.startswith("checkpoint_") else last
 

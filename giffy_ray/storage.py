@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import uuid
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def is_local(location: str) -> bool:
 
 def join(location: str, *names: str) -> str:
     return "/".join([location.rstrip("/"), *names])
+
+
+def without_secrets(text: str) -> str:
+    """Without what stands before the @ of addresses: a user and a password."""
+    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
 
 
 def settle(location: str) -> str:

@@ -9,6 +9,7 @@ from giffy_ray import learners, losses, models
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.models.baselines import linear
 from giffy_ray.models.between import Between, blend, matches, warp
+from giffy_ray.shapes import to_floats
 
 CLIP = ClipConfig(frames=6, height=16, width=24)
 SMALL = {
@@ -113,6 +114,22 @@ def test_a_frame_depends_on_its_time_only_and_any_number_can_be_asked_for(random
     nine = network.generate(start, end, noise, torch.linspace(0, 1, 9).expand(2, -1))
     torch.testing.assert_close(five, nine[:, :, ::2], atol=2e-5, rtol=0)
     assert not torch.allclose(network.generate(start, end, -noise, torch.full((2, 1), 0.5)), five[:, :, 2:3], atol=1e-3)
+
+
+def test_a_clip_is_made_again_from_what_q_says_of_it(random: torch.Generator):
+    """By way of the noise that brings the prior to q's mean."""
+    learner = learners.build(override(Experiment(), SMALL), torch.device("cpu"))
+    network = scrambled(learner.descent.trained, random).eval()  # type: ignore[attr-defined]
+    clips = torch.randint(0, 256, (3, 6, 16, 24, 3), dtype=torch.uint8, generator=random)
+    times, sampled = torch.linspace(0, 1, 6).expand(3, -1), torch.ones(3, dtype=torch.bool)
+    with torch.no_grad():
+        _, mean, _, prior_mean, prior_std = network(to_floats(clips), times, torch.zeros(3, 2), sampled)
+    expected = learner.generate(clips[:, 0], clips[:, -1], (mean - prior_mean) / prior_std)
+    again = learner.reconstruct(clips)
+    assert again is not None
+    assert (again.int() - expected.int()).abs().max() <= 1
+    assert not torch.equal(again, learner.generate(clips[:, 0], clips[:, -1], torch.zeros(3, 2)))
+    assert torch.equal(again[:, [0, -1]], clips[:, [0, -1]])
 
 
 def test_every_weight_is_trained(random: torch.Generator):

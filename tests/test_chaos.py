@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import sqlalchemy.exc
+from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
@@ -26,6 +27,7 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, load, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
+from giffy_ray.ui import free_port, mlflow_server
 from tests.conftest import moving_video
 
 pytestmark = pytest.mark.chaos
@@ -128,12 +130,17 @@ def newest_in(storage: Path) -> str:
     return checkpoints.newest(override(Experiment(), {"storage": str(storage), "name": "run"}))
 
 
-def curves_in(storage: Path) -> dict[str, list[tuple[int, float]]]:
-    """(step, value) of everything that was logged to the only run that there is, but times."""
+def only_run_in(storage: Path) -> tuple[MlflowClient, Run]:
     client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
     (experiment,) = client.search_experiments(filter_string="name = 'giffy_ray'")
     (run,) = client.search_runs([experiment.experiment_id])
     assert run.info.status == "FINISHED"
+    return client, run
+
+
+def curves_in(storage: Path) -> dict[str, list[tuple[int, float]]]:
+    """(step, value) of everything that was logged to the only run that there is, but times."""
+    client, run = only_run_in(storage)
     names = [name for name in run.data.metrics if name.startswith(("train/", "val/"))]
     return {name: [(one.step, one.value) for one in client.get_metric_history(run.info.run_id, name)] for name in names}
 
@@ -177,6 +184,57 @@ def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturb
     for name, curve in curves_in(tmp_path / "killed").items():
         assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
         assert curve == pytest.approx(undisturbed[name], rel=1e-9), name
+
+
+AWAY_S = 60
+
+
+def images_in(storage: Path) -> list[str]:
+    """'validation+step+7' of each animation that MLflow has, twice each."""
+    _, run = only_run_in(storage)
+    paths = sorted(storage.glob(f"**/{run.info.run_id}/artifacts/images/*.webp"))
+    return [path.name.partition("+timestamp")[0] for path in paths]
+
+
+def test_an_mlflow_that_is_away_for_a_minute_misses_nothing_and_has_nothing_twice(tmp_path: Path):
+    """A real server, killed in mid-training; an undisturbed training writes into a database of its own."""
+    videos, disturbed, port = few_videos(tmp_path), tmp_path / "disturbed", free_port()
+    words = ["name=run", "cluster.workers=1", "train.batch=4", "train.epochs=10000", "train.validate_every=250"]
+    there = f"tracking.uri=http://127.0.0.1:{port}"
+    disturbed.mkdir()
+    backend, files = f"sqlite:///{disturbed}/mlflow.db", ["--artifacts-destination", str(disturbed / "artifacts")]
+    waiting = disturbed / "run" / "tracking" / "waiting"
+    with mlflow_server(backend, port, files) as server:
+        job = job_of("train_cvae", videos, disturbed, there, *words)
+        while not (disturbed / "run" / "tracking" / "sent" / "metrics-000000250").exists():
+            assert job.poll() is None, job.communicate()[0]
+            time.sleep(0.1)
+        server.end(signal.SIGKILL)
+        before = steps_saved(disturbed)
+        time.sleep(AWAY_S)
+        after, letters = steps_saved(disturbed), list(waiting.iterdir())
+    print(f"while it was away there were {after - before} steps and {len(letters)} letters")
+    assert after > before
+    assert [letter for letter in letters if "-metrics-" in letter.name]
+    with mlflow_server(backend, port, files):
+        out, _ = job.communicate(timeout=900)
+        assert job.returncode == 0, out
+        replay = job_of("replay_tracking", videos, disturbed, there, "name=run")
+        out, _ = replay.communicate(timeout=300)
+        assert replay.returncode == 0, out
+    assert not list(waiting.iterdir())
+
+    job = job_of("train_cvae", videos, tmp_path / "whole", *words)
+    out, _ = job.communicate(timeout=900)
+    assert job.returncode == 0, out
+    assert curves_in(disturbed) == curves_in(tmp_path / "whole")  # to the last bit
+    assert images_in(disturbed) == images_in(tmp_path / "whole")
+    client, run = only_run_in(disturbed)
+    for name in run.data.metrics:
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, name)]
+        assert steps == sorted(set(steps)), name
+    whole = only_run_in(tmp_path / "whole")[1]
+    assert {name for name in run.data.metrics if not name.startswith("system/gpu")} >= whole.data.metrics.keys()
 
 
 def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_was_left_alone(

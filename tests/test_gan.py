@@ -176,6 +176,7 @@ def test_making_clips_depends_on_ends_and_noise_and_not_on_the_batch():
     assert not torch.equal(first, turned)
     with pytest.raises(ConfigError, match=r"frames: cgan makes clips of clip\.frames=6 \(value 5\)"):
         learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise, frames=5)
+    assert learner.reconstruct(CLIPS) is None  # its generator sees no frames between
 
 
 def test_it_learns_to_reproduce_the_ends():

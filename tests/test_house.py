@@ -13,10 +13,10 @@ PACKAGE = ROOT / "giffy_ray"
 # Each floor may import from itself and from those before it.
 FLOORS = [
     {"config", "shapes", "storage", "progress"},
-    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
+    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "ui", "reports", "ranks", "lease"},
     {"cluster", "learners", "tracking", "listen", "meter"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
-    {"loop"},
+    {"loop", "pyfunc", "registry"},
     {"train"},
     {"tune"},
     {"tables"},

@@ -1,6 +1,7 @@
 """End to end: from somebody's folder of mp4 files to MLflow, through `ray job submit`."""
 
 import csv
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,16 @@ def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Pa
     of_parent = MlflowClient(f"sqlite:///{storage}/mlflow.db").list_artifacts(parent.info.run_id)
     assert {"study.html", "best.yaml"} <= {item.path for item in of_parent}
     assert (storage / "tiny-study" / "study.html").read_bytes().count(b'"state": "whole"') == 2
+    assert {"samples.mp4", "samples.gif"} <= artifacts
+    for run in children:
+        assert run.data.metrics["cost/cpu_hours"] > run.data.metrics["cost/gpu_hours"] == 0
+        assert 0 < run.data.metrics["system/system_memory_usage_percentage"] < 100
+        (used,) = run.inputs.dataset_inputs
+        assert used.dataset.digest == run.data.tags["data.fingerprint"]
+        assert sum(json.loads(used.dataset.profile).values()) == 23
+    champion = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_model_version_by_alias("giffy_ray", "champion")
+    assert champion.run_id == best.info.run_id  # a search registers its best, and none of its trials
+    assert champion.version == "1"
 
 
 def test_the_results_lie_in_the_storage(tuned: str, storage: Path):

@@ -13,7 +13,7 @@ from giffy_ray import learners
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, from_yaml, override, to_yaml
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
-from giffy_ray.shapes import to_floats
+from giffy_ray.shapes import to_floats, to_pixels
 from tests import float64
 from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
@@ -82,6 +82,24 @@ def test_making_clips_needs_only_the_ends_and_depends_on_the_noise(tiny: Experim
     with torch.no_grad():
         assert not torch.equal(network.generate(*ends, noise), network.generate(*ends, -noise))
         assert not torch.equal(network.generate(*ends, noise), network.generate(*ends[::-1], noise))
+
+
+def test_a_clip_is_made_again_from_the_mean_of_q(tiny: Experiment):
+    learner = learners.build(tiny, CPU)
+    network = learner.networks["cvae"]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(3)  # a fresh network's clips are grey, whatever it sees
+        network.eval()
+        real = to_floats(CLIPS)
+        codes = network.image_encoder(real[:, :, 0]), network.image_encoder(real[:, :, -1])
+        mean, _ = network.video_encoder(real, *codes)
+        expected = to_pixels(network.generator(mean, *codes))
+        from_the_prior = to_pixels(network.generator(torch.zeros_like(mean), *codes))
+    again = learner.reconstruct(CLIPS)
+    assert again is not None
+    assert torch.equal(again, expected)
+    assert not torch.equal(again, from_the_prior)
 
 
 def test_noise_depends_on_seed_and_key_only():

@@ -1,15 +1,18 @@
 """What surrounds the steps: means over steps and workers, and a run that is cut anywhere."""
 
 import gzip
+import io
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 
 from giffy_ray import checkpoints, learners, loop
 from giffy_ray.config import ConfigError, Experiment, override
@@ -17,6 +20,7 @@ from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
 from giffy_ray.meter import Meter, peak_tflops, profiler
 from tests.test_checkpoints import assert_equal_weights, built, step
+from tests.test_results import FakeStore
 
 CPU = torch.device("cpu")
 
@@ -65,6 +69,34 @@ def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: i
     assert {name: value for name, value in found.items() if name.startswith("train/")} == pytest.approx(
         {name: value for name, value in expected.items() if name.startswith("train/")}, rel=1e-12
     )
+
+
+class Mirror:
+    """Stands for a learner that makes clips again upside down in brightness, or, as a GAN, does not."""
+
+    def __init__(self, sees: bool):
+        self.sees = sees
+
+    def reconstruct(self, clips: torch.Tensor) -> torch.Tensor | None:
+        return 255 - clips if self.sees else None
+
+
+@pytest.mark.parametrize("sees", [True, False])
+def test_samples_are_rows_of_real_reconstructed_and_made_clips(sees: bool, tmp_path: Path):
+    store: Any = FakeStore(tmp_path)
+
+    def make(start: torch.Tensor, end: torch.Tensor, clip_ids: list[str]) -> torch.Tensor:
+        assert clip_ids == store.ids
+        return torch.stack([start, start, end, end], dim=1)
+
+    drawn = loop.samples(Mirror(sees), make, store, "gif")  # type: ignore[arg-type]
+    picture, side = Image.open(io.BytesIO(drawn)), 128 + 3
+    assert picture.height == 2 * 14 + (3 if sees else 2) * side - 3
+    picture.seek(1)
+    pixels = np.asarray(picture.convert("RGB")).astype(int)
+    # The second frame of the last of four clips is of level 50, and its start of level 30.
+    levels = [int(pixels[14 + row * side + 64, -14 - 64].mean()) for row in range(3 if sees else 2)]
+    assert levels == pytest.approx([50, 205, 30] if sees else [50, 30], abs=8)
 
 
 def test_means_count_the_steps_that_had_a_loss():

@@ -1,5 +1,6 @@
 import io
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -27,6 +28,22 @@ def test_an_animation_plays_every_frame_at_its_rate(kind):
         image.load()
         assert image.info["duration"] == (100 if frame < 4 else 800)
     assert image.info["loop"] == 0
+
+
+@pytest.mark.parametrize("fps", [10, 7.5])
+def test_an_mp4_plays_every_frame_at_its_rate_and_rests_on_the_last(fps: float):
+    rows = {"real": level_clips([0, 60, 120, 180, 240], clips=1), "odd": level_clips([240, 180, 120, 60, 0], clips=1)}
+    with av.open(io.BytesIO(render.animation(rows, fps, "mp4"))) as video:
+        frames = [frame.to_ndarray(format="rgb24").astype(int) for frame in video.decode(video=0)]
+        assert float(video.streams.video[0].average_rate or 0) == pytest.approx(fps)
+    still = Image.open(io.BytesIO(render.animation(rows, fps, "webp"))).size
+    assert frames[0].shape[:2] == (still[1] + still[1] % 2, still[0] + still[0] % 2)
+    assert still[0] % 2 or still[1] % 2  # H.264 wants even sizes, and this is none
+    assert len(frames) == 5 + round(0.7 * fps)
+    for number, frame in enumerate(frames):
+        level = 60 * min(number, 4)
+        seen = frame[14 + 64, -50].mean(), frame[14 + 131 + 64, -50].mean()
+        assert seen == pytest.approx((level, 240 - level), abs=6)
 
 
 def test_a_contact_sheet_shows_eight_moments_from_first_to_last():

@@ -1,6 +1,10 @@
 """Read back with MLflow's own client."""
 
+import json
+import re
+import shutil
 import socket
+import subprocess
 import time
 from pathlib import Path
 
@@ -8,6 +12,7 @@ import pytest
 from mlflow.tracking import MlflowClient
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
+from giffy_ray.storage import without_secrets
 from giffy_ray.tracking import Tracker, carrier, open_run, replay, tracking_uri
 from giffy_ray.tracking.outbox import Outbox
 
@@ -28,10 +33,61 @@ def test_a_run_holds_the_experiment(experiment: Experiment, client: MlflowClient
     assert run.info.run_name == "run"
     assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
     assert run.data.tags["data.fingerprint"] == "abc"
-    assert len(run.data.tags["mlflow.source.git.commit"]) >= 7
+    assert run.data.tags["mlflow.source.git.commit"] == git("rev-parse", "HEAD")
+    dirty = bool(git("status", "--porcelain", "--untracked-files=no"))
+    assert run.data.tags["mlflow.source.git.dirty"] == str(dirty).lower()
+    assert re.fullmatch("[0-9a-f]{64}", run.data.tags["requirements.sha256"])
     tracker.flush()
     yaml = client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))
     assert from_yaml(Path(yaml).read_text()) == experiment
+
+
+def git(*words: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(Path(__file__).parent), *words], capture_output=True, text=True, check=True
+    ).stdout.strip()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_run_that_was_made_and_no_more_when_we_were_killed_is_filled(
+    experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object, **__: object) -> None:
+        raise SystemExit  # ends the carrier's thread, as a kill would
+
+    monkeypatch.setattr(MlflowClient, "log_text", killed)
+    open_run(experiment)._carrier._thread.join()  # type: ignore[union-attr]
+    (made,) = client.search_runs([client.get_experiment_by_name("giffy_ray").experiment_id])
+    assert not made.data.params
+    monkeypatch.undo()
+    open_run(experiment).finish()
+    run = client.get_run(made.info.run_id)
+    assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
+    assert [item.path for item in client.list_artifacts(made.info.run_id)] == ["experiment.yaml"]
+
+
+def test_what_mlflow_takes_of_a_parameter_is_kept_of_a_long_one(experiment: Experiment, client: MlflowClient):
+    """Its limits are 6000 characters, and 100 parameters in one call: there are more."""
+    many = {"model.kind": "cgan", "data.caps": {f"category {number}": {"training": 1} for number in range(1000)}}
+    long = override(experiment, many)
+    tracker = open_run(long)
+    params = client.get_run(tracker.run_id).data.params
+    assert params.keys() == flatten(long).keys()
+    assert len(params) > 100
+    assert params["data.caps"] == str(long.data.caps)[:6000]
+
+
+def test_a_run_names_its_data_set_once_however_often_it_is_started(experiment: Experiment, client: MlflowClient):
+    for _ in range(2):
+        tracker = open_run(experiment)
+        tracker.log_data_set("clips", "0123456789abcdef", "s3://me:secret@bucket/videos", {"training": 9, "rejects": 1})
+        tracker.finish()
+        shutil.rmtree(Path(tracker.place, "tracking"))  # as if we had been killed before we knew that it came
+    (used,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert (used.dataset.name, used.dataset.digest) == ("clips", "0123456789abcdef")
+    assert (used.dataset.source_type, json.loads(used.dataset.source)) == ("s3", {"uri": "s3://***@bucket/videos"})
+    assert json.loads(used.dataset.profile) == {"training": 9, "rejects": 1}
+    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
 
 
 def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Experiment, client: MlflowClient):
@@ -75,10 +131,23 @@ def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Exp
     assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
 
 
+def test_a_picture_of_the_end_is_drawn_once_for_each_step_and_replaces_the_one_before(
+    experiment: Experiment, client: MlflowClient, tmp_path: Path
+):
+    tracker = open_run(experiment)
+    tracker.log_drawn(lambda: b"first", "samples.gif", 3)
+    tracker.log_drawn(lambda: pytest.fail("drawn again"), "samples.gif", 3)
+    tracker.log_drawn(lambda: b"last", "samples.gif", 5)
+    tracker.flush()
+    assert Path(client.download_artifacts(tracker.run_id, "samples.gif", str(tmp_path))).read_bytes() == b"last"
+
+
 def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
     tracker = open_run(experiment, rank=1)
     tracker.log_metrics({"val/psnr": 1.0}, 1)
     tracker.log_animation(lambda: pytest.fail("drawn for nobody"), "validation", 1)
+    tracker.log_drawn(lambda: pytest.fail("drawn for nobody"), "samples.gif", 1)
+    tracker.sample(1, 0)
     tracker.finish()
     assert isinstance(tracker, Tracker)
     assert not (tmp_path / "runs").exists()
@@ -97,7 +166,11 @@ def nobody_there() -> str:
 
 
 def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
-    experiment: Experiment, client: MlflowClient, impatient: None, capsys: pytest.CaptureFixture
+    experiment: Experiment,
+    client: MlflowClient,
+    impatient: None,
+    capsys: pytest.CaptureFixture,
+    caplog: pytest.LogCaptureFixture,
 ):
     away = override(experiment, {"tracking.uri": nobody_there()})
     tracker, began_s = open_run(away), time.monotonic()
@@ -109,6 +182,8 @@ def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
         tracker.flush()
     tracker.finish()
     assert "has not taken 5 of the things that were logged (MlflowException: " in capsys.readouterr().out
+    told = [record for record in caplog.records if record.name == "giffy_ray.tracking.carrier"]
+    assert len(told) == 1  # however often it was tried
     assert replay(away) == 5
 
     again = open_run(experiment)  # at the next chance, to a server that answers
@@ -165,6 +240,12 @@ def test_no_password_of_an_address_is_logged(experiment: Experiment, client: Mlf
     assert client.get_run(tracker.run_id).data.params["data.root"] == "https://***@host/videos"
     yaml = Path(client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))).read_text()
     assert "secret" not in yaml and "https://***@host/videos" in yaml
+
+
+def test_passwords_are_taken_out_of_every_address_of_a_text():
+    said = "to s3://key:word@bucket/a@b and http://me@host:80/: sqlite:///runs/mlflow.db me@host"
+    kept = "to s3://***@bucket/a@b and http://***@host:80/: sqlite:///runs/mlflow.db me@host"
+    assert without_secrets(said) == kept
 
 
 def test_a_remote_storage_needs_a_server(experiment: Experiment):

@@ -161,12 +161,15 @@ class ClusterConfig(Strict):
 class TrackingConfig(Strict):
     uri: str | None = None  # none: an SQLite file in `storage`
     experiment: str = "giffy_ray"
+    # In MLflow's registry, of the best model of each training that ends; none: it is not registered.
+    model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = "giffy_ray"
 
 
 @dataclass(frozen=True)
 class EvaluateConfig(Strict):
     split: Literal["validation", "test", "shifted"] = "validation"
-    runs: tuple[str, ...] = ()  # names of runs in `storage`, or locations of checkpoints; empty: the run `name`
+    # Names of runs in `storage`, locations of checkpoints, models:/NAME@champion; empty: the run `name`.
+    runs: tuple[str, ...] = ()
     baselines: tuple[Baseline, ...] = get_args(Baseline)  # linear is always there: the others are measured against it
     perceptual: tuple[PerceptualMetric, ...] = ()  # docs/metrics.md; the first three need the extra `perceptual`
     weights: dict[Supplied, str] = field(default_factory=dict)  # TorchScript files of these

@@ -100,7 +100,8 @@ class Store:
         self._store = location.rsplit("/", 2)[0]
         about = json.loads(_text(join(location, "set.json")))
         self.name: str = about["name"]  # of the data set
-        self._root, self._limits = about["root"], LimitsConfig(**about["limits"])
+        self.root: str = about["root"]  # where its videos were when it was prepared
+        self._limits = LimitsConfig(**about["limits"])
         self.recipe = Recipe.from_json(_text(join(self._store, "recipe.json")))
         self.clip = self.recipe.clip
         self.rejects: list[dict] = _table(join(location, "rejects.parquet")).to_pylist()
@@ -150,6 +151,10 @@ class Store:
             clips[place] = frames[nearest_frames(times_s, self.clip)] if self.recipe.every else frames
         return clips
 
+    def counts(self) -> dict[str, int]:
+        """How many clips there are of each split, and rejects."""
+        return {**Counter(self._splits.tolist()), "rejects": len(self.rejects)}
+
     def reject_counts(self) -> Counter[str]:
         return Counter(reject["reason"] for reject in self.rejects)
 
@@ -179,7 +184,7 @@ class Store:
         return copy
 
     def _decoded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        filesystem, _ = filesystem_of(self._root)
+        filesystem, _ = filesystem_of(self.root)
         path = self._paths[row].as_py()
         try:
             video = read_video(filesystem, path, self._limits)

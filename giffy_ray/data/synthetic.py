@@ -11,16 +11,13 @@ they are shown. Every split has seeds of its own, and the same seed gives the sa
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
-
-import av
-import numpy as np
 
 from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.data import scenes
 from giffy_ray.progress import Bar
+from giffy_ray.render import encode_mp4
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
 
 NAME = "synthetic"
@@ -64,18 +61,6 @@ def plan(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIE
 def video(planned: Planned) -> bytes:
     """Draws and encodes one video: the bytes of an mp4 file."""
     return encode_mp4(scenes.draw(planned.category, planned.seed, planned.split == "shifted"), scenes.FPS)
-
-
-def encode_mp4(frames: np.ndarray, fps: int) -> bytes:
-    """uint8 [time, height, width, 3] -> H.264 mp4 at x264's default quality, the same bytes every time."""
-    out = io.BytesIO()
-    with av.open(out, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"preset": "veryfast", "threads": "1"})
-        stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
-        for frame in frames:
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        container.mux(stream.encode())
-    return out.getvalue()
 
 
 def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> str:

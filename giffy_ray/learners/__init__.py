@@ -31,6 +31,10 @@ class Learner(Protocol):
         """Makes clips from their two ends. `frames` other than the experiment's: ConfigError where it cannot."""
         ...
 
+    def reconstruct(self, clips: Clips) -> Clips | None:
+        """Makes clips again from all their frames; None where no part of the learner sees them, as in a GAN."""
+        ...
+
 
 def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learner:
     """The learner of `experiment.model.kind`, with weights drawn from `experiment.train.seed`.

@@ -88,6 +88,15 @@ class BetweenLearner:
         between = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
         return to_pixels(torch.cat([first[:, :, None], between, last[:, :, None]], dim=2)).cpu()
 
+    @torch.no_grad()
+    def reconstruct(self, clips: Clips) -> Clips:
+        """Makes clips, whose frames are taken to be evenly spaced, again from the mean of q."""
+        network, real = self.descent.trained.eval(), to_floats(clips.to(self.device))
+        times = torch.linspace(0, 1, real.shape[2], device=self.device).expand(len(real), -1)
+        noise = torch.zeros(len(real), self.latent, device=self.device)
+        between, *_ = network(real, times, noise, torch.ones(len(real), dtype=torch.bool, device=self.device))
+        return to_pixels(torch.cat([real[:, :, :1], between, real[:, :, -1:]], dim=2)).cpu()
+
     def _judged(
         self, real: ClipFloats, between: Tensor, positions: Positions, step: int, weight: float
     ) -> dict[str, Tensor]:

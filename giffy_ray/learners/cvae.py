@@ -57,3 +57,10 @@ class CVAELearner:
         network = cast(Autoencoder, self.descent.trained.eval())
         first, last = (to_floats(image.to(self.device)) for image in (start, end))
         return to_pixels(network.generate(first, last, noise.to(self.device))).cpu()
+
+    @torch.no_grad()
+    def reconstruct(self, clips: Clips) -> Clips:
+        """Makes clips again, from the mean of q."""
+        network, real = self.descent.trained.eval(), to_floats(clips.to(self.device))
+        made, _, _ = network(real, torch.zeros(len(real), self.latent, device=self.device))
+        return to_pixels(made).cpu()

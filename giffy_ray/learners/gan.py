@@ -76,3 +76,6 @@ class GANLearner:
         first, last = (to_floats(image.to(self.device)) for image in (start, end))
         made, _ = network(first, last, noise.to(self.device))
         return to_pixels(made).cpu()
+
+    def reconstruct(self, clips: Clips) -> None:
+        """The generator never sees the frames between."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import subprocess
 import time
 import uuid
@@ -20,9 +19,10 @@ from pathlib import Path
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
-from giffy_ray.storage import filesystem_of, is_local, join
+from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
+from giffy_ray.tracking.system import Sampler
 
 __all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
 
@@ -48,6 +48,7 @@ class Tracker:
     def __init__(self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = ""):
         self.place = place  # of the run: its folder, which is what others know it by
         self._outbox, self._carrier = outbox, carrier
+        self._sampler: Sampler | None = None
 
     def __enter__(self) -> Tracker:
         return self
@@ -68,6 +69,26 @@ class Tracker:
         if self._carrier:
             self._carrier.flush()
 
+    def sample(self, cpus: float, gpus: float) -> None:
+        """Has this machine sampled until the run is finished, and what it costs: `cpus` and `gpus` are what it holds.
+
+        `cost/cpu_hours` and `cost/gpu_hours` go on where an earlier start of the run left them.
+        """
+        if self._outbox and not self._sampler:
+            self._sampler = Sampler(self._metrics, self.place, cpus, gpus)
+
+    def log_data_set(self, name: str, fingerprint: str, source: str, counts: Mapping[str, int]) -> None:
+        """Names the data set among the run's inputs, as what it was trained on."""
+        kind = source.partition("://")[0] if "://" in source else "local"
+        dataset = {
+            "name": name,
+            "digest": fingerprint,
+            "source_type": kind,
+            "source": json.dumps({"uri": without_secrets(source)}),
+            "profile": json.dumps(dict(counts)),
+        }
+        self._put({"kind": "inputs", "dataset": dataset}, key="inputs")
+
     def log_metrics(self, metrics: Mapping[str, float], step: int, what: str = "metrics") -> None:
         """Logs `phase/name` values in one call. A step that was logged before an interruption is not logged again.
 
@@ -85,6 +106,12 @@ class Tracker:
     def log_file(self, path: Path, folder: str | None = None) -> None:
         if self._outbox:
             self._files([path.name], folder, path.read_bytes())
+
+    def log_drawn(self, draw: Callable[[], bytes], name: str, step: int) -> None:
+        """Draws a file and logs it, in place of that of an earlier step; once for each step."""
+        letter = f"{name}-{step:09}"
+        if self._outbox and not self._outbox.has(letter):
+            self._put({"kind": "files", "folder": None, "names": [name], "tags": {}}, draw(), letter)
 
     def log_animation(self, draw: Callable[[], bytes], key: str, step: int) -> None:
         """Draws an animated WebP and logs it under the names that MLflow's image grid, with its step slider, wants.
@@ -104,6 +131,8 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Ends the run, and waits a while for what MLflow has not taken yet; what is left is said, and kept."""
+        if self._sampler:
+            self._sampler.end()
         self._put({"kind": "status", "status": status})
         if self._carrier:
             self._carrier.end()
@@ -134,10 +163,10 @@ def open_run(
         return Tracker()
     place = join(experiment.storage, experiment.name)
     tracker = Tracker(*_connected(experiment, place), place)
-    own_tags = {"mlflow.source.git.commit": _git_commit(), "requirements.sha256": _lock_sha256(), **(tags or {})}
-    params = {name: _without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
+    own_tags = {**_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
-    tracker._put(begin, _without_secrets(to_yaml(experiment)).encode())
+    tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
     return tracker
 
 
@@ -160,19 +189,14 @@ def _connected(experiment: Experiment, place: str) -> tuple[Outbox, Carrier]:
     return outbox, Carrier(outbox, tracking_uri(experiment), experiment.tracking.experiment, artifacts, place)
 
 
-def _without_secrets(text: str) -> str:
-    """Without what stands before the @ of an address: a user and a password."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
-
-
 def _lock_sha256() -> str:
     """Of the versions that are installed here."""
     versions = sorted(f"{each.name}=={each.version}" for each in distributions())
     return hashlib.sha256("\n".join(versions).encode()).hexdigest()
 
 
-def _git_commit() -> str:
-    """The commit of the code that runs, with '-dirty' where files differ from it; 'unknown' without a checkout.
+def _git() -> dict[str, str]:
+    """The commit of the code that runs, and whether files differ from it; 'unknown' without a checkout.
 
     `ray job submit --working-dir` runs a copy without its .git; the checkout that it was most likely copied from is
     the one that is installed here.
@@ -180,10 +204,12 @@ def _git_commit() -> str:
     for folder in (Path(__file__).parent, _installed_from()):
         try:
             git = ["git", "-C", str(folder), "describe", "--always", "--abbrev=40", "--dirty", "--exclude=*"]
-            return subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+            said = subprocess.run(git, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
         except (OSError, subprocess.SubprocessError):
             continue
-    return "unknown"
+        commit, _, dirty = said.partition("-")
+        return {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": str(bool(dirty)).lower()}
+    return {"mlflow.source.git.commit": "unknown"}
 
 
 def _installed_from() -> str:

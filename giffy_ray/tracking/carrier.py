@@ -1,4 +1,4 @@
-"""Takes letters from an outbox to MLflow, and is the only importer of mlflow.
+"""Takes letters from an outbox to MLflow.
 
 Through MlflowClient, never through MLflow's global state: many trials and workers share a machine. mlflow is imported
 in the thread, as that takes two seconds.
@@ -11,11 +11,12 @@ import os
 import tempfile
 import threading
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giffy_ray.config import ConfigError
-from giffy_ray.storage import join, read_text, write_text
+from giffy_ray.storage import join, read_text, without_secrets, write_text
 from giffy_ray.tracking.outbox import Letter, Outbox
 
 if TYPE_CHECKING:
@@ -25,6 +26,7 @@ PATIENCE_S = 30.0  # at the end of a run, with a server that does not answer
 _WAITS_S = (0.5, 1, 2, 4, 8, 15)  # between tries
 # MLflow's own patience is four minutes for a request, in which nothing else is sent or given up.
 _CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_CLIENT["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a run's address, with the password that is in it
 # What a letter says is wrong, and will be: it is put aside.
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
 _log = logging.getLogger(__name__)
@@ -47,7 +49,9 @@ class Carrier:
 
     def run_id(self) -> str:
         if not self._begun.wait(PATIENCE_S):
-            raise TimeoutError(f"MLflow at {self.uri} did not answer for {PATIENCE_S:.0f} s: {self._failure}")
+            raise TimeoutError(
+                f"MLflow at {without_secrets(self.uri)} did not answer for {PATIENCE_S:.0f} s: {self._failure}"
+            )
         assert self._run_id
         return self._run_id
 
@@ -55,7 +59,9 @@ class Carrier:
         deadline_s = time.monotonic() + PATIENCE_S
         while self.outbox.waiting():
             if time.monotonic() > deadline_s:
-                raise TimeoutError(f"MLflow at {self.uri} did not answer for {PATIENCE_S:.0f} s: {self._failure}")
+                raise TimeoutError(
+                    f"MLflow at {without_secrets(self.uri)} did not answer for {PATIENCE_S:.0f} s: {self._failure}"
+                )
             time.sleep(0.02)
 
     def end(self) -> int:
@@ -67,9 +73,9 @@ class Carrier:
         waiting = len(self.outbox.waiting())
         if waiting:
             print(
-                f"MLflow at {self.uri} has not taken {waiting} of the things that were logged ({self._failure}); they "
-                f"wait in {self.outbox.folder}, and are sent when the run is started again or by "
-                "jobs/replay_tracking.py",
+                f"MLflow at {without_secrets(self.uri)} has not taken {waiting} of the things that were logged "
+                f"({self._failure}); they wait in {self.outbox.folder}, and are sent when the run is started again or "
+                "by jobs/replay_tracking.py",
                 flush=True,
             )
         return waiting
@@ -94,13 +100,16 @@ class Carrier:
     def _delivered_all(self) -> bool:
         try:
             names = self.outbox.waiting()
-            client = self._client() if names else None
+            client = client_of(self.uri) if names else None
             for name in names:
                 self._send(client, self.outbox.read(name))
         except Exception as failure:  # whatever it is, training goes on and the letter stays
-            self._failure = f"{type(failure).__name__}: {str(failure).strip().splitlines()[0] if str(failure) else ''}"
-            _log.warning("MLflow at %s: %s", self.uri, self._failure)
+            said = without_secrets(str(failure)).strip().splitlines() or [""]
+            told, self._failure = self._failure, f"{type(failure).__name__}: {said[0]}"
+            if told != self._failure:  # and not with every try
+                _log.warning("MLflow at %s: %s", without_secrets(self.uri), self._failure)
             return False
+        self._failure = ""
         return True
 
     def _send(self, client: Any, letter: Letter) -> None:
@@ -111,7 +120,7 @@ class Carrier:
         except MlflowException as refusal:
             if refusal.error_code not in _HOPELESS:
                 raise
-            _log.error("MLflow at %s refuses %s: %s; it is put aside", self.uri, letter.name, refusal)
+            _log.error("MLflow at %s refuses %s: %s; it is put aside", without_secrets(self.uri), letter.name, refusal)
             self.outbox.refused(letter)
         else:
             self.outbox.delivered(letter)
@@ -123,22 +132,31 @@ class Carrier:
         if head["parent"] and client.get_experiment_by_name(self.experiment) is None:
             raise LookupError("the experiment is not there yet; the run that this one is shown under makes it")
         experiment_id = self._experiment_id(client)
-        known = _found(client, experiment_id, self.place)
-        if known:
-            self._run_id = known
-            client.update_run(known, status="RUNNING")
-        else:
-            tags = {"giffy_ray.run": self.place, **head["tags"]}
-            if head["parent"]:
-                parent = _found(client, experiment_id, head["parent"])
-                if parent is None:
-                    raise LookupError(f"the run that it is shown under is not there yet ({head['parent']})")
-                tags["mlflow.parentRunId"] = parent
-            self._run_id = client.create_run(experiment_id, tags=tags, run_name=head["name"]).info.run_id
-            client.log_batch(self._run_id, params=[Param(name, value) for name, value in head["params"].items()])
-            client.log_text(self._run_id, letter.content.decode(), "experiment.yaml")
+        run_id = _found(client, experiment_id, self.place) or self._created(client, experiment_id, head)
+        client.update_run(run_id, status="RUNNING")
+        # Last the parameters, by which a run is known to be whole: we may have been killed right after it was made.
+        if not client.get_run(run_id).data.params:
+            client.log_text(run_id, letter.content.decode(), "experiment.yaml")
+            client.log_batch(run_id, params=[Param(name, value) for name, value in head["params"].items()])
+        self._run_id = run_id
         write_text(join(self.place, "mlflow_run"), self._run_id)
         self._begun.set()
+
+    def _created(self, client: MlflowClient, experiment_id: str, head: Mapping[str, Any]) -> str:
+        tags = {"giffy_ray.run": without_secrets(self.place), **head["tags"]}
+        if head["parent"]:
+            parent = _found(client, experiment_id, head["parent"])
+            if parent is None:
+                raise LookupError(f"the run that it is shown under is not there yet ({head['parent']})")
+            tags["mlflow.parentRunId"] = parent
+        return client.create_run(experiment_id, tags=tags, run_name=head["name"]).info.run_id
+
+    def _inputs(self, client: MlflowClient, letter: Letter) -> None:
+        """Sent twice, MLflow keeps it once."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+
+        dataset = Dataset(**letter.head["dataset"])
+        client.log_inputs(self._run_id or "", [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
 
     def _metrics(self, client: MlflowClient, letter: Letter) -> None:
         """Sent twice, as when we are killed before we know that it came, it is stored once: the time is the same."""
@@ -164,32 +182,33 @@ class Carrier:
         for run in client.search_runs([self._experiment_id(client)], query):
             client.set_terminated(run.info.run_id, "KILLED")
 
-    def _client(self) -> MlflowClient:
-        for name, value in _CLIENT.items():
-            os.environ.setdefault(name, value)
-        from mlflow.tracking import MlflowClient
-
-        for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table of a new SQLite file
-            logging.getLogger(name).setLevel(logging.WARNING)
-        return MlflowClient(self.uri)
-
     def _experiment_id(self, client: MlflowClient) -> str:
         known = client.get_experiment_by_name(self.experiment)
         return known.experiment_id if known else client.create_experiment(self.experiment, self.artifacts)
 
 
+def client_of(uri: str) -> MlflowClient:
+    for name, value in _CLIENT.items():
+        os.environ.setdefault(name, value)
+    from mlflow.tracking import MlflowClient
+
+    for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table of a new SQLite file
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(uri)
+
+
 def params_of(uri: str, run_id: str) -> dict[str, str]:
     """The parameters of a run. Raises ConfigError where MLflow has no such run."""
     from mlflow.exceptions import MlflowException
-    from mlflow.tracking import MlflowClient
 
     try:
-        return MlflowClient(uri).get_run(run_id).data.params
+        return client_of(uri).get_run(run_id).data.params
     except MlflowException as error:
         raise ConfigError(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})") from error
 
 
 def _found(client: MlflowClient, experiment_id: str, place: str) -> str | None:
     """The storage folder is what makes a run one run, however often it is started."""
-    known = client.search_runs([experiment_id], f"tags.`giffy_ray.run` = '{place}'", max_results=1)
+    query = f"tags.`giffy_ray.run` = '{without_secrets(place)}'"
+    known = client.search_runs([experiment_id], query, max_results=1)
     return known[0].info.run_id if known else None

@@ -11,6 +11,7 @@ twice, such as the metrics of a step: a second letter with a key that was used i
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -39,6 +40,7 @@ class Outbox:
         self.folder = folder
         self._used = {*_names(join(folder, "sent")), *(name.partition("-")[2] for name in self.waiting())} - {""}
         self._last = 0
+        self._one_at_a_time = threading.Lock()  # the sampler of the machine writes too
 
     @staticmethod
     def is_at(folder: str) -> bool:
@@ -46,12 +48,13 @@ class Outbox:
 
     def put(self, head: Mapping[str, Any], content: bytes = b"", key: str = "") -> None:
         """`key` is part of a file's name; a letter without one may be sent again and again."""
-        if key in self._used:
-            return
-        if key:
-            self._used.add(key)
-        self._last = max(time.time_ns(), self._last + 1)
-        write_bytes(join(self.folder, "waiting", f"{self._last:020}-{key}"), _folded(head, content))
+        with self._one_at_a_time:
+            if key in self._used:
+                return
+            if key:
+                self._used.add(key)
+            self._last = max(time.time_ns(), self._last + 1)
+            write_bytes(join(self.folder, "waiting", f"{self._last:020}-{key}"), _folded(head, content))
 
     def has(self, key: str) -> bool:
         return key in self._used

@@ -1,0 +1,221 @@
+"""The registry read with MLflow's own client, and a registered model loaded by MLflow, without pickle."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from mlflow.models import get_model_info
+from mlflow.tracking import MlflowClient
+
+from giffy_ray import checkpoints, registry
+from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.learners.noise import noise_at
+from giffy_ray.results import trained_runs
+from giffy_ray.storage import write_text
+from giffy_ray.tracking import open_run, tracking_uri
+from giffy_ray.tracking.registry import Version
+from tests.conftest import TINY
+from tests.test_checkpoints import built, step
+from tests.test_tracking import nobody_there
+
+ROOT = Path(__file__).parent.parent
+KEPT = {"cvae.safetensors", "experiment.yaml", "manifest.json"}
+
+
+def trained(base: Experiment, storage: Path, name: str, l2: float, clips: str = "abc", steps: int = 1) -> Experiment:
+    """A run that has ended, with two checkpoints, the first of which was the better."""
+    experiment = override(base, {"name": name, "storage": str(storage), "train.batch": 4})
+    learner = built(experiment)
+    for number in range(steps):
+        step(learner, experiment, number)
+    with torch.no_grad():  # what was hardly trained makes grey clips, whatever it is given
+        for parameter in learner.networks["cvae"].parameters():
+            parameter.mul_(3)
+    for number, (measured, more) in enumerate([(l2, {}), (l2 + 1, {}), (None, {"train/loss": 1.0})]):
+        folder = storage / name / f"checkpoint_{number}"
+        folder.mkdir(parents=True)
+        metrics = more if measured is None else {"val/l2_report": measured, "val/skill": 0.1, **more}
+        checkpoints.save(folder, learner, experiment, checkpoints.Position(10 * number, metrics))
+    write_text(str(storage / name / "data_set"), clips)
+    open_run(experiment).finish()
+    return experiment
+
+
+@pytest.fixture(scope="module")
+def champion(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
+    experiment = trained(override(Experiment(), TINY), tmp_path_factory.mktemp("runs"), "first", 50.0)
+    assert registry.register(experiment) == "models:/giffy_ray/1: the champion, as the first; val/l2_report 50.00"
+    return experiment
+
+
+def crowned(experiment: Experiment) -> int:
+    client = MlflowClient(tracking_uri(experiment))
+    return int(client.get_model_version_by_alias(str(experiment.tracking.model), "champion").version)
+
+
+def test_the_best_of_a_run_is_registered_with_what_is_known_of_it(champion: Experiment):
+    client = MlflowClient(tracking_uri(champion))
+    version = client.get_model_version("giffy_ray", "1")
+    assert version.run_id == (Path(champion.storage) / "first" / "mlflow_run").read_text()
+    assert version.tags["val/l2_report"] == "50.0"
+    assert version.tags["steps_done"] == "0"
+    assert version.tags["data.fingerprint"] == "abc"
+    assert version.tags["clip"] == "6 frames of 16x16 at 2 fps, stretch"
+    files = [item.path for item in client.list_artifacts(version.run_id) if item.is_dir]
+    assert len(files) == 1
+    inside = {item.path.rpartition("/")[2] for item in client.list_artifacts(version.run_id, f"{files[0]}/checkpoint")}
+    assert inside == KEPT
+
+
+def test_a_model_that_is_registered_again_is_the_same_version(champion: Experiment):
+    assert registry.register(champion) == "models:/giffy_ray/1: the champion, as it was; val/l2_report 50.00"
+    assert len(MlflowClient(tracking_uri(champion)).search_model_versions("name = 'giffy_ray'")) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "l2", "clips", "said", "stays"),
+    [
+        ("better", 40.0, "abc", "the champion; val/l2_report 40.00, and 50.00 of version 1", False),
+        (
+            "equal",
+            50.0,
+            "abc",
+            "not the champion: version 1 stays, whose val/l2_report is 50.00, and this one's 50.00",
+            True,
+        ),
+        (
+            "broken",
+            math.nan,
+            "abc",
+            "not the champion: version 1 stays, whose val/l2_report is 50.00, and this one's nan",
+            True,
+        ),
+        (
+            "elsewhere",
+            40.0,
+            "xyz",
+            "version 1 stays, which was measured on other clips (data.fingerprint 'abc', not 'xyz')",
+            True,
+        ),
+    ],
+)
+def test_the_champion_is_the_best_on_the_same_clips(
+    champion: Experiment, name: str, l2: float, clips: str, said: str, stays: bool
+):
+    registry.register(override(champion, {"tracking.model": name}))
+    other = trained(override(champion, {"tracking.model": name}), Path(champion.storage), name, l2, clips, steps=2)
+    told = registry.register(other)
+    assert told.startswith(f"models:/{name}/2: ")
+    assert said in told
+    assert crowned(other) == (1 if stays else 2)
+
+
+def test_models_of_other_clips_or_unknown_ones_are_not_compared():
+    clip = registry._words(ClipConfig())
+    ours = Version("m", 2, {"val/l2_report": "1", "data.fingerprint": "a", "data.split": "validation", "clip": clip})
+    longer = registry._words(ClipConfig(frames=60))
+    for tags, why in (
+        (dict(ours.tags) | {"clip": longer}, "(clip '60 frames of 64x64 at 10 fps, stretch', not '30 frames"),
+        (dict(ours.tags) | {"data.split": "test"}, "(data.split 'test', not 'validation')"),
+        ({}, "(data.fingerprint 'unknown', not 'a')"),
+    ):
+        crowned, said = registry.verdict(ours, Version("m", 1, tags))
+        assert not crowned
+        assert why in said
+    assert registry.verdict(Version("m", 1, {"val/l2_report": "nan"}), None)[0] is False
+
+
+def test_mlflow_loads_the_champion_without_pickle_and_it_makes_the_same_clips(champion: Experiment, tmp_path: Path):
+    pairs = np.random.default_rng(0).integers(0, 255, (2, 3, 16, 16, 3), np.uint8)
+    np.save(tmp_path / "pairs.npy", pairs)
+    code = f"""
+import mlflow, numpy as np
+mlflow.set_tracking_uri({tracking_uri(champion)!r})
+model = mlflow.pyfunc.load_model("models:/giffy_ray@champion")
+start, end = np.load("pairs.npy")
+np.savez("made.npz", mean=model.predict({{"start": start, "end": end}}),
+         sample=model.predict({{"start": start, "end": end}}, params={{"seed": 3}}))
+try:
+    model.predict({{"start": start / 255, "end": end}})
+except mlflow.exceptions.MlflowException as refusal:
+    print("does not match" in str(refusal))
+"""
+    environment = os.environ | {"MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "True"
+    learner, _ = checkpoints.load(checkpoints.best(champion, "val/l2_report"))
+    start, end = torch.from_numpy(pairs)
+    made = np.load(tmp_path / "made.npz")
+    assert np.array_equal(made["mean"], learner.generate(start, end, torch.zeros(3, 3)).numpy())
+    assert np.array_equal(made["sample"], learner.generate(start, end, noise_at(3, range(3), 3)).numpy())
+    assert not np.array_equal(made["sample"], made["mean"])
+
+    place = MlflowClient(tracking_uri(champion)).get_model_version_download_uri("giffy_ray", "1")
+    place = place.removeprefix("file://")
+    files = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
+    assert files == {"MLmodel", *(f"checkpoint/{name}" for name in KEPT)}  # so neither code nor pickle
+    signature = get_model_info(place).signature
+    assert [one.shape for one in signature.inputs.inputs] == [(-1, 16, 16, 3)] * 2
+    assert signature.outputs.inputs[0].shape == (-1, 6, 16, 16, 3)
+
+
+def test_the_champion_is_evaluated_by_its_name(champion: Experiment):
+    asked = override(champion, {"evaluate.runs": ["models:/giffy_ray@champion", "models:/giffy_ray/1", "first"]})
+    runs = trained_runs(asked, champion.clip)
+    assert [run.name for run in runs] == ["giffy_ray@champion", "giffy_ray/1", "first"]
+    weights = [torch.nn.utils.parameters_to_vector(run.learner.networks["cvae"].parameters()) for run in runs]
+    assert torch.equal(weights[0], weights[2])
+
+
+@pytest.mark.parametrize("run", ["models:/giffy_ray@nobody", "models:/nothing@champion", "models:/giffy_ray/7"])
+def test_a_model_that_is_not_there_is_named(champion: Experiment, run: str):
+    with pytest.raises(ConfigError, match=rf"evaluate\.runs: MLflow at sqlite.* says: .*\(value '{run}'\)"):
+        trained_runs(override(champion, {"evaluate.runs": [run]}), champion.clip)
+
+
+def test_a_model_of_others_is_refused(champion: Experiment, tmp_path: Path):
+    client = MlflowClient(tracking_uri(champion))
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "MLmodel").write_text("flavors: {}")
+    client.create_registered_model("theirs")
+    client.create_model_version("theirs", str(tmp_path / "theirs"))
+    with pytest.raises(ConfigError, match=r"evaluate\.runs: theirs 1 was not registered by giffy_ray"):
+        trained_runs(override(champion, {"evaluate.runs": ["models:/theirs/1"]}), champion.clip)
+
+
+def test_a_registry_that_is_away_fails_no_training_and_how_to_repeat_it_is_said(
+    champion: Experiment, capsys: pytest.CaptureFixture
+):
+    address = nobody_there().replace("://", "://me:secret@")
+    registry.offer(override(champion, {"tracking.uri": address}))
+    said = capsys.readouterr().out
+    assert "the model was not registered: " in said
+    assert f"python jobs/register.py name=first storage={champion.storage} tracking.model=giffy_ray" in said
+    assert "secret" not in said
+
+
+def test_what_is_registered_is_asked_for_and_known(champion: Experiment, capsys: pytest.CaptureFixture):
+    registry.offer(override(champion, {"tracking.model": None}))
+    assert capsys.readouterr().out == ""
+    with pytest.raises(ConfigError, match=r"evaluate\.runs: a registered model is models:/NAME@champion"):
+        trained_runs(override(champion, {"evaluate.runs": ["models:/giffy_ray"]}), champion.clip)
+    with pytest.raises(ConfigError, match=r"tracking\.model"):
+        registry.register(override(champion, {"tracking.model": None}))
+    with pytest.raises(ConfigError, match=r"name: MLflow has no run of .*nobody.*replay_tracking"):
+        registry.register(override(champion, {"name": "nobody"}))
+
+
+def test_no_password_is_published(tiny: Experiment, tmp_path: Path):
+    secret = {"tracking.uri": "http://me:secret@host", "search.storage": "postgresql://me:secret@host/optuna"}
+    experiment = override(tiny, secret | {"data.root": "s3://me:secret@bucket/videos"})
+    (tmp_path / "trained").mkdir()
+    checkpoints.save(tmp_path / "trained", built(experiment), experiment, checkpoints.Position(0))
+    checkpoints.publish(str(tmp_path / "trained"), tmp_path / "published")
+    assert "secret" not in (tmp_path / "published" / "experiment.yaml").read_text()

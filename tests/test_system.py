@@ -1,0 +1,107 @@
+"""What is sampled of a machine, beside MLflow's own monitors, and hours that add up over restarts."""
+
+import itertools
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pynvml
+import pytest
+from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
+from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor
+from mlflow.tracking import MlflowClient
+
+from giffy_ray.config import Experiment, override
+from giffy_ray.tracking import open_run, system, tracking_uri
+
+GIGA = 10**9
+
+
+def of_mlflow(monitor) -> dict[str, float]:
+    monitor.collect_metrics()
+    return {f"system/{name}": value for name, value in monitor.aggregate_metrics().items()}
+
+
+def test_the_machine_is_read_as_mlflow_reads_it(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(psutil, "cpu_percent", lambda: 37.5)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(used=3 * GIGA, total=24 * GIGA))
+    assert system.machine() == of_mlflow(CPUMonitor())
+    assert system.machine()["system/system_memory_usage_percentage"] == 12.5
+
+
+def test_gpus_are_read_as_mlflow_reads_them(monkeypatch: pytest.MonkeyPatch):
+    """NVML is stood in for, as a machine without GPUs has none to ask; on one with an H100 they agreed too."""
+    answers = {
+        "nvmlInit": lambda: None,
+        "nvmlDeviceGetCount": lambda: 2,
+        "nvmlDeviceGetHandleByIndex": lambda number: number,
+        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=(gpu + 1) * 10 * GIGA, total=80 * GIGA),
+        "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=40 + gpu),
+        "nvmlDeviceGetPowerUsage": lambda gpu: 350_000,
+        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 700_000,
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    ours = system.of_gpus(system.gpus_here())
+    assert ours == of_mlflow(GPUMonitor())
+    assert ours["system/gpu_1_memory_usage_percentage"] == 25
+    assert ours["system/gpu_0_power_usage_percentage"] == 50
+
+
+def test_a_machine_without_nvidias_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch):
+    def absent() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", absent)
+    assert system.gpus_here() == []
+
+
+@pytest.fixture
+def experiment(tmp_path: Path) -> Experiment:
+    return override(Experiment(), {"name": "run", "storage": str(tmp_path / "runs")})
+
+
+def test_a_start_adds_to_what_the_run_has_cost_and_counts_nothing_twice(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(system, "EVERY_S", 0.2)
+    took_s, client = 0.0, MlflowClient(tracking_uri(experiment))
+    for cpus, gpus in ((2.0, 0.5), (2.0, 0.5)):
+        tracker, began_s = open_run(experiment), time.monotonic()
+        tracker.sample(cpus, gpus)
+        time.sleep(0.7)
+        tracker._sampler.end()  # type: ignore[union-attr]
+        took_s += time.monotonic() - began_s
+        tracker.finish()
+        time.sleep(0.3)  # which nobody pays for
+    cpu_hours = client.get_metric_history(tracker.run_id, "cost/cpu_hours")
+    assert [metric.step for metric in cpu_hours] == list(range(1, len(cpu_hours) + 1))
+    assert len(cpu_hours) >= 4
+    assert all(after.value > before.value for before, after in itertools.pairwise(cpu_hours))
+    assert cpu_hours[-1].value == pytest.approx(2 * took_s / 3600, rel=0.05)
+    run = client.get_run(tracker.run_id).data.metrics
+    assert run["cost/gpu_hours"] == pytest.approx(run["cost/cpu_hours"] / 4)
+    assert 0 <= run["system/cpu_utilization_percentage"] <= 100
+
+
+def test_a_sample_that_fails_ends_nothing_and_its_time_is_counted_by_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(system, "EVERY_S", 0.1)
+    logged: list[dict[str, float]] = []
+    written, times = system.write_text, iter([True, False, False, False])
+
+    def full_at_first(*of_file: str) -> None:
+        if next(times, False):
+            raise OSError("no space left")
+        written(*of_file)
+
+    monkeypatch.setattr(system, "write_text", full_at_first)
+    began_s = time.monotonic()
+    sampler = system.Sampler(lambda values, step: logged.append(values), str(tmp_path), cpus=1, gpus=0)
+    time.sleep(0.35)
+    sampler.end()
+    took_s = time.monotonic() - began_s
+    assert "no space left" in caplog.text
+    assert logged[-1]["cost/cpu_hours"] == pytest.approx(took_s / 3600, rel=0.05)
