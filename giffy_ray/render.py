@@ -22,28 +22,38 @@ _BLOCK_PX = 960  # about as high as a screen: many rows are shown smaller, so th
 _LAST_FRAME_S = 0.7  # the eye needs to see where it ends before it starts again
 
 
-def animation(rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "webp"]) -> bytes:
+def animation(
+    rows: Mapping[str, np.ndarray], fps: float, kind: Literal["gif", "webp"], across: int | None = None
+) -> bytes:
     """Clips side by side and moving, a labelled row for each method.
 
-    `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays in a loop at `fps`.
+    `rows`: label -> uint8 [clips, time, height, width, 3], all of one shape. Plays in a loop at `fps`. `across`: so
+    many clips are side by side (none: all); the others follow below, in rows of their own.
     """
     clips, time, *size = next(iter(rows.values())).shape
-    height, width = _shown_size(size[0], size[1], len(rows))
+    across = min(across or clips, clips)
+    bands = math.ceil(clips / across)
+    height, width = _shown_size(size[0], size[1], bands * len(rows))
     left = _label_width(rows)
+    band_px = len(rows) * (height + _GAP_PX) + _GAP_PX
+    tops = [
+        [_MARGIN_PX + band * band_px + row * (height + _GAP_PX) for row in range(len(rows))] for band in range(bands)
+    ]
     canvas = (
-        left + clips * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
-        2 * _MARGIN_PX + len(rows) * (height + _GAP_PX) - _GAP_PX,
+        left + across * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
+        2 * _MARGIN_PX + bands * band_px - 2 * _GAP_PX,
     )
     blank = Image.new("RGB", canvas, PAPER)
-    for row, label in enumerate(rows):
-        _label(blank, label, _MARGIN_PX + row * (height + _GAP_PX) + height // 2)
+    for band in tops:
+        for label, top in zip(rows, band, strict=True):
+            _label(blank, label, top + height // 2)
     frames = []
     for moment in range(time):
         frame = blank.copy()
         for row, made in enumerate(rows.values()):
-            for column in range(clips):
-                place = (left + column * (width + _GAP_PX), _MARGIN_PX + row * (height + _GAP_PX))
-                frame.paste(_enlarged(made[column, moment], width, height), place)
+            for clip in range(clips):
+                place = (left + clip % across * (width + _GAP_PX), tops[clip // across][row])
+                frame.paste(_enlarged(made[clip, moment], width, height), place)
         frames.append(frame)
     return _animated(frames, fps, kind)
 

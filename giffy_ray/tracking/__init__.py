@@ -23,6 +23,7 @@ from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
 from giffy_ray.storage import filesystem_of, is_local, join
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
+from giffy_ray.tracking.view import colour
 
 __all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
 
@@ -131,7 +132,14 @@ def open_run(
         return Tracker()
     place = join(experiment.storage, experiment.name)
     tracker = Tracker(*_connected(experiment, place), place)
-    own_tags = {"mlflow.source.git.commit": _git_commit(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
+    own_tags = {
+        **source,
+        **colour(experiment.name),
+        "mlflow.source.git.commit": _git_commit(),
+        "requirements.sha256": _lock_sha256(),
+        **(tags or {}),
+    }
     params = {name: _without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, _without_secrets(to_yaml(experiment)).encode())
