@@ -32,7 +32,7 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
-# One process and no jobs of MLflow's own: half the time to start.
+# One process, none for jobs of MLflow's own, and no word of it to anybody.
 ui: export MLFLOW_DISABLE_TELEMETRY ?= true
 ui: export MLFLOW_SERVER_ENABLE_JOB_EXECUTION ?= false
 ui: $(INSTALLED)  ## the MLflow page of the runs in runs/, on http://127.0.0.1:5000

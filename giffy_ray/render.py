@@ -31,8 +31,8 @@ def animation(
     many clips are side by side (none: all); the others follow below, in rows of their own.
     """
     clips, time, *size = next(iter(rows.values())).shape
-    across = min(across or clips, clips)
-    bands = math.ceil(clips / across)
+    columns = min(across or clips, clips)
+    bands = math.ceil(clips / columns)
     height, width = _shown_size(size[0], size[1], bands * len(rows))
     left = _label_width(rows)
     band_px = len(rows) * (height + _GAP_PX) + _GAP_PX
@@ -40,7 +40,7 @@ def animation(
         [_MARGIN_PX + band * band_px + row * (height + _GAP_PX) for row in range(len(rows))] for band in range(bands)
     ]
     canvas = (
-        left + across * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
+        left + columns * (width + _GAP_PX) - _GAP_PX + _MARGIN_PX,
         2 * _MARGIN_PX + bands * band_px - 2 * _GAP_PX,
     )
     blank = Image.new("RGB", canvas, PAPER)
@@ -52,7 +52,7 @@ def animation(
         frame = blank.copy()
         for row, made in enumerate(rows.values()):
             for clip in range(clips):
-                place = (left + clip % across * (width + _GAP_PX), tops[clip // across][row])
+                place = (left + clip % columns * (width + _GAP_PX), tops[clip // columns][row])
                 frame.paste(_enlarged(made[clip, moment], width, height), place)
         frames.append(frame)
     return _animated(frames, fps, kind)

@@ -6,6 +6,8 @@ from PIL import Image
 
 from giffy_ray import render
 
+LEVELS = [("real", 20), ("made", 120)]
+
 
 def level_clips(levels: list[int], clips: int = 2) -> np.ndarray:
     frames = np.asarray(levels, np.uint8)[None, :, None, None, None]
@@ -27,6 +29,18 @@ def test_an_animation_plays_every_frame_at_its_rate(kind):
         image.load()
         assert image.info["duration"] == (100 if frame < 4 else 800)
     assert image.info["loop"] == 0
+
+
+def test_clips_that_have_no_room_side_by_side_follow_below():
+    rows = {name: np.stack([level_clips([level + 20 * clip] * 2, 1)[0] for clip in range(5)]) for name, level in LEVELS}
+    pixels = np.asarray(Image.open(io.BytesIO(render.animation(rows, fps=10, kind="gif", across=3))).convert("RGB"))
+    height, width = pixels.shape[:2]
+    columns = [width - 14 - 64 - 131 * back for back in (2, 1, 0)]
+    downs = [14 + 64, 14 + 131 + 64, height - 14 - 131 - 64, height - 14 - 64]
+    shown = [[int(pixels[down, column].mean()) for column in columns] for down in downs]
+    paper = round(np.mean(render.PAPER))
+    wanted = [[20, 40, 60], [120, 140, 160], [80, 100, paper], [180, 200, paper]]
+    assert np.abs(np.subtract(shown, wanted)).max() <= 3
 
 
 def test_a_contact_sheet_shows_eight_moments_from_first_to_last():

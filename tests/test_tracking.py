@@ -1,5 +1,6 @@
 """Read back with MLflow's own client."""
 
+import json
 import socket
 import time
 from pathlib import Path
@@ -73,6 +74,18 @@ def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Exp
     assert small.replace("+compressed", "") == image
     assert image.endswith(".webp")
     assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
+
+
+def test_the_page_has_our_view_and_trials_have_colours(experiment: Experiment, client: MlflowClient):
+    parent = open_run(experiment)
+    trials = [open_run(override(experiment, {"name": f"trial-{n:04}"}), parent=parent.place) for n in (0, 1, 10)]
+    first, second, eleventh = (client.get_run(trial.run_id).data.tags["mlflow.runColor"] for trial in trials)
+    assert first == eleventh != second
+    run = client.get_run(parent.run_id)
+    assert "mlflow.runColor" not in run.data.tags
+    view = json.loads(client.get_experiment(run.info.experiment_id).tags["mlflow.sharedViewState.giffy_ray"])
+    charts = json.loads(view["state"])["compareRunCharts"]
+    assert {"val/l2_report", "val/psnr"} <= {chart.get("metricKey") for chart in charts}
 
 
 def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
