@@ -31,7 +31,7 @@ from giffy_ray.tracking import Tracker, open_run
 # Of a checkpoint that was not validated: Ray Train's memory of a run cannot hold NaN or infinity.
 _UNSCORED = 1e30
 SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
-_SAMPLES = 6
+_SAMPLES = 4  # clips, by two or three rows: about a square, as MLflow's page gives pictures one
 
 
 # Takes what is reported, and, of rank 0, what makes a snapshot for a checkpoint of it.

@@ -14,6 +14,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from giffy_ray.tracking.view import OPENED
+
 _START_S = 300  # two busy cores take one
 
 
@@ -53,7 +55,8 @@ def mlflow_server(
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--workers", "1"]
     command += ["--host", "127.0.0.1", "--port", str(port), *words]
     # Its jobs are for language models, and would be two processes more.
-    environment = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", **os.environ, **(environment or {})}
+    ours = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**ours, **os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         server = Server(f"http://127.0.0.1:{port}", process)
@@ -81,7 +84,8 @@ def show(storage: Path, port: int) -> None:
     print("MLflow's server is starting; that takes half a minute", flush=True)
     try:
         with mlflow_server(f"sqlite:///{database.absolute()}", port) as server:
-            print(f"{server.address} shows the runs of {storage}; Ctrl-C ends it", flush=True)
+            print(f"{server.address} shows the runs of {storage}; Ctrl-C ends it. Curves and samples:", flush=True)
+            print(f"{server.address}/#/experiments/1/runs?{OPENED}", flush=True)  # the first that a database holds
             sys.exit(f"MLflow's server ended by itself, with code {server.wait()}")
     except KeyboardInterrupt:
         print("\nended")

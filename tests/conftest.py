@@ -1,4 +1,4 @@
-"""What tests share: real mp4 files made on the spot, a tiny experiment, and a Ray head of their own."""
+"""What tests share: real mp4 files made on the spot, a tiny experiment, a Ray head of their own, a search on it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import io
 import logging
 import os
 import secrets
+import subprocess
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 import av
 import numpy as np
@@ -30,6 +32,8 @@ with open(os.environ["RAY_AUTH_TOKEN_PATH"], "x") as _file:
 from giffy_ray.config import Experiment, override  # noqa: E402
 from giffy_ray.head import Head, local_head  # noqa: E402
 
+ROOT = Path(__file__).parent.parent
+EXPERIMENT = "tests/tiny.yaml"
 TINY = {
     "clip.frames": 6,
     "clip.fps": 2.0,
@@ -125,3 +129,45 @@ def moving_video(seed: int, frames: int, fps: float, height: int = 48, width: in
     coarse = random.integers(0, 255, (4, 8, 3)).astype(np.uint8)
     picture = np.kron(coarse, np.ones((height // 4, width // 8, 1), np.uint8))
     return encode(np.stack([np.roll(picture, shift, axis=1) for shift in range(frames)]), fps, kind)
+
+
+BROKEN = {"dogs/empty.mp4": b"", "dogs/text.mp4": b"not a video", "cats/cut.mp4": moving_video(99, 60, 30)[:1500]}
+
+
+def submit(head: Head, *words: str, copied: bool = True) -> str:
+    """Runs a job as a user does and returns what it printed; it must end well.
+
+    `copied`: with --working-dir; else where the head was started, which is in the checkout.
+    """
+    command = ["ray", "job", "submit", *(["--working-dir", str(ROOT)] if copied else []), "--", "python", *words]
+    done = subprocess.run(
+        command, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+    return done.stdout
+
+
+@pytest.fixture(scope="session")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Class folders of mixed sizes, lengths, rates and containers, three of the files broken."""
+    root = tmp_path_factory.mktemp("videos")
+    kinds = [(60, 30, 48, 64, "mp4"), (25, 25, 64, 48, "mov"), (9, 15, 96, 128, "matroska"), (200, 60, 48, 48, "mp4")]
+    for number in range(20):
+        frames, fps, height, width, kind = kinds[number % len(kinds)]
+        path = root / ("cats", "dogs")[number % 2] / f"{number} é.{'mkv' if kind == 'matroska' else kind}"
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(moving_video(number, frames, fps, height, width, kind))
+    for name, content in BROKEN.items():
+        (root / name).write_bytes(content)
+    return root
+
+
+@pytest.fixture(scope="session")
+def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture(scope="session")
+def tuned(head: Head, videos: Path, storage: Path) -> str:
+    words = ["search.trials=2", f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}"]
+    return submit(head, "jobs/tune_cvae.py", EXPERIMENT, *words)

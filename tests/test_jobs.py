@@ -16,39 +16,7 @@ from giffy_ray import checkpoints
 from giffy_ray.config import load
 from giffy_ray.data.store import Store
 from giffy_ray.head import Head
-from tests.conftest import moving_video
-
-ROOT = Path(__file__).parent.parent
-EXPERIMENT = "tests/tiny.yaml"
-BROKEN = {"dogs/empty.mp4": b"", "dogs/text.mp4": b"not a video", "cats/cut.mp4": moving_video(99, 60, 30)[:1500]}
-
-
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of mixed sizes, lengths, rates and containers, three of the files broken."""
-    root = tmp_path_factory.mktemp("videos")
-    kinds = [(60, 30, 48, 64, "mp4"), (25, 25, 64, 48, "mov"), (9, 15, 96, 128, "matroska"), (200, 60, 48, 48, "mp4")]
-    for number in range(20):
-        frames, fps, height, width, kind = kinds[number % len(kinds)]
-        path = root / ("cats", "dogs")[number % 2] / f"{number} é.{'mkv' if kind == 'matroska' else kind}"
-        path.parent.mkdir(exist_ok=True)
-        path.write_bytes(moving_video(number, frames, fps, height, width, kind))
-    for name, content in BROKEN.items():
-        (root / name).write_bytes(content)
-    return root
-
-
-def submit(head: Head, *words: str, copied: bool = True) -> str:
-    """Runs a job as a user does and returns what it printed; it must end well.
-
-    `copied`: with --working-dir; else where the head was started, which is in the checkout.
-    """
-    command = ["ray", "job", "submit", *(["--working-dir", str(ROOT)] if copied else []), "--", "python", *words]
-    done = subprocess.run(
-        command, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
-    )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+from tests.conftest import BROKEN, EXPERIMENT, ROOT, submit
 
 
 def runs_in(storage: Path) -> list[Run]:
@@ -56,17 +24,6 @@ def runs_in(storage: Path) -> list[Run]:
     experiment = client.get_experiment_by_name("giffy_ray")
     assert experiment
     return client.search_runs([experiment.experiment_id], order_by=["attributes.start_time"])
-
-
-@pytest.fixture(scope="module")
-def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("runs")
-
-
-@pytest.fixture(scope="module")
-def tuned(head: Head, videos: Path, storage: Path) -> str:
-    words = ["search.trials=2", f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}"]
-    return submit(head, "jobs/tune_cvae.py", EXPERIMENT, *words)
 
 
 def test_broken_files_are_reported_by_name_and_the_job_goes_on(tuned: str, storage: Path):

@@ -142,6 +142,18 @@ def test_a_picture_of_the_end_is_drawn_once_for_each_step_and_replaces_the_one_b
     assert Path(client.download_artifacts(tracker.run_id, "samples.gif", str(tmp_path))).read_bytes() == b"last"
 
 
+def test_the_page_has_our_view_and_trials_have_colours(experiment: Experiment, client: MlflowClient):
+    parent = open_run(experiment)
+    trials = [open_run(override(experiment, {"name": f"trial-{n:04}"}), parent=parent.place) for n in (0, 1, 10)]
+    first, second, eleventh = (client.get_run(trial.run_id).data.tags["mlflow.runColor"] for trial in trials)
+    assert first == eleventh != second
+    run = client.get_run(parent.run_id)
+    assert "mlflow.runColor" not in run.data.tags
+    view = json.loads(client.get_experiment(run.info.experiment_id).tags["mlflow.sharedViewState.giffy_ray"])
+    charts = json.loads(view["state"])["compareRunCharts"]
+    assert {"val/l2_report", "val/psnr"} <= {chart.get("metricKey") for chart in charts}
+
+
 def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
     tracker = open_run(experiment, rank=1)
     tracker.log_metrics({"val/psnr": 1.0}, 1)

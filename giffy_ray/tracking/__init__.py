@@ -23,6 +23,7 @@ from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
 from giffy_ray.tracking.system import Sampler
+from giffy_ray.tracking.view import colour
 
 __all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
 
@@ -163,7 +164,8 @@ def open_run(
         return Tracker()
     place = join(experiment.storage, experiment.name)
     tracker = Tracker(*_connected(experiment, place), place)
-    own_tags = {**_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
+    own_tags = {**source, **colour(experiment.name), **_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
     params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, without_secrets(to_yaml(experiment)).encode())

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from giffy_ray.config import ConfigError
 from giffy_ray.storage import join, read_text, without_secrets, write_text
 from giffy_ray.tracking.outbox import Letter, Outbox
+from giffy_ray.tracking.view import TAG, saved_view
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -132,6 +133,8 @@ class Carrier:
         if head["parent"] and client.get_experiment_by_name(self.experiment) is None:
             raise LookupError("the experiment is not there yet; the run that this one is shown under makes it")
         experiment_id = self._experiment_id(client)
+        if not head["parent"]:
+            client.set_experiment_tag(experiment_id, TAG, saved_view())
         run_id = _found(client, experiment_id, self.place) or self._created(client, experiment_id, head)
         client.update_run(run_id, status="RUNNING")
         # Last the parameters, by which a run is known to be whole: we may have been killed right after it was made.
