@@ -13,8 +13,8 @@ PACKAGE = ROOT / "giffy_ray"
 # Each floor may import from itself and from those before it.
 FLOORS = [
     {"config", "shapes", "storage", "progress"},
-    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "ui", "reports", "ranks", "lease"},
-    {"cluster", "learners", "tracking", "listen", "meter"},
+    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
+    {"cluster", "learners", "tracking", "listen", "meter", "ui"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
     {"loop", "pyfunc", "registry"},
     {"train"},
