@@ -38,7 +38,13 @@ def main() -> None:
     torch.set_num_threads(1)  # the server, and what sends to it, have the other core
     with tempfile.TemporaryDirectory() as folder:
         port = free_port()
-        changes = {"storage": folder, "name": "run", "train.batch": 2, "tracking.uri": f"http://127.0.0.1:{port}"}
+        changes = {
+            "storage": folder,
+            "name": "run",
+            "train.batch": 2,
+            "cluster.workers": 1,
+            "tracking.uri": f"http://127.0.0.1:{port}",
+        }
         experiment = override(load(EXPERIMENT), changes)
         training = Training(experiment)
         backend, files = f"sqlite:///{folder}/server.db", ["--artifacts-destination", f"{folder}/artifacts"]
