@@ -27,6 +27,7 @@ PATIENCE_S = 30.0  # at the end of a run, with a server that does not answer
 _WAITS_S = (0.5, 1, 2, 4, 8, 15)  # between tries
 # MLflow's own patience is four minutes for a request, in which nothing else is sent or given up.
 _CLIENT = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "20"}
+_CLIENT["MLFLOW_DISABLE_TELEMETRY"] = "true"  # it would tell its makers
 _CLIENT["MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT"] = "true"  # a run's address, with the password that is in it
 # What a letter says is wrong, and will be: it is put aside.
 _HOPELESS = {"INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST"}
