@@ -240,7 +240,7 @@ def test_readme_says_what_to_replace():
 
 
 def test_roles_are_narrow():
-    policies = [json.loads(text) for text in re.findall(r"<<EOF\n(.*?)\nEOF", README, re.S)]
+    policies = [json.loads(text) for text in re.findall(r"\.json <<EOF\n(.*?)\nEOF", README, re.S)]
     assert len(policies) == 3
     statements = [statement for policy in policies for statement in policy["Statement"]]
     assert "ec2:RunInstances" in str(statements)
