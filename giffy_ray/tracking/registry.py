@@ -62,7 +62,8 @@ def add(uri: str, name: str, run_id: str, folder: Path, digest: str, tags: Mappi
     with _time_to_store():
         client.log_artifacts(run_id, str(folder), _place(digest))
     source = f"{client.get_run(run_id).info.artifact_uri}/{_place(digest)}"
-    added = client.create_model_version(name, source, run_id, tags={**tags, _DIGEST: digest})
+    known = {**tags, _DIGEST: digest}
+    added = client.create_model_version(name, source, run_id, tags=known, await_creation_for=0)  # it is there at once
     return Version(name, int(added.version), added.tags)
 
 
