@@ -14,8 +14,7 @@ demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; end
 test: $(INSTALLED)
 	.venv/bin/python -m pytest
 
-chaos: $(INSTALLED)  ## what takes minutes: a real MLflow server, jobs killed on the way, five minutes of mutated files
-	.venv/bin/python -m pytest -m server tests/test_ui.py
+chaos: $(INSTALLED)  ## what takes minutes: jobs killed on the way, five minutes of mutated files
 	.venv/bin/python -m pytest -m chaos tests/test_chaos.py
 	GIFFY_RAY_FUZZ_S=300 .venv/bin/python -m pytest -s tests/data/test_fuzz.py
 

@@ -57,7 +57,6 @@ def test_a_port_that_is_taken_is_named_and_another_one_offered(tmp_path: Path):
     assert f"port {port}: another program listens there; 'make ui PORT={port + 1}'" in said
 
 
-@pytest.mark.server
 def test_the_page_says_where_it_is_when_it_answers_and_ends_with_ctrl_c(tmp_path: Path):
     open_run(override(Experiment(), {"name": "run", "storage": str(tmp_path)})).finish()
     job = ui(tmp_path, port := free_port())
@@ -103,7 +102,6 @@ def logged_in(password: str) -> Iterator[None]:
         yield
 
 
-@pytest.mark.server
 def test_a_server_with_passwords_and_a_bucket_takes_runs_files_and_models(
     cluster_server: str, bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
@@ -141,7 +139,6 @@ def test_a_server_with_passwords_and_a_bucket_takes_runs_files_and_models(
     assert {key.rpartition("/")[2] for key in kept if "/checkpoint/" in key} == KEPT
 
 
-@pytest.mark.server
 def test_a_password_in_the_address_works_and_is_shown_nowhere(
     cluster_server: str, tmp_path: Path, capsys: pytest.CaptureFixture
 ):
