@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -10,6 +11,8 @@ from multiprocessing.connection import Client, Listener
 from typing import Any
 
 from ray.train import UserCallback
+
+_log = logging.getLogger(__name__)
 
 
 class Relay(UserCallback):
@@ -29,7 +32,10 @@ class Relay(UserCallback):
 
 @contextmanager
 def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
-    """A callback for ray.train.RunConfig; `show` is called here, in a thread, with each report's metrics."""
+    """A callback for ray.train.RunConfig; `show` is called here, in a thread, with each report's metrics.
+
+    What `show` raises is logged and ends nothing: the controller waits until a report was taken, and the training with it.
+    """
     with tempfile.TemporaryDirectory() as folder:
         listener = Listener(f"{folder}/reports", family="AF_UNIX")
 
@@ -39,7 +45,10 @@ def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
                     metrics = connection.recv()
                 if metrics is None:
                     return
-                show(metrics)
+                try:
+                    show(metrics)
+                except Exception:  # nobody may read any more what is printed, as behind `| head`
+                    _log.exception("a report could not be shown")
 
         thread = threading.Thread(target=receive, daemon=True)
         thread.start()

@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 import ray.train
@@ -130,8 +130,9 @@ def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
         came.append(number)
         if len(came) > 1:
             os._exit(128 + number)
-        print("ending after this step, with a checkpoint; again to end at once", flush=True)
         listen.ask_to_stop(experiment)
+        with suppress(OSError):  # nobody may read it any more
+            print("ending after this step, with a checkpoint; again to end at once", flush=True)
 
     for number in before:
         signal.signal(number, ask)
