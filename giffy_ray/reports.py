@@ -34,7 +34,7 @@ class Relay(UserCallback):
 def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
     """A callback for ray.train.RunConfig; `show` is called here, in a thread, with each report's metrics.
 
-    What `show` raises is logged and ends nothing: the controller waits until a report was taken, and the training with it.
+    What `show` raises is logged and ends nothing: the controller waits until a report was taken, with the training.
     """
     with tempfile.TemporaryDirectory() as folder:
         listener = Listener(f"{folder}/reports", family="AF_UNIX")
