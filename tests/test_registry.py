@@ -160,7 +160,7 @@ except mlflow.exceptions.MlflowException as refusal:
     place = MlflowClient(tracking_uri(champion)).get_model_version_download_uri("giffy_ray", "1")
     place = place.removeprefix("file://")
     files = {path.relative_to(place).as_posix() for path in Path(place).rglob("*") if path.is_file()}
-    files -= {"registered_model_meta"}  # which MLflow leaves beside what it has loaded
+    files -= {"registered_model_meta"}  # MLflow's own, since it was loaded by its name
     assert files == {"MLmodel", *(f"checkpoint/{name}" for name in KEPT)}  # so neither code nor pickle
     signature = get_model_info(place).signature
     assert [one.shape for one in signature.inputs.inputs] == [(-1, 16, 16, 3)] * 2
