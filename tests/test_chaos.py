@@ -199,14 +199,14 @@ def images_in(storage: Path) -> list[str]:
 def test_an_mlflow_that_is_away_for_a_minute_misses_nothing_and_has_nothing_twice(tmp_path: Path):
     """A real server, killed in mid-training; an undisturbed training writes into a database of its own."""
     videos, disturbed, port = few_videos(tmp_path), tmp_path / "disturbed", free_port()
-    words = ["name=run", "cluster.workers=1", "train.batch=4", "train.epochs=10000", "train.validate_every=250"]
+    words = ["name=run", "cluster.workers=1", "train.batch=4", "train.epochs=2500", "train.validate_every=100"]
     there = f"tracking.uri=http://127.0.0.1:{port}"
     disturbed.mkdir()
     backend, files = f"sqlite:///{disturbed}/mlflow.db", ["--artifacts-destination", str(disturbed / "artifacts")]
     waiting = disturbed / "run" / "tracking" / "waiting"
     with mlflow_server(backend, port, files) as server:
         job = job_of("train_cvae", videos, disturbed, there, *words)
-        while not (disturbed / "run" / "tracking" / "sent" / "metrics-000000250").exists():
+        while not (disturbed / "run" / "tracking" / "sent" / "metrics-000000100").exists():
             assert job.poll() is None, job.communicate()[0]
             time.sleep(0.1)
         server.end(signal.SIGKILL)
