@@ -265,3 +265,22 @@ def test_a_remote_storage_needs_a_server(experiment: Experiment):
     with pytest.raises(ConfigError, match=r"tracking\.uri.*s3://bucket/runs"):
         tracking_uri(remote)
     assert tracking_uri(override(remote, {"tracking.uri": "http://127.0.0.1:5000"})) == "http://127.0.0.1:5000"
+
+
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A process that is killed while MLflow makes its tables leaves nothing that the next one would stumble over."""
+    uri = f"sqlite:///{tmp_path}/mlflow.db"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(carrier.os, "link", killed)
+        with pytest.raises(KeyboardInterrupt):
+            carrier._make_whole(uri)
+    assert not (tmp_path / "mlflow.db").exists()
+    carrier._make_whole(uri)
+    assert MlflowClient(uri).search_experiments()
+    made = (tmp_path / "mlflow.db").stat().st_ino
+    carrier._make_whole(uri)  # which it already is
+    assert (tmp_path / "mlflow.db").stat().st_ino == made

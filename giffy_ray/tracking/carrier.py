@@ -6,17 +6,19 @@ in the thread, as that takes two seconds.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import tempfile
 import threading
 import time
+import uuid
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giffy_ray.config import ConfigError
-from giffy_ray.storage import join, read_text, without_secrets, write_text
+from giffy_ray.storage import PARTIAL, join, read_text, without_secrets, write_text
 from giffy_ray.tracking.outbox import Letter, Outbox
 from giffy_ray.tracking.view import TAG, saved_view
 
@@ -198,7 +200,25 @@ def client_of(uri: str) -> MlflowClient:
 
     for name in ("alembic", "mlflow.store.db.utils"):  # they tell of every table of a new SQLite file
         logging.getLogger(name).setLevel(logging.WARNING)
+    _make_whole(uri)
     return MlflowClient(uri)
+
+
+def _make_whole(uri: str) -> None:
+    """Makes the SQLite file of `uri` beside its place where there is none, so that it is there whole or not at all.
+
+    MLflow makes it in forty steps, and a file that was left between two of them is of no use to it ever after.
+    """
+    from mlflow.tracking import MlflowClient
+
+    path = uri.removeprefix("sqlite:///")
+    if path == uri or os.path.exists(path):
+        return
+    beside = f"{path}.{uuid.uuid4().hex}{PARTIAL}"
+    MlflowClient(f"sqlite:///{beside}").search_experiments(max_results=1)
+    with contextlib.suppress(FileExistsError):  # another process was faster
+        os.link(beside, path)
+    os.remove(beside)
 
 
 def params_of(uri: str, run_id: str) -> dict[str, str]:
