@@ -21,8 +21,9 @@ from rich.table import Table
 
 from giffy_ray import learners
 from giffy_ray.config import load, override
+from giffy_ray.head import free_port
 from giffy_ray.tracking import Tracker, open_run
-from giffy_ray.ui import free_port, mlflow_server
+from giffy_ray.ui import mlflow_server
 
 EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "demo.yaml"
 ANIMATION_EVERY = 50  # steps

@@ -216,7 +216,7 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError."""
     measured, known = {}, set[str]()
     for location in _locations(experiment):
-        metrics = _position(location).get("metrics", {})
+        metrics = position_of(location).get("metrics", {})
         known |= metrics.keys()
         if metric in metrics:  # and it is not one between validations
             measured[location] = metrics[metric]
@@ -228,7 +228,7 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
 def reported(experiment: Experiment) -> dict[str, Any] | None:
     """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was."""
     location = to_resume(experiment)
-    position = _position(location) if location else {}
+    position = position_of(location) if location else {}
     if position.get("epoch") is None:
         return None
     return {"steps_done": position["steps_done"], "epoch": position["epoch"], **position["metrics"]}
@@ -237,7 +237,7 @@ def reported(experiment: Experiment) -> dict[str, Any] | None:
 def remove_older(experiment: Experiment, epochs: int = 0) -> None:
     """All checkpoints of the run but the newest, and the newest of so many epochs."""
     newest, *others = _locations(experiment)
-    ended = [location for location in (newest, *others) if _position(location).get("epoch") is not None][:epochs]
+    ended = [location for location in (newest, *others) if position_of(location).get("epoch") is not None][:epochs]
     for location in others:
         if location not in ended:
             filesystem, place = filesystem_of(location)
@@ -249,10 +249,10 @@ def take_over(experiment: Experiment, other: Experiment, epoch: int) -> None:
 
     Unless that is past it: then this was done before. Raises ConfigError where there is no such checkpoint.
     """
-    found = [location for location in _locations(other) if _position(location).get("epoch") == epoch]
+    found = [location for location in _locations(other) if position_of(location).get("epoch") == epoch]
     source = _first_whole(other, found)
     own = to_resume(experiment)
-    if own and _position(own)["steps_done"] > _position(source)["steps_done"]:
+    if own and position_of(own)["steps_done"] > position_of(source)["steps_done"]:
         return
     with _fetched(source, None) as folder:
         copied(folder, *filesystem_of(place_of_new(experiment)))
@@ -278,7 +278,8 @@ def manifest(location: str) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _position(location: str) -> dict[str, Any]:
+def position_of(location: str) -> dict[str, Any]:
+    """What a checkpoint's position.json says; empty where it has none."""
     return json.loads(read_text(join(location, "position.json")) or "{}")
 
 

@@ -70,11 +70,11 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
 
 
 def _main(folder: str, cpus: int) -> None:
-    port = _free_port()
+    port = free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--temp-dir={folder}", f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
     # All of them free ones: on its usual ports, the jobs API of a machine's second Ray does not work.
-    command += ["--port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"]
+    command += ["--port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"]
     command += [f"--dashboard-port={port}"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as ray:
         try:
@@ -94,7 +94,7 @@ def _wait_for_jobs(dashboard: str, ray: subprocess.Popen) -> None:
     JobSubmissionClient(dashboard).list_jobs()
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -69,7 +68,7 @@ def register(experiment: Experiment) -> str:
 def facts(experiment: Experiment, trained: Experiment, location: str) -> dict[str, str]:
     """What is known of a checkpoint, as tags of its version: its metrics, and on which clips they were measured."""
     place = join(experiment.storage, experiment.name)
-    measured = json.loads(read_text(join(location, "position.json")) or "{}")
+    measured = checkpoints.position_of(location)
     tags = {
         "giffy_ray.run": without_secrets(place),
         "model.kind": trained.model.kind,

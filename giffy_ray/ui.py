@@ -103,11 +103,5 @@ def is_free(port: int) -> bool:
     return True
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 if __name__ == "__main__":
     show(Path(sys.argv[1]), int(sys.argv[2]))

@@ -19,8 +19,9 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from giffy_ray.head import free_port
 from giffy_ray.tracking.view import OPENED
-from giffy_ray.ui import free_port, mlflow_server
+from giffy_ray.ui import mlflow_server
 
 BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 pytestmark = pytest.mark.skipif(

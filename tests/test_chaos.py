@@ -27,7 +27,8 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, load, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
-from giffy_ray.ui import free_port, mlflow_server
+from giffy_ray.head import free_port
+from giffy_ray.ui import mlflow_server
 from tests.conftest import moving_video
 
 pytestmark = pytest.mark.chaos

@@ -19,9 +19,10 @@ from mlflow.tracking import MlflowClient
 
 from giffy_ray import registry
 from giffy_ray.config import Experiment, override
+from giffy_ray.head import free_port
 from giffy_ray.results import trained_runs
 from giffy_ray.tracking import open_run
-from giffy_ray.ui import free_port, mlflow_server
+from giffy_ray.ui import mlflow_server
 from tests.conftest import TINY
 from tests.test_registry import KEPT, trained
 
