@@ -116,6 +116,20 @@ def test_a_frame_depends_on_its_time_only_and_any_number_can_be_asked_for(random
     assert not torch.allclose(network.generate(start, end, -noise, torch.full((2, 1), 0.5)), five[:, :, 2:3], atol=1e-3)
 
 
+@pytest.mark.parametrize(("ensemble", "axes"), [(2, (-1,)), (4, (-1,)), (4, (-2,)), (4, (-2, -1))])
+def test_a_self_ensemble_makes_of_mirrored_ends_the_mirrored_clip(random: torch.Generator, ensemble: int, axes: tuple):
+    model = BetweenConfig(widths=(4, 6, 8), latent=2, self_ensemble=ensemble)
+    network = scrambled(models.build(model, CLIP), random)
+    start, end = torch.rand(2, 3, 3, 16, 24, generator=random)
+    noise, times = torch.randn(3, 2, generator=random), torch.linspace(0, 1, 6)[1:-1].expand(3, -1)
+    made = network.generate(start, end, noise, times)
+    mirrored = network.generate(start.flip(axes), end.flip(axes), noise, times)
+    torch.testing.assert_close(mirrored, made.flip(axes), atol=1e-5, rtol=0)
+    network.mirrors = network.mirrors[:1]  # one alone does not
+    alone = network.generate(start, end, noise, times)
+    assert (network.generate(start.flip(axes), end.flip(axes), noise, times) - alone.flip(axes)).abs().max() > 1e-3
+
+
 def test_a_clip_is_made_again_from_what_q_says_of_it(random: torch.Generator):
     """By way of the noise that brings the prior to q's mean."""
     learner = learners.build(override(Experiment(), SMALL), torch.device("cpu"))

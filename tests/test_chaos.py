@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -292,36 +293,68 @@ def trials_of(storage: Path) -> list[optuna.trial.FrozenTrial]:
         return []
 
 
-def test_a_search_that_is_killed_five_times_has_each_of_its_trials_once(tmp_path: Path):
-    videos, drawn, trials = few_videos(tmp_path), random.Random(0), 8
-    words = [f"search.trials={trials}", "search.epochs=400", "train.validate_every=20", "search.asha=false"]
-
-    def search() -> subprocess.Popen:
-        return job_of("tune_cvae", videos, tmp_path / "runs", "cluster.workers=1", *words)
-
-    job = search()
+def search_killed_five_times(videos: Path, storage: Path, words: list[str], due: Callable[[int], bool]) -> None:
+    """The search is killed for the n-th time a little after due(n)."""
+    drawn, words = random.Random(0), ["cluster.workers=1", *words]
+    job = job_of("tune_cvae", videos, storage, *words)
     for kill in range(5):
-        while len(trials_of(tmp_path / "runs")) < kill + 1:
+        while not due(kill):
             assert job.poll() is None, job.communicate()[0]
             time.sleep(0.2)
         time.sleep(4 * drawn.random())
-        print(f"kill {kill + 1} with {len(trials_of(tmp_path / 'runs'))} trials", flush=True)
+        found = trials_of(storage)
+        reports = sum(len(trial.intermediate_values) for trial in found)
+        print(f"kill {kill + 1} with {len(found)} trials, {reports} reports", flush=True)
         os.kill(job.pid, signal.SIGKILL)
         job.communicate(timeout=120)
         time.sleep(2)  # for its Ray to notice
-        job = search()
+        job = job_of("tune_cvae", videos, storage, *words)
     out, _ = job.communicate(timeout=900)
     assert job.returncode == 0, out
 
-    found = trials_of(tmp_path / "runs")
+
+def statuses_in_mlflow(storage: Path, trials: int) -> set[str]:
+    """Of the runs of a search, each of which is there once."""
+    client = MlflowClient(f"sqlite:///{storage}/mlflow.db")
+    (experiment,) = client.search_experiments(filter_string="name = 'giffy_ray'")
+    runs = client.search_runs([experiment.experiment_id])
+    names = [f"trial-{number:04}" for number in range(trials)]
+    assert sorted(run.info.run_name for run in runs) == ["tiny-study", "tiny-study-best", *names]
+    return {run.info.status for run in runs}
+
+
+def test_a_search_that_is_killed_five_times_has_each_of_its_trials_once(tmp_path: Path):
+    storage, trials = tmp_path / "runs", 8
+    words = [f"search.trials={trials}", "search.epochs=400", "train.validate_every=20", "search.asha=false"]
+    search_killed_five_times(few_videos(tmp_path), storage, words, lambda kill: len(trials_of(storage)) > kill)
+
+    found = trials_of(storage)
     assert [trial.number for trial in found] == list(range(trials))
     assert {trial.state for trial in found} == {optuna.trial.TrialState.COMPLETE}
     assert len({tuple(trial.params.items()) for trial in found}) == trials
     assert not [trial.user_attrs for trial in found if trial.user_attrs]  # none failed
     assert all(list(trial.intermediate_values) == list(range(20, 401, 20)) for trial in found)
-    client = MlflowClient(f"sqlite:///{tmp_path}/runs/mlflow.db")
-    (experiment,) = client.search_experiments(filter_string="name = 'giffy_ray'")
-    runs = client.search_runs([experiment.experiment_id])
-    names = [f"trial-{number:04}" for number in range(trials)]
-    assert sorted(run.info.run_name for run in runs) == ["tiny-study", "tiny-study-best", *names]
-    assert {run.info.status for run in runs} == {"FINISHED"}
+    assert statuses_in_mlflow(storage, trials) == {"FINISHED"}
+
+
+def test_a_population_that_is_killed_five_times_ends_as_an_undisturbed_one(tmp_path: Path):
+    videos, trials = few_videos(tmp_path), 4
+    words = ["search.sampler=pbt", f"search.trials={trials}", "search.epochs=120", "train.validate_every=20"]
+
+    def due(kill: int) -> bool:
+        found = trials_of(tmp_path / "killed")
+        return sum(len(trial.intermediate_values) for trial in found) > 4 * kill
+
+    search_killed_five_times(videos, tmp_path / "killed", words, due)
+    whole = job_of("tune_cvae", videos, tmp_path / "whole", "cluster.workers=1", *words)
+    out, _ = whole.communicate(timeout=900)
+    assert whole.returncode == 0, out
+
+    killed, undisturbed = trials_of(tmp_path / "killed"), trials_of(tmp_path / "whole")
+    assert {trial.state for trial in killed} == {optuna.trial.TrialState.COMPLETE}
+    for one, other in zip(killed, undisturbed, strict=True):
+        assert one.params == other.params
+        assert one.user_attrs == other.user_attrs  # who took over from whom, and with what values
+        assert one.intermediate_values == other.intermediate_values  # to the last bit
+    assert any(trial.user_attrs for trial in killed)
+    assert statuses_in_mlflow(tmp_path / "killed", trials) == {"FINISHED"}

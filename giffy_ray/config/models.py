@@ -119,6 +119,8 @@ class BetweenConfig(Strict):
     free_nats: Weight = 0.05  # of each value of the latent, that cost nothing
     # Mean squared errors below this count as one of its size: what is nearly still is not worth a large weight.
     error_floor: Annotated[float, Field(gt=0)] = 0.002
+    # What is made is the mean over this many mirror images of the ends: as it is, left to right, upside down, both.
+    self_ensemble: Literal[1, 2, 4] = 1
     # Above 0, a discriminator that sees the end images judges the made frames.
     adversarial_weight: Weight = 0.0
     adversarial_from_step: Annotated[int, Field(ge=0)] = 0  # until then the generator learns by itself

@@ -34,6 +34,7 @@ _MOST_FAVOUR = 8.0  # of visibility
 _LOG_STD = -6.0, 3.0
 _FIRST_LOG_STD = -2.0  # where training starts: what the first samples say is not drowned in noise
 _POOLED = 4  # places along height and along width that the latent is drawn from
+_MIRRORS = ((), (-1,), (-2,), (-2, -1))  # axes that are turned round: left to right, upside down, both
 
 
 class Between(nn.Module):
@@ -49,6 +50,7 @@ class Between(nn.Module):
         self.prior = Gaussian(model.widths[-1], model)
         self.posterior = Posterior(model)
         self.synthesis = Synthesis(model)
+        self.mirrors = _MIRRORS[: model.self_ensemble]
 
     def forward(self, clip: ClipFloats, times: Times, noise: Noise, sampled: Tensor):
         """Makes the frames between of `clip` again: `sampled`, bool [batch], says from q's sample or the prior's mean.
@@ -65,7 +67,15 @@ class Between(nn.Module):
         return made, mean, std, prior_mean, prior_std
 
     def generate(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
-        """Frames at `times`; noise 0 is the prior's mean."""
+        """Frames at `times`; noise 0 is the prior's mean.
+
+        The mean of what is made of the ends and of mirror images of them (Lim et al. 2017, EDSR, arXiv 1707.02921,
+        section 3.4), as many as `self_ensemble`: what is a guess that goes either way cancels out.
+        """
+        made = [self._generated(start.flip(axes), end.flip(axes), noise, times).flip(axes) for axes in self.mirrors]
+        return torch.stack(made).mean(0)
+
+    def _generated(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
         features, context = self._seen(start, end)
         mean, std = self.prior(context)
         return self._frames(start, end, features, context, mean + std * noise, times)
