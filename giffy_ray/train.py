@@ -32,8 +32,14 @@ _RESIZE_S = 60.0  # between looks whether there is room for more workers, each o
 _START_TIMEOUT_S = 900  # a cloud node has to boot
 _MAKE_DO_S = 60  # before a training that may do with fewer workers starts with those that there are
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
-# where a network is trained on the CPU.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**32)}
+# where a network is trained on the CPU. One arena, as any but the first gives back what is larger than 64 MB all the
+# same, and we train in a thread; huge pages, of which there are fewer to ask for.
+KEEP_MEMORY = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**32),
+    "MALLOC_TRIM_THRESHOLD_": str(2**32),
+    "MALLOC_ARENA_MAX": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",
+}
 
 
 def train(
