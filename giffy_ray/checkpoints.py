@@ -144,6 +144,13 @@ def restore(location: str, learner: Learner) -> Position:
     return Position(**position)
 
 
+def origin(experiment: Experiment) -> str:
+    """Where the checkpoint of `train.start_from` lies. Raises ConfigError where a run of that name has none."""
+    start = experiment.train.start_from
+    assert start is not None
+    return start if "/" in start else newest(override(experiment, {"name": start}))
+
+
 def start_from(location: str, learner: Learner) -> None:
     """Takes those networks of a checkpoint that the learner has too; what it has besides keeps its first weights.
 

@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from giffy_ray import checkpoints, learners, metrics, ranks, render
 from giffy_ray.checkpoints import Position, Snapshot
-from giffy_ray.config import Experiment, from_yaml, override
+from giffy_ray.config import Experiment, from_yaml
 from giffy_ray.data import stream
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.data.store import Store
@@ -135,10 +135,8 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     location = ranks.from_first(chosen)[0]
     if location is not None:
         return checkpoints.restore(location, learner)
-    start = experiment.train.start_from
-    if start is not None:
-        location = start if "/" in start else checkpoints.newest(override(experiment, {"name": start}))
-        checkpoints.start_from(location, learner)
+    if experiment.train.start_from is not None:
+        checkpoints.start_from(checkpoints.origin(experiment), learner)
     return Position(0)
 
 

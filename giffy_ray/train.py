@@ -79,6 +79,7 @@ def _trainer(
     experiment: Experiment, store: Store, share: Share, parent: str | None, callbacks: Sequence[ray.train.UserCallback]
 ) -> TorchTrainer:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # train.start_from may be a path from where the job was started
     cluster = experiment.cluster
     timeout_s = _START_TIMEOUT_S if cluster.fewest == cluster.most else _MAKE_DO_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
@@ -155,6 +156,7 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
     folder = join(experiment.storage, experiment.name)
     text = read_text(join(folder, "experiment.yaml"))
     if text is None:
+        _check_start(experiment)
         write_text(join(folder, "data_set"), store.fingerprint)
         write_text(join(folder, "experiment.yaml"), to_yaml(experiment))
         return
@@ -170,3 +172,14 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
                 f"give another name=..., or remove {folder}"
             )
+
+
+def _check_start(experiment: Experiment) -> None:
+    """Raises ConfigError where a new run is to start from what is not there."""
+    start = experiment.train.start_from
+    if start is None:
+        return
+    try:
+        checkpoints.manifest(checkpoints.origin(experiment))
+    except (ConfigError, checkpoints.DamagedCheckpoint) as error:
+        raise ConfigError(f"train.start_from: {error} (value {start!r}; a path is read from {os.getcwd()})") from error

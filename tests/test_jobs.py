@@ -111,6 +111,18 @@ def test_a_run_started_again_goes_on_and_its_best_yaml_is_ready(head: Head, stor
     assert learner.optimizers.keys() == {"cvae"}
 
 
+def test_own_videos_are_learned_on_from_the_checkpoint_that_comes_with_the_project(
+    head: Head, storage: Path, videos: Path
+):
+    words = [f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}", "cluster.workers=1"]
+    words += ["train.epochs=1", "train.validate_every=1", "evaluate.samples=1"]
+    said = submit(head, "jobs/train_cvae.py", "jobs/experiments/own-videos.yaml", *words)
+    assert "epoch 1/1" in said
+    learner, experiment = checkpoints.load(checkpoints.newest(load(ROOT / "jobs/experiments/own-videos.yaml", words)))
+    assert experiment.train.start_from == "published/between"
+    assert len(learner.networks["between"].mirrors) == 4
+
+
 def test_a_mistake_ends_the_job_with_one_clear_message(head: Head, tmp_path: Path):
     job = [sys.executable, "jobs/train_cvae.py", EXPERIMENT, f"storage={tmp_path}"]
     for word, message in (

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from giffy_ray import checkpoints
-from giffy_ray.config import SyntheticConfig
+from giffy_ray import checkpoints, learners
+from giffy_ray.config import SyntheticConfig, load
 from giffy_ray.data import synthetic
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.metrics import sharpness_ratio, skill, squared_error
@@ -42,3 +42,13 @@ def test_it_is_whole_and_beats_interpolation(folder: Path, real: torch.Tensor):
     assert gained > 0.4
     sharper = sharpness_ratio(made, real).mean() - sharpness_ratio(faded, real).mean()
     assert sharper > 0
+
+
+def test_own_videos_are_trained_on_from_the_accurate_one():
+    experiment = load(PUBLISHED[0].parent.parent / "jobs" / "experiments" / "own-videos.yaml")
+    assert experiment.train.start_from == "published/between"
+    learner = learners.build(experiment, torch.device("cpu"), steps=1)
+    checkpoints.start_from(str(PUBLISHED[0]), learner)
+    published, _ = checkpoints.load(str(PUBLISHED[0]))
+    for name, weight in published.networks["between"].state_dict().items():
+        assert torch.equal(learner.networks["between"].state_dict()[name], weight)

@@ -43,6 +43,14 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(changes, store
     check(Experiment(), Store(5, 5))  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("start", ["published/nothing", "nothing"])
+def test_a_run_that_starts_from_what_is_not_there_is_refused_before_anything_starts(tmp_path, start: str):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine", "train.start_from": start})
+    with pytest.raises(ConfigError, match=rf"train\.start_from: .*\(value '{start}'"):
+        train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+    assert not (tmp_path / "mine" / "experiment.yaml").exists()
+
+
 def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
     store, share = Store(5, 5), Share(1, 0, 1)

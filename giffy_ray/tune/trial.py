@@ -49,6 +49,7 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
 
     What goes wrong is reported, and ends this trial alone.
     """
+    os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which train.start_from may be a path from
     whole = from_yaml(study)
     experiment = experiment_of(whole, config["number"], config["values"])
     try:
