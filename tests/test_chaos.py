@@ -185,7 +185,7 @@ def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturb
     undisturbed = curves_in(tmp_path / "whole")
     for name, curve in curves_in(tmp_path / "killed").items():
         assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
-        assert curve == pytest.approx(undisturbed[name], rel=1e-9), name
+        assert dict(curve) == pytest.approx(dict(undisturbed[name]), rel=1e-9), name
 
 
 AWAY_S = 60
@@ -274,7 +274,7 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     undisturbed = curves_in(tmp_path / "lonely")
     for name, curve in curves_in(tmp_path / "shared").items():
         assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
-        assert curve == pytest.approx(undisturbed[name], rel=1e-2), name
+        assert dict(curve) == pytest.approx(dict(undisturbed[name]), rel=1e-2), name
 
 
 def wait_for_workers(wanted: int, training: Future) -> None:
