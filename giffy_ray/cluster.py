@@ -12,7 +12,7 @@ from ray._private.state import state  # no public function tells what an autosca
 from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.storage import is_local
 
-# Ray Data's tasks, which deal the batches and decode, take whole CPUs; without one to spare the workers wait for ever.
+# Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
 _DATA_CPUS = 1
 
 

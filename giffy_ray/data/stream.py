@@ -68,7 +68,7 @@ class _Gathered(NumpyBatchCollateFn):
         self.deal = deal
 
     def __call__(self, batch: dict[str, np.ndarray]) -> list[Batch]:
-        return [_batch_of(self.deal(int(step))) for step in batch["id"]]
+        return [_batch_of(self.deal(int(step))) for step in batch["item"]]
 
 
 class _Decoded(NumpyBatchCollateFn):
@@ -94,7 +94,8 @@ def batches(
     """
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    numbers = ray.data.range(len(steps), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
+    # From here, not from tasks: they would want a CPU, and workers that come back on fewer nodes may have taken all.
+    numbers = ray.data.from_items(range(len(steps)), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
     deal = _Deal(Dealer(store, data, seed), batch, rank, workers, steps.start)
     if store.recipe.keep:
         dealing = numbers.iter_torch_batches(
@@ -103,7 +104,7 @@ def batches(
     else:
 
         def decode(numbers: Any) -> dict[str, np.ndarray]:
-            return deal(int(numbers["id"][0]))
+            return deal(int(numbers["item"][0]))
 
         dealing = numbers.map_batches(decode, batch_size=1).iter_torch_batches(
             batch_size=len(slice_of(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()

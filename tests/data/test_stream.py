@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import ray
 import torch
 
 from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, Experiment, override
@@ -48,6 +49,15 @@ def test_every_position_is_dealt_once_in_order(store: Store, workers: int, first
     rows = rows_at(positions, store.rows_of("training"), 3)
     assert np.array_equal(torch.cat([batch.clips for batch in batches]).numpy(), store.gather(rows))
     assert {tuple(batch.clips.shape) for batch in batches} == {(BATCH // workers, 4, 8, 8, 3)}
+
+
+def test_what_is_stored_is_dealt_where_workers_have_taken_all_cpus(store: Store):
+    def first(location: str) -> list[int]:
+        batch = next(stream.batches(Store(location), DataConfig(), 3, BATCH, 0, 1, range(11)))
+        return batch.positions.tolist()
+
+    worker = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(first)
+    assert ray.get(worker.remote(store.location), timeout=120) == list(range(BATCH))
 
 
 @pytest.mark.parametrize("keep", [True, False])
