@@ -7,8 +7,10 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+from mlflow.exceptions import BAD_REQUEST, MlflowException
 from mlflow.tracking import MlflowClient
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
@@ -244,6 +246,26 @@ def test_what_mlflow_will_never_take_is_put_aside_and_the_rest_goes_on(experimen
     tracker.finish()
     assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 2.0}
     assert len(list(Path(tracker.place, "tracking", "refused").iterdir())) == 1
+
+
+def test_a_data_set_that_another_run_names_at_the_same_moment_is_named_all_the_same(
+    experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+):
+    log_inputs, refusals = MlflowClient.log_inputs, [MlflowException("UNIQUE constraint failed", BAD_REQUEST)]
+
+    def refused_once(*words: Any, **named: Any) -> None:
+        if refusals:
+            raise refusals.pop()
+        log_inputs(*words, **named)
+
+    monkeypatch.setattr(MlflowClient, "log_inputs", refused_once)
+    tracker = open_run(experiment)
+    tracker.log_data_set("videos", "abc", "/videos", {"training": 3})
+    tracker.finish()
+    assert not refusals
+    (used,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert used.dataset.digest == "abc"
+    assert not Path(tracker.place, "tracking", "refused").exists()
 
 
 def test_no_password_of_an_address_is_logged(experiment: Experiment, client: MlflowClient, tmp_path: Path):

@@ -119,15 +119,20 @@ class Carrier:
     def _send(self, client: Any, letter: Letter) -> None:
         from mlflow.exceptions import MlflowException
 
-        try:
-            getattr(self, f"_{letter.head['kind']}")(client, letter)
-        except MlflowException as refusal:
-            if refusal.error_code not in _HOPELESS:
-                raise
-            _log.error("MLflow at %s refuses %s: %s; it is put aside", without_secrets(self.uri), letter.name, refusal)
-            self.outbox.refused(letter)
-        else:
-            self.outbox.delivered(letter)
+        # Of two runs that name the same data set at the same moment MLflow refuses one, and takes it when asked again.
+        for is_last in (False, True):
+            try:
+                getattr(self, f"_{letter.head['kind']}")(client, letter)
+            except MlflowException as refusal:
+                if refusal.error_code not in _HOPELESS:
+                    raise
+                if is_last:
+                    to = without_secrets(self.uri)
+                    _log.error("MLflow at %s refuses %s: %s; it is put aside", to, letter.name, refusal)
+                    self.outbox.refused(letter)
+            else:
+                self.outbox.delivered(letter)
+                return
 
     def _begin(self, client: MlflowClient, letter: Letter) -> None:
         from mlflow.entities import Param
