@@ -30,6 +30,8 @@ MAY_CHANGE = (
 _POLL_S = 0.2
 _RESIZE_S = 60.0  # between looks whether there is room for more workers, each of which costs a restart
 _START_TIMEOUT_S = 900  # a cloud node has to boot
+# A machine that is lost while workers start spoils that start, and the next two, which still count on it.
+_STARTS_SPOILED = 3
 _MAKE_DO_S = 60  # before a training that may do with fewer workers starts with those that there are
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU. One arena, as any but the first gives back what is larger than 64 MB all the
@@ -102,7 +104,10 @@ def _trainer(
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=experiment.train.keep + 1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
             ),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures, controller_failure_limit=3),
+            failure_config=ray.train.FailureConfig(
+                max_failures=cluster.max_failures,
+                controller_failure_limit=_STARTS_SPOILED * max(1, cluster.max_failures),
+            ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

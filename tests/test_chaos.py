@@ -250,7 +250,7 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     experiment = load(ROOT / "tests/tiny.yaml")
     lonely = override(experiment, changes | {"storage": str(tmp_path / "lonely"), "cluster.workers": 1})
     shared = override(experiment, changes | {"storage": str(tmp_path / "shared"), "cluster.workers": [1, 2]})
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     try:
         node = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
