@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -32,6 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from giffy_ray import learners, models
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
+from giffy_ray.head import free_port
 
 EXPERIMENTS = Path(__file__).parent.parent / "jobs" / "experiments"
 BATCH = 16
@@ -80,9 +80,7 @@ def step_s(machine: Machine, workers: int, compute_s: float, parameters: int) ->
 
 def in_processes(yaml: str, workers: int, joined: bool, steps: int) -> tuple[float, float]:
     """Seconds a step, and of an exchange of the gradient by itself (0 where the workers are not joined)."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         words = (yaml, workers, joined, steps, port, folder)
         torch.multiprocessing.spawn(_process, args=words, nprocs=workers)  # type: ignore[attr-defined]

@@ -18,7 +18,6 @@ import functools
 import importlib.util
 import logging
 import os
-import socket
 import statistics
 import tempfile
 import time
@@ -42,6 +41,7 @@ from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.data.deal import Dealer, slice_of
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
+from giffy_ray.head import free_port
 from giffy_ray.reports import relayed
 from giffy_ray.shapes import to_floats
 
@@ -152,9 +152,7 @@ def timed(steps: Iterator[Callable[[], Any]]) -> list[float]:
 
 def of_processes(way: Callable, experiment: Experiment, store: Store, workers: int, steps: int) -> float:
     """Seconds a step, of processes of its own; those of `bare` keep their memory, as ours do."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         words = (way.__name__, to_yaml(experiment), store.location, workers, steps, port, folder)
         with mock.patch.dict(os.environ, train.KEEP_MEMORY if way is bare else {}):

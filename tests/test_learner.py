@@ -2,7 +2,6 @@
 
 import copy
 import math
-import socket
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from torch import nn
 
 from giffy_ray import learners
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, from_yaml, override, to_yaml
+from giffy_ray.head import free_port
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats, to_pixels
@@ -267,9 +267,7 @@ def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tenso
 
 def trained_by_two(yamls: list[str]) -> list[list[torch.Tensor]]:
     """For each of two workers with half the clips each, what `trained` returns for each experiment."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
     processes = [context.Process(target=_worker, args=(rank, 2, port, yamls, queue)) for rank in range(2)]

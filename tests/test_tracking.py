@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from mlflow.exceptions import BAD_REQUEST, MlflowException
 from mlflow.tracking import MlflowClient
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
+from giffy_ray.head import free_port
 from giffy_ray.storage import without_secrets
 from giffy_ray.tracking import Tracker, carrier, open_run, replay, tracking_uri
 from giffy_ray.tracking.outbox import Outbox
@@ -174,9 +174,7 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def nobody_there() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+    return f"http://127.0.0.1:{free_port()}"
 
 
 def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(

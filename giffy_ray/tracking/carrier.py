@@ -119,20 +119,15 @@ class Carrier:
     def _send(self, client: Any, letter: Letter) -> None:
         from mlflow.exceptions import MlflowException
 
-        # Of two runs that name the same data set at the same moment MLflow refuses one, and takes it when asked again.
-        for is_last in (False, True):
-            try:
-                getattr(self, f"_{letter.head['kind']}")(client, letter)
-            except MlflowException as refusal:
-                if refusal.error_code not in _HOPELESS:
-                    raise
-                if is_last:
-                    to = without_secrets(self.uri)
-                    _log.error("MLflow at %s refuses %s: %s; it is put aside", to, letter.name, refusal)
-                    self.outbox.refused(letter)
-            else:
-                self.outbox.delivered(letter)
-                return
+        try:
+            getattr(self, f"_{letter.head['kind']}")(client, letter)
+        except MlflowException as refusal:
+            if refusal.error_code not in _HOPELESS:
+                raise
+            _log.error("MLflow at %s refuses %s: %s; it is put aside", without_secrets(self.uri), letter.name, refusal)
+            self.outbox.refused(letter)
+        else:
+            self.outbox.delivered(letter)
 
     def _begin(self, client: MlflowClient, letter: Letter) -> None:
         from mlflow.entities import Param
@@ -163,11 +158,20 @@ class Carrier:
         return client.create_run(experiment_id, tags=tags, run_name=head["name"]).info.run_id
 
     def _inputs(self, client: MlflowClient, letter: Letter) -> None:
-        """Sent twice, MLflow keeps it once."""
-        from mlflow.entities import Dataset, DatasetInput, InputTag
+        """Sent twice, MLflow keeps it once.
 
-        dataset = Dataset(**letter.head["dataset"])
-        client.log_inputs(self._run_id or "", [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])])
+        Of two runs that name one data set at the same moment it refuses the second, and takes it when asked again.
+        """
+        from mlflow.entities import Dataset, DatasetInput, InputTag
+        from mlflow.exceptions import MlflowException
+
+        used = DatasetInput(Dataset(**letter.head["dataset"]), [InputTag("mlflow.data.context", "training")])
+        try:
+            client.log_inputs(self._run_id or "", [used])
+        except MlflowException as refusal:
+            if refusal.error_code != "BAD_REQUEST":
+                raise
+            client.log_inputs(self._run_id or "", [used])
 
     def _metrics(self, client: MlflowClient, letter: Letter) -> None:
         """Sent twice, as when we are killed before we know that it came, it is stored once: the time is the same."""
