@@ -95,7 +95,7 @@ def batches(
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
     # From here, not from tasks: they would want a CPU, and workers that come back on fewer nodes may have taken all.
-    numbers = ray.data.from_items(range(len(steps)), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
+    numbers = ray.data.from_items(list(range(len(steps))), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
     deal = _Deal(Dealer(store, data, seed), batch, rank, workers, steps.start)
     if store.recipe.keep:
         dealing = numbers.iter_torch_batches(
