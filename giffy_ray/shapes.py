@@ -6,7 +6,7 @@ leading batch axis. Networks see floats 0..1 with channels first, so that Conv2d
     start, end    first and last frame of a clip, the two given images
     between       the frames that are to be made
     made, real    a clip that came out of a method, and the one that was filmed
-    noise         float32 [batch, latent], standard normal
+    noise         float [batch, latent], standard normal
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Positions: TypeAlias = Int64[Tensor, " batch"]
 PerClip: TypeAlias = Float[Tensor, " batch"]
 
 
-def to_floats(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [..., channel] 0..255 -> float with the channel axis second, 0..1. Images or Clips."""
+def to_floats(pixels: Tensor) -> Tensor:
+    """uint8 [..., channel] 0..255 -> torch's default dtype with the channel axis second, 0..1. Images or Clips."""
     # Permuted while still uint8: a quarter of the bytes to move.
-    return pixels.movedim(-1, 1).contiguous().to(dtype).div_(255)
+    return pixels.movedim(-1, 1).contiguous().to(torch.get_default_dtype()).div_(255)
 
 
 def to_pixels(floats: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ import secrets
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import numpy as np
 import pytest
+import torch
 from jaxtyping import install_import_hook
 
 # Shapes and dtypes in annotations are checked here and never in workers. Before anything imports these modules.
@@ -53,6 +55,16 @@ TINY = {
 def tiny() -> Experiment:
     """A CVAE of a few thousand parameters on clips of 6 frames of 16x16."""
     return override(Experiment(), TINY)
+
+
+@contextmanager
+def in_float64() -> Iterator[None]:
+    """What processors round differently in float32 grows with each step, to percents with a GAN."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="session")

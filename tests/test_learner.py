@@ -14,7 +14,7 @@ from giffy_ray.head import free_port
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
 from giffy_ray.shapes import to_floats, to_pixels
-from tests import float64
+from tests.conftest import in_float64
 from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
 CPU = torch.device("cpu")
@@ -254,10 +254,11 @@ def skipped_where_rank_1_fails(rank: int) -> torch.Tensor:
     return torch.cat([torch.stack(skipped), nn.utils.parameters_to_vector(layer.parameters()).detach()])
 
 
+@in_float64()
 def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tensor:
     """The weights of all the learner's networks after some updates in float64, one after the other."""
     experiment = from_yaml(yaml)
-    learner = float64.build(experiment)
+    learner = learners.build(experiment, CPU)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
     for _ in range(updates):
         learner.update(clips[share], TIMES[share], POSITIONS[share])

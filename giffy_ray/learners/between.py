@@ -45,7 +45,7 @@ class BetweenLearner:
         train = self.experiment.train
         self.descent.network.train()
         real = to_floats(clips.to(self.device, non_blocking=True))
-        times = times.to(self.device, non_blocking=True)
+        times = times.to(real, non_blocking=True)
         noise = noise_at(train.seed, positions.tolist(), self.latent, self.device)
         places = torch.arange(len(real) + 1, dtype=torch.float64, device=self.device)
         sampled = (places * self.model.sampled_share).floor().diff() > 0

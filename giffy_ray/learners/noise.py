@@ -12,11 +12,11 @@ from giffy_ray.shapes import Noise
 
 
 def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | None = None) -> Noise:
-    """Standard normal float32 [len(keys), width]; row i depends on (seed, keys[i]) only."""
+    """Standard normal [len(keys), width] in torch's default dtype; row i depends on (seed, keys[i]) only."""
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32) for key in keys
     ]
-    noise = torch.from_numpy(np.stack(rows))
+    noise = torch.from_numpy(np.stack(rows)).to(torch.get_default_dtype())
     if device is not None and device.type == "cuda":
         return noise.pin_memory().to(device, non_blocking=True)
     return noise
