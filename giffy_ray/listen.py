@@ -29,11 +29,11 @@ def forget_stop(experiment: Experiment) -> None:
 
 
 class Listener:
-    """Rank 0 looks for the file in a thread; after each step all workers agree on what was heard."""
+    """Rank 0 looks for the file in a thread; at each step all workers hear of what it had seen at the one before."""
 
     def __init__(self, experiment: Experiment, rank: int, device: torch.device, notice: Callable[[], Any]):
         self.location = join(experiment.storage, experiment.name, _STOP)
-        self.device, self.notice = device, notice
+        self.notice, self._any_of_each = notice, ranks.AnyOfEach(device)
         self._stop, self._ask, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._known = None
         if rank == 0:
@@ -44,14 +44,17 @@ class Listener:
 
         The same on all workers, which must call it equally often. Each notice is told once.
         """
-        stop, ask = ranks.any_of_each([self._stop.is_set(), self._ask.is_set()], self.device)
+        asked = self._ask.is_set()
+        stop, ask = self._any_of_each([self._stop.is_set(), asked])
+        if asked:
+            self._ask.clear()
         notice = self.notice() if ask else self._known
-        self._ask.clear()
         is_new, self._known = notice is not None and notice != self._known, notice
         return stop, is_new
 
     def end(self) -> None:
         self._ended.set()
+        self._any_of_each.end()
 
     def _look(self) -> None:
         waited_s = 0.0

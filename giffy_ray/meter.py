@@ -15,6 +15,7 @@ from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from giffy_ray import ranks
+from giffy_ray.transfer import Fetched
 
 # Of dense bfloat16 products (float16 where there is no bfloat16), from the makers' data sheets. By part of the name.
 _PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121}
@@ -28,7 +29,7 @@ class Meter:
     def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
         self.batch, self.device = batch, device
         self.skipped, self.last_skipped = 0, -1  # how many steps, and which
-        self._unseen: tuple[int, Tensor] | None = None
+        self._unseen: tuple[int, Fetched] | None = None
         self.flops: int | None = None  # of a step of this worker
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
         self.start()
@@ -54,15 +55,15 @@ class Meter:
     def add(self, step: int, losses: Mapping[str, Tensor], clips: int) -> None:
         """What a step of this worker's `clips` returned: means over them.
 
-        Whether it was skipped is looked at after the next one, so that a GPU has work while we wait for its answer.
+        Whether it was skipped is looked at after the next one, which a GPU has been told of by then, and works on.
         """
         self._losses.append((losses, clips / self.batch))
         self._steps += 1
         self._look()
-        self._unseen = step, losses["skipped"]
+        self._unseen = step, Fetched(losses["skipped"])
 
     def _look(self) -> None:
-        if self._unseen and self._unseen[1]:
+        if self._unseen and any(self._unseen[1].values()):
             self.skipped, self.last_skipped = self.skipped + 1, self._unseen[0]
         self._unseen = None
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
+
+from giffy_ray.transfer import Fetched, sent
 
 
 def count() -> int:
@@ -35,9 +37,34 @@ def sums(values: Iterable[float], device: torch.device) -> list[float]:
     return tensor.tolist()
 
 
-def any_of_each(flags: Sequence[bool], device: torch.device) -> list[bool]:
-    """Of each flag, whether it is set on any worker: all get the same answer."""
-    return [bool(total) for total in sums(flags, device)]
+class AnyOfEach:
+    """Of each flag, whether any worker had set it at the call before: all get the same answer, and wait for nobody.
+
+    Where there is one worker, its answer is that of the same call.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._asked: tuple[dist.Work, Fetched] | None = None
+
+    def __call__(self, flags: Sequence[bool]) -> list[bool]:
+        if count() == 1:
+            return list(flags)
+        answer = self.end() or [False] * len(flags)
+        asked = sent(torch.tensor(flags, dtype=torch.int32), self.device)
+        work = cast(dist.Work, dist.all_reduce(asked, async_op=True))
+        if asked.is_cuda:
+            work.wait()  # the GPU, not we
+        self._asked = work, Fetched(asked)
+        return answer
+
+    def end(self) -> list[bool] | None:
+        """The answer to the last call, for which this waits; None where there was none."""
+        if self._asked is None:
+            return None
+        work, answer = self._asked
+        work.wait()
+        return [value > 0 for value in answer.values()]
 
 
 def from_first(values: list[Any]) -> list[Any]:
@@ -58,8 +85,12 @@ def averaging(network: nn.Module, compressed: bool = False) -> nn.Module:
 
 
 def share_buffers(networks: Iterable[nn.Module]) -> None:
-    """Gives all workers the statistics of rank 0's batch norms: those that its checkpoint holds."""
+    """Gives all workers the statistics of rank 0's batch norms: those that its checkpoint holds.
+
+    Counts are the same everywhere, and that of an average of weights lies on the CPU, from where NCCL sends nothing.
+    """
     if count() > 1:
         for network in networks:
             for buffer in network.buffers():
-                dist.broadcast(buffer, src=0)
+                if buffer.is_floating_point():
+                    dist.broadcast(buffer, src=0)

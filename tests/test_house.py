@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "giffy_ray"
 # Each floor may import from itself and from those before it.
 FLOORS = [
-    {"config", "shapes", "storage", "progress"},
+    {"config", "shapes", "storage", "progress", "transfer"},
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
     {"cluster", "learners", "tracking", "listen", "meter", "ui"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},

@@ -8,7 +8,7 @@ import torch
 import torch.multiprocessing
 from torch import nn
 
-from giffy_ray import learners
+from giffy_ray import learners, ranks
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, from_yaml, override, to_yaml
 from giffy_ray.head import free_port
 from giffy_ray.learners.descent import Descent, rate_at
@@ -236,7 +236,7 @@ def _worker(rank: int, workers: int, port: int, yamls: list[str], queue) -> None
     torch.set_num_threads(1)
     share = slice(rank * 8 // workers, (rank + 1) * 8 // workers)
     weights = [trained(yaml, share).numpy() for yaml in yamls]
-    queue.put((rank, [*weights, skipped_where_rank_1_fails(rank).numpy()]))
+    queue.put((rank, [*weights, skipped_where_rank_1_fails(rank).numpy(), heard_of_both(rank).numpy()]))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -252,6 +252,15 @@ def skipped_where_rank_1_fails(rank: int) -> torch.Tensor:
         losses = descent.descend(lambda one, more=added: (descent(one).sum() + more, {}), [inputs], 0, weight=1.0)
         skipped.append(losses["skipped"])
     return torch.cat([torch.stack(skipped), nn.utils.parameters_to_vector(layer.parameters()).detach()])
+
+
+def heard_of_both(rank: int) -> torch.Tensor:
+    """What four calls hear, where rank 1 sets the first flag at the first, and rank 0 the second at the second."""
+    any_of_each = ranks.AnyOfEach(CPU)
+    said = [[rank == 1, False], [False, rank == 0], [False, False], [False, False]]
+    heard = torch.tensor([any_of_each(flags) for flags in said])
+    assert any_of_each.end() == [False, False]
+    return heard
 
 
 @in_float64()
@@ -287,6 +296,9 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     others = [CGAN | {"optim.ema": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
     normalised = [to_yaml(override(Experiment(), each)) for each in others]
     first, second = trained_by_two(plain + normalised)
+    heard = first.pop()
+    assert torch.equal(heard, second.pop())
+    assert heard.tolist() == [[False, False], [True, False], [False, True], [False, False]]
     failures = first.pop()
     assert torch.equal(failures, second.pop())
     assert failures[:3].tolist() == [0, 1, 1]

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
 
 from giffy_ray import ranks
 from giffy_ray.config import OptimConfig, SpeedConfig
@@ -128,11 +128,16 @@ def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
 def averaged(network: nn.Module, decay: float) -> AveragedModel:
     """An exponential moving average of all weights and statistics, decay min(`decay`, (1 + n) / (10 + n)) at step n."""
 
-    def average(old: Tensor, new: Tensor, count: Tensor | int) -> Tensor:
-        kept = min(decay, (1 + int(count)) / (_YOUNG + int(count)))
-        return torch.lerp(new, old, kept) if old.is_floating_point() else new
+    def average(old: PARAM_LIST, new: PARAM_LIST, _: Tensor | int) -> None:
+        count = int(model.n_averaged)  # on the CPU, where the one that is given has gone to the GPU, which would answer
+        if old[0].is_floating_point():
+            get_ema_multi_avg_fn(min(decay, (1 + count) / (_YOUNG + count)))(old, new, count)
+        else:
+            for one, other in zip(old, new, strict=True):
+                one.copy_(other)
 
-    return AveragedModel(network, avg_fn=average, use_buffers=True)
+    model = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
+    return model
 
 
 def _laid_out(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:

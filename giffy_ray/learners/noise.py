@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from giffy_ray.shapes import Noise
+from giffy_ray.transfer import sent
 
 
 def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | None = None) -> Noise:
@@ -17,9 +18,7 @@ def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | 
         np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32) for key in keys
     ]
     noise = torch.from_numpy(np.stack(rows)).to(torch.get_default_dtype())
-    if device is not None and device.type == "cuda":
-        return noise.pin_memory().to(device, non_blocking=True)
-    return noise
+    return noise if device is None else sent(noise, device)
 
 
 def noise_for(seed: int, clip_ids: Sequence[str], width: int, device: torch.device | None = None) -> Noise:
