@@ -16,6 +16,11 @@ def squared_error(made: Tensor, real: Tensor) -> PerClip:
     return (made - real).square().flatten(1).sum(1)
 
 
+def ends_of(clips: ClipFloats) -> Tensor:
+    """First and last frame, a view: [batch, 3, 2, height, width]. Indices in a list would make a GPU be waited for."""
+    return clips[:, :, :: clips.shape[2] - 1]
+
+
 def gaussian_kl(mean: Tensor, std: Tensor) -> PerClip:
     """KL(N(mean, std^2) || N(0, 1)) in nats, summed over the latent axis: [batch, latent] -> [batch].
 

@@ -7,6 +7,7 @@ from torch.nn import functional
 
 from giffy_ray.losses import (
     absolute_error,
+    ends_of,
     free_nats,
     gaussian_kl,
     gaussian_kl_between,
@@ -47,6 +48,13 @@ def test_absolute_error_sums_over_all_but_the_batch():
     made, real = torch.zeros(2, 3, 2, 4, 4), torch.zeros(2, 3, 2, 4, 4)
     real[1] = -0.5
     assert absolute_error(made, real).tolist() == [0.0, 0.5 * 3 * 2 * 4 * 4]
+
+
+def test_the_ends_are_the_first_and_the_last_frame_and_no_copy():
+    for frames in (2, 3, 30):
+        clips = torch.rand(2, 3, frames, 4, 4)
+        assert torch.equal(ends_of(clips), torch.stack([clips[:, :, 0], clips[:, :, frames - 1]], dim=2))
+        assert ends_of(clips).data_ptr() == clips.data_ptr()
 
 
 def test_kl_between_two_gaussians_is_that_of_torch_distributions():

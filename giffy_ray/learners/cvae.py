@@ -46,7 +46,7 @@ class CVAELearner:
         made, mean, std = self.descent(real, noise)
         kl = losses.gaussian_kl(mean, std).mean()
         reconstruction = losses.squared_error(made, real).mean()
-        ends = losses.squared_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
+        ends = losses.squared_error(losses.ends_of(made), losses.ends_of(real)).mean()
         loss = kl_weight * kl + self.model.reconstruction_weight * reconstruction + self.model.ends_weight * ends
         return loss, {"loss": loss, "kl": kl, "reconstruction": reconstruction, "ends": ends}
 

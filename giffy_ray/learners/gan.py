@@ -59,7 +59,7 @@ class GANLearner:
 
     def _loss(self, real: ClipFloats, made: ClipFloats, penalty: PerClip) -> tuple[Tensor, dict[str, Tensor]]:
         frame_error = losses.squared_error if self.model.frame_loss == "squared" else losses.absolute_error
-        frame_loss = frame_error(made[:, :, [0, -1]], real[:, :, [0, -1]]).mean()
+        frame_loss = frame_error(losses.ends_of(made), losses.ends_of(real)).mean()
         g_loss = self.adversary.persuade(made).mean()
         loss = g_loss + self.model.frame_weight * frame_loss + penalty.mean()
         named = {"g_loss": g_loss, "frame_loss": frame_loss}
