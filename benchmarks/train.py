@@ -41,7 +41,7 @@ from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.data.deal import Dealer, slice_of
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
-from giffy_ray.head import free_port
+from giffy_ray.head import AS_ANY_PROCESS, free_port
 from giffy_ray.reports import relayed
 from giffy_ray.shapes import to_floats
 
@@ -225,6 +225,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     words = parser.parse_args()
     # Each process computes with one thread, ours too: so many threads and cores have both ways.
+    os.environ |= AS_ANY_PROCESS
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
         changes = {"storage": folder, "train.batch": BATCH, "data.synthetic.training_clips": CLIPS // 2}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ import ray
 from ray._private.state import state  # no public function tells what an autoscaler may add
 
 from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.head import AS_ANY_PROCESS
 from giffy_ray.storage import is_local
 
 # Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
@@ -28,6 +30,7 @@ class Share:
 def connect() -> None:
     """Joins the cluster of RAY_ADDRESS or of this machine, or starts one. Ray's log lines stay in its files."""
     if not ray.is_initialized():
+        os.environ.update(AS_ANY_PROCESS | os.environ)
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
 
 

@@ -187,7 +187,7 @@ def started(config, kind):
 @pytest.mark.parametrize("kind", ["head", "worker"])
 def test_ray_starts_with_the_token(config, kind):
     settings, _, arguments = started(config, kind).partition("ray start")
-    assert "export RAY_AUTH_MODE=token;" in settings
+    assert "export RAY_AUTH_MODE=token RAY_worker_niceness=0;" in settings
     assert "ulimit -n 65536;" in settings
     assert ("--head" in arguments) == (kind == "head")
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]

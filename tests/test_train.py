@@ -1,3 +1,7 @@
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 from ray.core.generated import autoscaler_pb2
@@ -134,3 +138,12 @@ def cluster_of(
     monkeypatch.setattr(cluster.state, "get_cluster_config", lambda: config)
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+
+
+def test_workers_of_a_ray_that_we_start_do_not_stand_back_behind_other_processes():
+    asked = "import os, ray; from giffy_ray import cluster; cluster.connect()\n"
+    asked += "print(ray.get(ray.remote(lambda: os.getpriority(os.PRIO_PROCESS, 0)).remote()))"
+    alone = os.environ | {"RAY_ADDRESS": "local"}
+    alone.pop("RAY_worker_niceness", None)
+    told = subprocess.run([sys.executable, "-c", asked], check=True, env=alone, stdout=subprocess.PIPE, timeout=120)
+    assert int(told.stdout) <= os.getpriority(os.PRIO_PROCESS, 0)
