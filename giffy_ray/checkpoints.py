@@ -144,11 +144,10 @@ def restore(location: str, learner: Learner) -> Position:
     return Position(**position)
 
 
-def origin(experiment: Experiment) -> str:
+def origin(experiment: Experiment) -> str | None:
     """Where the checkpoint of `train.start_from` lies. Raises ConfigError where a run of that name has none."""
     start = experiment.train.start_from
-    assert start is not None
-    return start if "/" in start else newest(override(experiment, {"name": start}))
+    return start if start is None or "/" in start else newest(override(experiment, {"name": start}))
 
 
 def start_from(location: str, learner: Learner) -> None:

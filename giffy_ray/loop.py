@@ -135,8 +135,9 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     location = ranks.from_first(chosen)[0]
     if location is not None:
         return checkpoints.restore(location, learner)
-    if experiment.train.start_from is not None:
-        checkpoints.start_from(checkpoints.origin(experiment), learner)
+    origin = checkpoints.origin(experiment)
+    if origin is not None:
+        checkpoints.start_from(origin, learner)
     return Position(0)
 
 

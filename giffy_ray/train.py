@@ -181,10 +181,10 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
 
 def _check_start(experiment: Experiment) -> None:
     """Raises ConfigError where a new run is to start from what is not there."""
-    start = experiment.train.start_from
-    if start is None:
-        return
     try:
-        checkpoints.manifest(checkpoints.origin(experiment))
+        origin = checkpoints.origin(experiment)
+        if origin is not None:
+            checkpoints.manifest(origin)
     except (ConfigError, checkpoints.DamagedCheckpoint) as error:
+        start = experiment.train.start_from
         raise ConfigError(f"train.start_from: {error} (value {start!r}; a path is read from {os.getcwd()})") from error
