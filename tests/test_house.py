@@ -90,12 +90,3 @@ def test_every_path_in_the_docs_exists(page: str):
     assert named or page != "README.md"
     near = (ROOT, (ROOT / page).parent)
     assert not [name for name in named if not any((folder / name).exists() for folder in near)]
-
-
-def test_functions_and_files_are_short():
-    for path in [*PACKAGE.rglob("*.py"), *(ROOT / "jobs").glob("*.py")]:
-        text = path.read_text()
-        assert text.count("\n") <= 400, path
-        for node in ast.walk(ast.parse(text)):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno <= 62, f"{path}: {node.name}"
