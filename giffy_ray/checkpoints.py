@@ -15,6 +15,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ from torch.optim.swa_utils import AveragedModel
 from giffy_ray import learners
 from giffy_ray.config import BetweenConfig, ConfigError, Experiment, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
+from giffy_ray.learners.descent import AVERAGE
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
 
 _MANIFEST = "manifest.json"
@@ -51,6 +53,7 @@ class Position:
     metrics: Mapping[str, float] = field(default_factory=dict)  # measured at this moment
     sums: Mapping[str, float] = field(default_factory=dict)  # of losses, since they were last logged
     epoch: int | None = None  # that ended here, with `metrics`
+    skipped: int = 0  # steps without a finite gradient, since the run began
 
 
 class Snapshot:
@@ -97,7 +100,7 @@ def publish(location: str, folder: Path) -> None:
     experiment = override(experiment, changes)
     networks = dict(learners.build(experiment, torch.device("cpu")).networks)
     for name, network in networks.items():
-        average = trained.networks.get(f"{name}_average")
+        average = trained.networks.get(f"{name}{AVERAGE}")
         source = trained.networks[name] if average is None else cast(AveragedModel, average).module
         network.load_state_dict(source.state_dict())
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,18 +156,31 @@ def origin(experiment: Experiment) -> str | None:
 def start_from(location: str, learner: Learner) -> None:
     """Takes those networks of a checkpoint that the learner has too; what it has besides keeps its first weights.
 
+    Of a network with an average of its weights, which makes the clips, it takes the average. The learner's own average
+    starts from the same weights.
+
     Raises FileNotFoundError, DamagedCheckpoint, ConfigError where a network has other layers, or none is shared.
     """
     files = manifest(location)
-    shared = [name for name in learner.networks if f"{name}.safetensors" in files]
+    names = [name for name, network in learner.networks.items() if not isinstance(network, AveragedModel)]
+    shared = [name for name in names if f"{name}.safetensors" in files]
     if not shared:
-        raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(learner.networks)}")
-    with _fetched(location, [f"{name}.safetensors" for name in shared]) as folder:
-        for name in shared:
+        raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(names)}")
+    averaged = {name: f"{name}{AVERAGE}.safetensors" in files for name in shared}
+    sources = {name: f"{name}{AVERAGE if averaged[name] else ''}.safetensors" for name in shared}
+    with _fetched(location, list(sources.values())) as folder:
+        for name, source in sources.items():
+            weights = load_file(folder / source)
+            if averaged[name]:
+                weights = {key.removeprefix("module."): weights[key] for key in weights if key != "n_averaged"}
             try:
-                learner.networks[name].load_state_dict(load_file(folder / f"{name}.safetensors"))
+                learner.networks[name].load_state_dict(weights)
             except RuntimeError as error:
                 raise ConfigError(f"train.start_from: {location} is of another model: {error}") from error
+    for name in names:
+        average = learner.networks.get(f"{name}{AVERAGE}")
+        if average is not None:
+            cast(AveragedModel, average).module.load_state_dict(learner.networks[name].state_dict())
 
 
 def load_networks(folder: Path, learner: Learner) -> None:
@@ -224,7 +240,8 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     for location in _locations(experiment):
         metrics = position_of(location).get("metrics", {})
         known |= metrics.keys()
-        if metric in metrics:  # and it is not one between validations
+        # Not one between validations, nor one of a network whose output was not finite.
+        if math.isfinite(metrics.get(metric, math.nan)):
             measured[location] = metrics[metric]
     if known and not measured:
         raise ConfigError(f"{metric!r} was not measured at any; there are: {', '.join(sorted(known))}")

@@ -43,6 +43,8 @@ def share_of(experiment: Experiment) -> Share:
             f"{experiment.storage!r}; give an address such as s3://bucket/giffy_ray"
         )
     use_gpu = there.gpus > 0 if settings.gpu is None else settings.gpu
+    if not use_gpu:
+        _refuse_gpu_fields(experiment)
     if use_gpu and there.gpus < settings.fewest:
         raise ConfigError(
             f"cluster.workers: each needs a GPU, and the cluster has or may add {there.gpus} (value {settings.fewest})"
@@ -59,6 +61,14 @@ def share_of(experiment: Experiment) -> Share:
     # Logical CPUs: on a small machine the workers and the data tasks take turns on its cores.
     cpus_per_worker = min(1.0, (there.cpus - _DATA_CPUS) / settings.most)
     return Share(cpus_per_worker, 0, max(1, int((there.cpus - _DATA_CPUS) / (settings.most * cpus_per_worker))))
+
+
+def _refuse_gpu_fields(experiment: Experiment) -> None:
+    for name in ("compress_gradients", "sync_batch_norm"):
+        if getattr(experiment.speed, name):
+            raise ConfigError(
+                f"speed.{name}: works on GPUs only, and this training has none (value True); leave it out"
+            )
 
 
 def share_of_trials(experiment: Experiment) -> Share:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import math
 import tempfile
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -17,7 +19,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from giffy_ray import checkpoints, learners, metrics, ranks, render
 from giffy_ray.checkpoints import Position, Snapshot
-from giffy_ray.config import Experiment, from_yaml
+from giffy_ray.config import Experiment, SpeedConfig, from_yaml
 from giffy_ray.data import stream
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.data.store import Store
@@ -26,6 +28,8 @@ from giffy_ray.learners import Learner
 from giffy_ray.listen import Listener
 from giffy_ray.meter import Meter, profiler
 from giffy_ray.models import baselines
+from giffy_ray.shapes import NonFiniteOutput
+from giffy_ray.storage import join, write_text
 from giffy_ray.tracking import Tracker, open_run
 
 # Of a checkpoint that was not validated: Ray Train's memory of a run cannot hold NaN or infinity.
@@ -37,6 +41,12 @@ _SAMPLES = 4  # clips, by two or three rows: about a square, as MLflow's page gi
 # Takes what is reported, and, of rank 0, what makes a snapshot for a checkpoint of it.
 Tell = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
 
+FAILURE = "failure"  # a file of this name in a run's folder says why the run must not be tried again
+
+
+class TooManySkippedSteps(RuntimeError):
+    """More than `train.most_skipped` steps had no finite gradient. All workers raise it after the same step."""
+
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train runs.
@@ -44,8 +54,14 @@ def train_loop(settings: dict[str, Any]) -> None:
     `settings`: the experiment as YAML, where its store is, and the place of the run that this one is shown under.
     """
     experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
-    with open_run(experiment, ranks.rank(), settings["parent"], {"data.fingerprint": store.fingerprint}) as tracker:
-        run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
+    tags = {"data.fingerprint": store.fingerprint}
+    try:
+        with open_run(experiment, ranks.rank(), settings["parent"], tags) as tracker:
+            run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
+    except TooManySkippedSteps as failure:
+        # Not raised here: Ray Train would start the workers again, which would skip the same steps.
+        if ranks.rank() == 0:
+            write_text(join(experiment.storage, experiment.name, FAILURE), str(failure))
 
 
 def run(
@@ -60,7 +76,7 @@ def run(
 
     `notice` returns something new when a machine of the training is about to be taken away.
     """
-    torch.set_float32_matmul_precision("highest" if experiment.speed.precision == "float32" else "high")
+    set_precision(experiment.speed)
     torch.backends.cudnn.benchmark = True  # batches are all of one shape; its first guesses for 3D are slow ones
     train, clips = experiment.train, len(store.rows_of("training"))
     validated = validations(clips, experiment)
@@ -69,7 +85,7 @@ def run(
     make = learner_method(learner, train.seed)
 
     position, rank = begin(learner, experiment), ranks.rank()
-    steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device)
+    steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device, position.skipped)
     steps = range(steps_done, last)
     batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
     listener = Listener(experiment, rank, device, notice)
@@ -99,9 +115,10 @@ def run(
             tracker.log_metrics(measured, step=epoch)
             tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
-            report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell)
+            sums = meter.sums()
+            report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell)
         if meter.skipped > train.most_skipped:
-            raise RuntimeError(too_many_skipped(meter, store, experiment))
+            raise TooManySkippedSteps(too_many_skipped(meter, store, experiment))
         if epoch is not None:
             meter.start()
     # ----------------------------------------------------------------------------------
@@ -110,6 +127,13 @@ def run(
     tracker.log_drawn(functools.partial(draw, "mp4"), "samples.mp4", steps_done)
     tracker.log_drawn(functools.partial(draw, "gif"), "samples.gif", steps_done)
     tracker.finish("KILLED" if stopped else "FINISHED")
+
+
+def set_precision(speed: SpeedConfig) -> None:
+    """Whether a GPU may compute float32 products and convolutions with TF32, which has 10 bits of mantissa."""
+    exact = speed.precision == "float32"
+    torch.set_float32_matmul_precision("highest" if exact else "high")
+    torch.backends.cudnn.allow_tf32 = not exact
 
 
 def introduce(tracker: Tracker, store: Store) -> None:
@@ -143,7 +167,8 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
 
 def report(learner: Learner, experiment: Experiment, position: Position, tell: Tell) -> None:
     """Tells of the metrics, with a checkpoint. One between validations has no score: it is kept while it is newest."""
-    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
+    l2 = position.metrics.get("val/l2_report", _UNSCORED)
+    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: l2 if math.isfinite(l2) else _UNSCORED}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}
     tell(named, functools.partial(Snapshot, learner, experiment, position) if ranks.rank() == 0 else None)
@@ -177,7 +202,7 @@ def validate(make: Method, store: Store, share: int, device: torch.device) -> di
     """Over the validation clips, `share` at a time on each worker, which takes every workers-th clip.
 
     Means of l2 and PSNR; the skill against linear interpolation; and, as `blur`, the mean distance of the sharpness
-    ratio from 1, over clips where that is finite.
+    ratio from 1, over clips where that is finite. All are NaN if the learner's output is not finite.
     """
     rows = store.rows_of("validation")[ranks.rank() :: ranks.count()]
     parts = [torch.zeros(6, dtype=torch.float64)]
@@ -185,7 +210,11 @@ def validate(make: Method, store: Store, share: int, device: torch.device) -> di
         chosen = rows[first : first + share]
         real = torch.from_numpy(store.gather(chosen))
         start, end = real[:, 0], real[:, -1]
-        made = make(start, end, [store.ids[row] for row in chosen])
+        try:
+            made = make(start, end, [store.ids[row] for row in chosen])
+        except NonFiniteOutput:
+            parts.append(torch.full((6,), math.nan, dtype=torch.float64))
+            continue
         blur = (metrics.sharpness_ratio(made, real) - 1).abs()
         linear_sse = metrics.squared_error(baselines.linear(start, end, real.shape[1]), real)
         each = (
@@ -202,11 +231,12 @@ def validate(make: Method, store: Store, share: int, device: torch.device) -> di
 
 def too_many_skipped(meter: Meter, store: Store, experiment: Experiment) -> str:
     train, step = experiment.train, meter.last_skipped
-    positions = slice_of(step, train.batch, ranks.rank(), ranks.count())
+    positions = slice_of(step, train.batch, rank=0, workers=1)
     ids = [store.ids[row] for row in rows_at(positions, store.rows_of("training"), train.seed)]
     return (
         f"train.most_skipped: {meter.skipped} steps had no finite loss or gradient (value {train.most_skipped}); "
-        f"the last is step {step}, with these clips on worker {ranks.rank()}: {', '.join(ids)}"
+        f"the last is step {step}, with the clips {', '.join(ids)}. Lower optim.lr or set optim.clip_norm, under "
+        "another name; or raise train.most_skipped, and the run resumes from its newest checkpoint"
     )
 
 
@@ -215,6 +245,8 @@ def samples(learner: Learner, make: Method, store: Store, kind: render.Kind) -> 
     it sees them, and what it makes of their ends and noise."""
     rows = store.rows_of("validation")[:_SAMPLES]
     real = torch.from_numpy(store.gather(rows))
-    made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
-    shown = {"real": real, "reconstruction": learner.reconstruct(real), "prior sample": made}
+    shown: dict[str, torch.Tensor | None] = {"real": real}
+    with suppress(NonFiniteOutput):  # such clips cannot be drawn; the metrics are NaN
+        shown["reconstruction"] = learner.reconstruct(real)
+        shown["prior sample"] = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
     return render.animation({name: one.numpy() for name, one in shown.items() if one is not None}, store.clip.fps, kind)

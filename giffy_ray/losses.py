@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -34,12 +35,14 @@ def gaussian_kl_between(mean: Tensor, std: Tensor, prior_mean: Tensor, prior_std
     return (prior_std / std).log() + (std.square() + (mean - prior_mean).square()) / (2 * prior_std.square()) - 0.5
 
 
-def free_nats(kl: Tensor, free: float) -> Tensor:
-    """[batch, latent] -> scalar: the sum over the latent of what each value costs on average beyond `free` nats.
+def free_nats(kl: Tensor, free: float, whole: Tensor | None = None) -> Tensor:
+    """[latent] -> scalar: the sum over the latent of what each value costs beyond `free` nats.
 
-    Free bits (Kingma et al. 2016, arXiv 1606.04934, eq. 15): below it a value costs the same, so it is not given up.
+    `kl` is a mean over clips. Free bits (Kingma et al. 2016, arXiv 1606.04934, eq. 15): below `free` a value costs the
+    same, so it is not given up. `whole`, [latent], is the mean over the whole batch, which decides this, where `kl` is
+    only the share of some of its clips.
     """
-    return kl.mean(0).clamp(min=free).sum() if len(kl) else kl.sum()
+    return torch.where((kl if whole is None else whole) > free, kl, free).sum()
 
 
 def relative_error(made: Tensor, real: ClipFloats, times: Times, floor: float) -> PerClip:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import tempfile
 import time
@@ -26,9 +27,10 @@ _TRACED = schedule(wait=5, warmup=2, active=5, repeat=1)  # steps
 class Meter:
     """Losses and times since they were last asked for. `sums`, over all workers, go into a checkpoint and come back."""
 
-    def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device):
+    def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device, skipped: int = 0):
+        """`skipped`: the steps that were skipped before, which count towards the limit of the whole run."""
         self.batch, self.device = batch, device
-        self.skipped, self.last_skipped = 0, -1  # how many steps, and which
+        self.skipped, self.last_skipped = skipped, -1  # how many steps, and which was the last since the start
         self._unseen: tuple[int, Fetched] | None = None
         self.flops: int | None = None  # of a step of this worker
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
@@ -68,24 +70,36 @@ class Meter:
         self._unseen = None
 
     def sums(self) -> dict[str, float]:
-        """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it."""
+        """Of each loss over the steps, as means over whole batches; 'name steps' counts those that had it.
+
+        The losses of a skipped step, which may be NaN, do not count.
+        """
         self._look()
         here: dict[str, list[Tensor]] = {}
+        counts: dict[str, list[Tensor]] = {}
         for losses, share in self._losses:
+            taken = losses["skipped"] == 0
             for name, loss in losses.items():
-                here.setdefault(name, []).append(share * loss.double())
+                counted = torch.ones_like(taken) if name == "skipped" else taken
+                here.setdefault(name, []).append(torch.where(counted, share * loss.double(), 0.0))
+                counts.setdefault(name, []).append(counted)
         names = sorted(here)
         totals = ranks.sums([float(torch.stack(here[name]).sum()) for name in names], self.device)
         for name, total in zip(names, totals, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + total
-            self._sums[f"{name} steps"] = self._sums.get(f"{name} steps", 0.0) + len(here[name])
+            steps = self._sums.get(f"{name} steps", 0.0)
+            self._sums[f"{name} steps"] = steps + int(torch.stack(counts[name]).sum())
         self._losses = []
         return dict(self._sums)
 
     def means(self) -> dict[str, float]:
         """Means of the losses, and speed; the next are those of what comes after."""
         sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
-        means = {f"train/{name}": sums[name] / sums[f"{name} steps"] for name in sums if not name.endswith(" steps")}
+        means = {
+            f"train/{name}": sums[name] / sums[f"{name} steps"] if sums[f"{name} steps"] else math.nan
+            for name in sums
+            if not name.endswith(" steps")
+        }
         means["train/skipped"] = sums.get("skipped", 0.0)
         means["speed/clips_per_s"] = steps * self.batch / took_s
         means["speed/step_ms"] = 1000 * took_s / steps

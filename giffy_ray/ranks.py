@@ -7,7 +7,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,6 +35,15 @@ def sums(values: Iterable[float], device: torch.device) -> list[float]:
     tensor = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def mean_of(values: Tensor, weight: float) -> Tensor:
+    """The mean of `values` over the workers, each counting for its `weight_of`. On a GPU, the CPU does not wait."""
+    if count() == 1:
+        return weight * values
+    total = weight / count() * values
+    dist.all_reduce(total)
+    return total
 
 
 class AnyOfEach:

@@ -33,6 +33,17 @@ def to_floats(pixels: Tensor) -> Tensor:
     return pixels.movedim(-1, 1).contiguous().to(torch.get_default_dtype()).div_(255)
 
 
+class NonFiniteOutput(ArithmeticError):
+    """A network's output is NaN or infinite: its weights or its input are too large, and no picture shows it."""
+
+
 def to_pixels(floats: Tensor) -> Tensor:
-    """The inverse of `to_floats`: rounds to the nearest of 0..255 and puts the channel axis last."""
+    """The inverse of `to_floats`: rounds to the nearest of 0..255 and puts the channel axis last.
+
+    Raises NonFiniteOutput: as uint8, NaN would be black.
+    """
+    if not floats.isfinite().all():
+        raise NonFiniteOutput(
+            "the network's output is not finite: its weights have diverged; use an earlier checkpoint"
+        )
     return floats.detach().clamp(0, 1).mul(255).round_().to(torch.uint8).movedim(1, -1).contiguous()

@@ -71,6 +71,13 @@ def read_bytes(location: str) -> bytes:
         return stream.read()
 
 
+def delete_file(location: str) -> None:
+    """Deletes a file, if there is one."""
+    filesystem, path = filesystem_of(location)
+    if filesystem.get_file_info(path).type == fs.FileType.File:
+        filesystem.delete_file(path)
+
+
 def write_text(location: str, text: str) -> None:
     write_bytes(location, text.encode())
 

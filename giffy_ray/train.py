@@ -18,8 +18,8 @@ from giffy_ray import checkpoints, learners, lease, listen
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
-from giffy_ray.loop import SCORE, train_loop
-from giffy_ray.storage import join, read_text, write_text
+from giffy_ray.loop import FAILURE, SCORE, TooManySkippedSteps, train_loop
+from giffy_ray.storage import delete_file, join, read_text, write_text
 
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
@@ -54,12 +54,17 @@ def train(
     """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
 
     `parent` is the place of the run that this one is shown under. Raises ConfigError before anything starts,
-    ray.train.TrainingFailedError after. On SIGTERM and Ctrl-C the training ends after the step that it is at, with a
-    checkpoint; then SystemExit is raised.
+    ray.train.TrainingFailedError or loop.TooManySkippedSteps after. On SIGTERM and Ctrl-C the training ends after the
+    step that it is at, with a checkpoint; then SystemExit is raised.
     """
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
     with claimed(experiment, store), _ended_by_signals(experiment) as signals, ThreadPoolExecutor(1) as aside:
+        failure = join(experiment.storage, experiment.name, FAILURE)
+        delete_file(failure)
         aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
+    why = read_text(failure)
+    if why is not None:
+        raise TooManySkippedSteps(why)
     if signals:
         raise SystemExit(128 + signals[0])
     return checkpoints.newest(experiment)
@@ -171,6 +176,12 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
             f"{store.location}; give another name=..., or remove {folder}"
         )
     before, now = flatten(from_yaml(text)), flatten(experiment)
+    if experiment.optim.schedule == "cosine" and before["train.epochs"] != now["train.epochs"]:
+        raise ConfigError(
+            f"train.epochs: the cosine schedule of the run {experiment.name!r} ends after {before['train.epochs']} "
+            f"epochs, so its learning rate would jump (value {now['train.epochs']}); give another name=... and "
+            f"train.start_from={experiment.name}"
+        )
     for name in now:
         if before[name] != now[name] and not name.startswith(may_change):
             raise ConfigError(

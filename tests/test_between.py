@@ -66,6 +66,21 @@ def test_warping_by_parts_of_pixels_is_bilinear(random: torch.Generator):
     torch.testing.assert_close(warp(picture, flow)[..., :-1, :-1], by_hand, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
+def test_a_flow_that_is_not_finite_gives_nan_there_and_nowhere_else(random: torch.Generator, mode: str, bad: float):
+    """The gradient of grid_sample itself crashes at NaN, on a CPU."""
+    picture = torch.rand(2, 3, 8, 10, generator=random).requires_grad_()
+    flow = torch.rand(2, 2, 8, 10, generator=random)
+    expected = warp(picture, flow, mode)
+    flow[1, 0, 4, 5] = bad
+    made = warp(picture, flow.requires_grad_(), mode)
+    made.sum().backward()
+    assert made[1, :, 4, 5].isnan().all()
+    assert made.isnan().sum() == 3
+    assert torch.equal(made.nan_to_num(), torch.where(made.isnan(), 0, expected))
+
+
 def test_matches_are_cosines_with_the_places_around(random: torch.Generator):
     picture, other = torch.randn(2, 1, 5, 6, 7, generator=random)
     found = matches(picture, other)

@@ -2,25 +2,32 @@
 
 import copy
 import math
+import tempfile
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.multiprocessing
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from giffy_ray import learners, ranks
+from giffy_ray import learners, models, ranks
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, from_yaml, override, to_yaml
 from giffy_ray.head import free_port
+from giffy_ray.learners.between import is_sampled
 from giffy_ray.learners.descent import Descent, rate_at
 from giffy_ray.learners.noise import noise_at, noise_for
-from giffy_ray.shapes import to_floats, to_pixels
+from giffy_ray.losses import gaussian_kl_between, relative_error
+from giffy_ray.models.blocks import SyncByBatchNorm, convert_sync_batch_norm
+from giffy_ray.shapes import NonFiniteOutput, to_floats, to_pixels
 from tests.conftest import in_float64
 from tests.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
 CPU = torch.device("cpu")
 CLIPS = torch.randint(0, 256, (8, 6, 16, 16, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 TIMES = torch.linspace(0, 1, 6).expand(8, -1)
-POSITIONS = torch.arange(100, 108)
+POSITIONS = torch.arange(96, 104)  # a whole step of 8
 TINY_BETWEEN = {
     "clip.frames": 6,
     "clip.height": 16,
@@ -231,12 +238,14 @@ def test_bfloat16_and_channels_last_round_and_nothing_else(tiny: Experiment):
     assert narrow["loss"].dtype == torch.float32
 
 
-def _worker(rank: int, workers: int, port: int, yamls: list[str], queue) -> None:
+def _worker(rank: int, workers: int, port: int, yamls: list[str], folder: str) -> None:
     torch.distributed.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     torch.set_num_threads(1)
     share = slice(rank * 8 // workers, (rank + 1) * 8 // workers)
-    weights = [trained(yaml, share).numpy() for yaml in yamls]
-    queue.put((rank, [*weights, skipped_where_rank_1_fails(rank).numpy(), heard_of_both(rank).numpy()]))
+    results = [trained(yaml, share) for yaml in yamls]
+    if workers == 2:
+        results += [skipped_where_rank_1_fails(rank), heard_of_both(rank)]
+    save_file({str(number): each.contiguous() for number, each in enumerate(results)}, f"{folder}/{rank}")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
@@ -263,6 +272,10 @@ def heard_of_both(rank: int) -> torch.Tensor:
     return heard
 
 
+KL = TINY_BETWEEN | {"train.batch": 8, "optim.lr": 1e-3, "model.kl_weight": 0.5, "model.kl_warmup_steps": 0}
+ADVERSARIAL = {"model.adversarial_weight": 0.3, "model.discriminator_widths": (4, 6, 8)}
+
+
 @in_float64()
 def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tensor:
     """The weights of all the learner's networks after some updates in float64, one after the other."""
@@ -275,18 +288,12 @@ def trained(yaml: str, share: slice = slice(8), updates: int = 3) -> torch.Tenso
     return torch.cat([nn.utils.parameters_to_vector(network.parameters()) for network in networks]).detach()
 
 
-def trained_by_two(yamls: list[str]) -> list[list[torch.Tensor]]:
-    """For each of two workers with half the clips each, what `trained` returns for each experiment."""
-    port = free_port()
-    context = torch.multiprocessing.get_context("spawn")
-    queue = context.SimpleQueue()
-    processes = [context.Process(target=_worker, args=(rank, 2, port, yamls, queue)) for rank in range(2)]
-    for process in processes:
-        process.start()
-    weights = dict(queue.get() for _ in processes)
-    for process in processes:
-        process.join()
-    return [[torch.from_numpy(one) for one in weights[rank]] for rank in range(2)]
+def trained_by(workers: int, yamls: list[str]) -> list[list[torch.Tensor]]:
+    """For each worker, which has its share of the clips, what `trained` returns for each experiment."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_worker, (workers, free_port(), yamls, folder), nprocs=workers)
+        files = [load_file(f"{folder}/{rank}") for rank in range(workers)]
+    return [[tensors[str(number)] for number in range(len(tensors))] for tensors in files]
 
 
 def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experiment):
@@ -295,7 +302,7 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     plain = [to_yaml(override(each, {"model.batch_norm": False, "optim.lr": 1e-3})) for each in (tiny, cgan)]
     others = [CGAN | {"optim.ema": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
     normalised = [to_yaml(override(Experiment(), each)) for each in others]
-    first, second = trained_by_two(plain + normalised)
+    first, second = trained_by(2, plain + normalised)
     heard = first.pop()
     assert torch.equal(heard, second.pop())
     assert heard.tolist() == [[False, False], [True, False], [False, True], [False, False]]
@@ -313,3 +320,209 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     for yaml, one in zip(plain, first, strict=False):
         torch.testing.assert_close(trained(yaml), one, rtol=0, atol=1e-11)
         assert float((one - trained(yaml, updates=0)).abs().max()) > 1e-3
+
+
+def test_between_does_not_depend_on_workers_or_micro_batches():
+    """Its KL is a mean over the clips made from q, of which each worker has another number: 3, 3 and 2 clips of 8."""
+    shares = [{"model.sampled_share": share, "model.free_nats": free} for share, free in ((0.5, 0.02), (0.3, 0.0))]
+    experiments = [override(Experiment(), KL | each) for each in (*shares, shares[0] | ADVERSARIAL)]
+    parts = [override(each, {"speed.micro_batch": size}) for each in experiments[:2] for size in (1, 3)]
+    expected = [trained(to_yaml(each)) for each in experiments]
+    expected += [each for each in expected[:2] for _ in range(2)]
+    for each, weights in zip(experiments, expected, strict=False):
+        assert (weights - trained(to_yaml(override(each, {"model.kl_weight": 0.0})))).abs().max() > 1e-4
+    yamls = [to_yaml(each) for each in (*experiments, *parts)]
+    alone = [trained(yaml) for yaml in yamls]
+    for found in (alone, *trained_by(3, yamls)):
+        for weights, wanted in zip(found, expected, strict=True):
+            torch.testing.assert_close(weights, wanted, rtol=0, atol=1e-11)
+
+
+def test_which_clips_are_made_from_q_follows_from_their_positions():
+    for share in (0.0, 0.3, 0.5, 1.0):
+        chosen = is_sampled(torch.arange(1000), share)
+        assert int(chosen.sum()) == round(1000 * share)
+        assert torch.equal(is_sampled(torch.arange(500, 700), share), chosen[500:700])
+        gaps = torch.diff(chosen.nonzero().flatten())
+        assert not share or int(gaps.max() - gaps.min()) <= 1
+    assert is_sampled(torch.arange(10**9, 10**9 + 10), 0.5).sum() == 5
+
+
+def test_the_losses_of_between_are_means_over_the_clips_they_are_of():
+    learner = learners.build(override(Experiment(), KL | {"model.sampled_share": 0.3, "model.free_nats": 0.0}), CPU)
+    network = learner.networks["between"]
+    sampled, noise = is_sampled(POSITIONS, 0.3), noise_at(0, POSITIONS.tolist(), 2)
+    assert int(sampled.sum()) == 3
+    real = to_floats(CLIPS)
+    with torch.no_grad():
+        for parameter in network.parameters():  # whose heads start from zero, where prior and q make the same frames
+            parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
+        made, *distributions = network(real, TIMES, noise, sampled)
+        relative = relative_error(made, real, TIMES, learner.model.error_floor)  # type: ignore[attr-defined]
+        kl = gaussian_kl_between(*distributions)
+    named = learner.update(CLIPS, TIMES, POSITIONS)
+    torch.testing.assert_close(named["kl"], kl[sampled].sum(1).mean())
+    torch.testing.assert_close(named["posterior_error"], relative[sampled].mean())
+    torch.testing.assert_close(named["prior_error"], relative[~sampled].mean())
+    torch.testing.assert_close(named["loss"], relative.mean() + 0.5 * kl[sampled].sum(1).mean())
+
+
+ALL_MODELS = [
+    pytest.param({}, id="cvae"),
+    pytest.param({"model.image_batch_statistics": True}, id="cvae, batch statistics"),
+    *(pytest.param(each, id=each["model.kind"]) for each in (CGAN, TWO_STREAM, DIRECT_3D)),
+    pytest.param(KL | ADVERSARIAL, id="between"),
+]
+
+
+def _state_of(learner: learners.Learner) -> dict[str, Tensor]:
+    networks = {
+        f"{name} {key}": value for name, net in learner.networks.items() for key, value in net.state_dict().items()
+    }
+    optimizers = {
+        f"{name} {number} {key}": value
+        for name, optimizer in learner.optimizers.items()
+        for number, state in optimizer.state_dict()["state"].items()
+        for key, value in state.items()
+    }
+    return {name: value.clone() for name, value in (networks | optimizers).items()}
+
+
+@pytest.mark.parametrize("changes", ALL_MODELS)
+def test_a_skipped_step_leaves_no_trace_in_weights_statistics_averages_and_optimisers(tiny: Experiment, changes: dict):
+    """The generator's first convolution is made to return NaN, as one whose input overflows does."""
+    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema": 0.9})
+    learner = learners.build(experiment, CPU)
+    clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
+    times = torch.linspace(0, 1, clips.shape[1]).expand(8, -1)
+    assert not learner.update(clips, times, POSITIONS)["skipped"]
+    before = _state_of(learner)
+    network = next(iter(learner.networks.values()))
+    layer = next(module for module in network.modules() if isinstance(module, nn.Conv2d))
+    hook = layer.register_forward_hook(lambda module, inputs, output: output * math.nan)
+    assert learner.update(clips, times, POSITIONS + 8)["skipped"]
+    hook.remove()
+    after = _state_of(learner)
+    assert before.keys() == after.keys()
+    assert not [name for name in before if not torch.equal(before[name], after[name])]
+    assert not learner.update(clips, times, POSITIONS + 8)["skipped"]
+    assert all(value.isfinite().all() for value in _state_of(learner).values())
+
+
+@pytest.mark.parametrize("changes", [CGAN, KL | ADVERSARIAL], ids=["cgan", "between"])
+def test_a_discriminators_skipped_step_counts(changes: dict):
+    learner = learners.build(override(Experiment(), changes), CPU)
+    judge = learner.networks["discriminator"]
+    before = _state_of(learner)
+    weight = next(iter(judge.parameters()))
+    weight.register_hook(lambda gradient: gradient * math.nan)
+    assert learner.update(CLIPS, TIMES, POSITIONS)["skipped"] >= 1
+    after = _state_of(learner)
+    unchanged = [name for name in before if name.startswith("discriminator") and torch.equal(before[name], after[name])]
+    assert [name for name in judge.state_dict() if f"discriminator {name}" in unchanged]
+    assert all(value.isfinite().all() for value in after.values())
+    parameters = {f"discriminator {name}" for name, _ in judge.named_parameters()}
+    assert parameters <= set(unchanged)
+
+
+def test_output_that_is_not_finite_is_an_error(tiny: Experiment):
+    learner = learners.build(tiny, CPU)
+    with torch.no_grad():
+        next(iter(learner.networks["cvae"].parameters())).fill_(math.nan)
+    with pytest.raises(NonFiniteOutput, match="not finite"):
+        learner.generate(CLIPS[:, 0], CLIPS[:, -1], torch.zeros(8, 3))
+    with pytest.raises(NonFiniteOutput):
+        learner.reconstruct(CLIPS)
+
+
+class _Waits(TorchDispatchMode):
+    """Counts what would make the CPU wait for a GPU: reading a value, boolean indices, copies of Python lists."""
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        indices = args[1] if name in ("index", "index_put_") else []
+        if (
+            (name in ("_local_scalar_dense", "is_nonzero", "equal") and args[0].is_meta)
+            or name in ("nonzero", "masked_select")
+            or any(index is not None and (index.dtype == torch.bool or not index.is_meta) for index in indices)
+        ):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("changes", ALL_MODELS)
+def test_a_step_does_not_wait_for_the_gpu(tiny: Experiment, changes: dict, monkeypatch: pytest.MonkeyPatch):
+    """On the meta device, whose tensors have no values that could be read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
+    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema": 0.9})
+    learner = learners.build(experiment, torch.device("meta"))
+    for optimizer in learner.optimizers.values():
+        monkeypatch.setattr(optimizer, "step", lambda: None)  # the fused one, which does not know it either
+    frames = experiment.clip.frames
+    clips = torch.zeros(8, frames, experiment.clip.height, experiment.clip.width, 3, dtype=torch.uint8)
+    with _Waits() as waits:
+        learner.update(clips, torch.linspace(0, 1, frames).expand(8, -1), POSITIONS)
+    assert waits.found == []
+
+
+def test_sync_batch_norm_leaves_layers_that_use_batch_statistics_as_they_are(tiny: Experiment):
+    torch.manual_seed(0)
+    network = models.build(override(tiny, {"model.image_batch_statistics": True}).model, tiny.clip)
+    plain = copy.deepcopy(network)
+    kinds = {name: type(module) for name, module in network.named_modules() if "BatchNorm" in type(module).__name__}
+    synced = convert_sync_batch_norm(network)
+    assert list(synced.state_dict()) == list(plain.state_dict())
+    for name, kind in kinds.items():
+        expected = SyncByBatchNorm if "ByBatch" in kind.__name__ else nn.SyncBatchNorm
+        assert type(synced.get_submodule(name)) is expected, name
+    assert {SyncByBatchNorm, nn.SyncBatchNorm} <= {type(module) for module in synced.modules()}
+    ends = to_floats(CLIPS[:, 0]), to_floats(CLIPS[:, -1])
+    noise = torch.randn(8, 3)
+    with torch.no_grad():
+        torch.testing.assert_close(synced.eval().generate(*ends, noise), plain.eval().generate(*ends, noise))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"speed.micro_batch": 1}, r"speed\.micro_batch: batch norm .*\(value 1\)"),
+        ({"optim.discriminator_lr": 1e-3}, r"optim\.discriminator_lr: model\.kind=cvae trains no discriminator"),
+        (TINY_BETWEEN | {"optim.discriminator_lr": 1e-3}, r"optim\.discriminator_lr: .*adversarial_weight"),
+        (
+            {"data.intervals.frames": 6, "data.intervals.moments": "random"},
+            r"data\.intervals\.moments: model\.kind=cvae takes frames to be evenly spaced \(value 'random'\)",
+        ),
+        (
+            TINY_BETWEEN | {"data.intervals.moments": "random"},
+            r"data\.intervals\.moments: is of parts of the videos.*data\.intervals\.frames=0",
+        ),
+        (
+            KL | ADVERSARIAL | {"data.intervals.frames": 4, "data.intervals.moments": "random"},
+            r"data\.intervals\.moments: the discriminator .*evenly spaced",
+        ),
+    ],
+)
+def test_fields_that_would_have_no_effect_or_a_wrong_one_are_refused(tiny: Experiment, changes: dict, message: str):
+    with pytest.raises(ConfigError, match=message):
+        learners.build(override(tiny if "model.kind" not in changes else Experiment(), changes), CPU)
+
+
+def test_panning_without_cropping_is_refused():
+    with pytest.raises(ConfigError, match=r"data\.augment: .*pan moves what crop cuts out.*pan 0\.5"):
+        override(Experiment(), {"data.augment.pan": 0.5})
+    override(Experiment(), {"data.augment.pan": 0.5, "data.augment.crop": 0.9})
+
+
+def test_two_streams_frame_weight_follows_from_the_size_of_the_frames():
+    """Theirs weighs the mean over a frame in -1..1, whose absolute differences are twice ours, with 10."""
+    learner = learners.build(override(Experiment(), TWO_STREAM), CPU)
+    clip = learner.experiment.clip  # type: ignore[attr-defined]
+    assert learner.frame_weight == 10 * 2 / (3 * clip.height * clip.width)  # type: ignore[attr-defined]
+    fixed = override(Experiment(), TWO_STREAM | {"model.frame_weight": 0.5})
+    assert learners.build(fixed, CPU).frame_weight == 0.5  # type: ignore[attr-defined]
+    at_64 = override(Experiment(), TWO_STREAM | {"clip.height": 64, "clip.width": 64})
+    assert learners.build(at_64, torch.device("meta")).frame_weight == 20 / 12288  # type: ignore[attr-defined]

@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from giffy_ray import checkpoints, learners, loop
-from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.config import ConfigError, Experiment, SpeedConfig, override
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
 from giffy_ray.meter import Meter, peak_tflops, profiler
+from giffy_ray.shapes import NonFiniteOutput
+from tests.conftest import TINY
 from tests.test_checkpoints import assert_equal_weights, built, step
 from tests.test_results import FakeStore
 
@@ -103,13 +105,16 @@ def test_means_count_the_steps_that_had_a_loss():
     meter = Meter({}, batch=2, device=CPU)
     none = torch.tensor(0.0)
     meter.add(0, {"loss": torch.tensor(1.0), "skipped": none}, 2)
-    meter.add(1, {"loss": torch.tensor(3.0), "g_loss": torch.tensor(5.0), "skipped": torch.tensor(1.0)}, 2)
+    nan = torch.tensor(math.nan)
+    meter.add(1, {"loss": nan, "g_loss": nan, "skipped": torch.tensor(1.0)}, 2)
     means = meter.means()
-    assert (means["train/loss"], means["train/g_loss"], means["train/skipped"]) == (2, 5, 1)
+    assert (means["train/loss"], means["train/skipped"]) == (1, 1)
+    assert math.isnan(means["train/g_loss"])  # no step had one that was not skipped
     assert meter.skipped == 1
     meter.add(2, {"loss": torch.tensor(7.0), "skipped": none}, 2)
     assert meter.means()["train/loss"] == 7
     assert meter.skipped == 1
+    assert Meter({}, 2, CPU, skipped=3).skipped == 3
 
 
 def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: Path):
@@ -127,6 +132,59 @@ def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: P
     wider = override(experiment, {"train.start_from": "other", "model.image_code": 5})
     with pytest.raises(ConfigError, match=r"train\.start_from: .*is of another model"):
         loop.begin(built(wider), wider)
+
+
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_a_run_starts_from_the_average_and_its_own_average_starts_there_too(
+    tiny: Experiment, tmp_path: Path, ema: float
+):
+    theirs = override(tiny, {"train.seed": 5, "optim.ema": 0.9, "optim.lr": 0.1, "train.batch": 4})
+    other = built(theirs)
+    for number in range(3):
+        step(other, theirs, number)
+    place = tmp_path / "other" / "checkpoint_1"
+    place.mkdir(parents=True)
+    checkpoints.Snapshot(other, theirs, checkpoints.Position(3)).save(place)
+    experiment = override(
+        tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": "other", "optim.ema": ema}
+    )
+    learner = built(experiment)
+    loop.begin(learner, experiment)
+    expected = other.networks["cvae_average"].module.state_dict()  # type: ignore[union-attr]
+    assert not torch.equal(
+        expected["generator.seed.0.weight"], other.networks["cvae"].state_dict()["generator.seed.0.weight"]
+    )
+    for network in (learner.networks["cvae"], learner.descent.trained):  # type: ignore[attr-defined]
+        assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
+
+
+def test_output_that_is_not_finite_gives_metrics_that_are_nan_and_no_picture_of_it(tmp_path: Path):
+    store: Any = FakeStore(tmp_path)
+
+    def make(start: torch.Tensor, end: torch.Tensor, clip_ids: list[str]) -> torch.Tensor:
+        raise NonFiniteOutput("diverged")
+
+    measured = loop.validate(make, store, 2, CPU)
+    assert measured
+    assert all(math.isnan(value) for value in measured.values())
+    drawn = loop.samples(Mirror(False), make, store, "gif")  # type: ignore[arg-type]
+    assert Image.open(io.BytesIO(drawn)).height == 2 * 14 + 128  # the real clips alone
+    told: list[dict] = []
+    position = checkpoints.Position(3, measured, {}, 1)
+    loop.report(built(override(Experiment(), TINY)), Experiment(), position, lambda named, take: told.append(named))
+    assert math.isfinite(told[0][loop.SCORE])
+
+
+def test_precision_float32_turns_tf32_off_for_products_and_convolutions():
+    try:
+        loop.set_precision(SpeedConfig(precision="float32"))
+        assert not torch.backends.cudnn.allow_tf32
+        assert not torch.backends.cuda.matmul.allow_tf32
+        loop.set_precision(SpeedConfig())
+        assert torch.backends.cudnn.allow_tf32
+        assert torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Experiment, tmp_path: Path):

@@ -67,12 +67,19 @@ def test_kl_between_two_gaussians_is_that_of_torch_distributions():
 
 def test_free_nats_are_those_of_the_mean_over_the_batch():
     kl = torch.tensor([[0.0, 1.0, 0.1], [0.4, 3.0, 0.1]], requires_grad=True)  # means 0.2, 2.0, 0.1
-    cost = free_nats(kl, 0.5)
+    cost = free_nats(kl.mean(0), 0.5)
     assert cost.item() == pytest.approx(0.5 + 2.0 + 0.5)
     cost.backward()
     assert kl.grad.tolist() == [[0, 0.5, 0], [0, 0.5, 0]]  # what is below is left alone
-    assert free_nats(kl, 0.0).item() == pytest.approx(0.2 + 2.0 + 0.1)
-    assert free_nats(kl[:0], 0.5).item() == 0  # no clip of the batch was sampled
+    assert free_nats(kl.mean(0), 0.0).item() == pytest.approx(0.2 + 2.0 + 0.1)
+
+
+def test_the_whole_batch_decides_which_nats_are_free():
+    shares = torch.tensor([[0.1, 0.9, 0.8], [0.3, 0.2, 0.1]], requires_grad=True)  # of two workers: 0.2, 0.55, 0.45
+    costs = torch.stack([free_nats(share, 0.5, shares.detach().mean(0)) for share in shares])
+    assert costs.mean().item() == pytest.approx(free_nats(shares.mean(0), 0.5).item()) == pytest.approx(1.55)
+    costs.mean().backward()
+    assert shares.grad.tolist() == [[0, 0.5, 0], [0, 0.5, 0]]
 
 
 def test_relative_error_is_that_of_linear_interpolation_plus_the_floor():

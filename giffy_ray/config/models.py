@@ -85,8 +85,9 @@ class TwoStreamConfig(Adversarial):
     real_label: Share = 1.0
     discriminator_updates: Positive = 1
     frame_loss: Literal["squared", "absolute"] = "absolute"
-    # Theirs weighs the mean over the 3x64x64 values of a frame with 10, in -1..1, where differences are twice as large.
-    frame_weight: Weight = 20 / 12288
+    # None: theirs, which weighs the mean over the values of a frame with 10, in -1..1, where differences are twice as
+    # large: 20 / (3 * clip.height * clip.width).
+    frame_weight: Weight | None = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)

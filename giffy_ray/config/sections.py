@@ -64,6 +64,10 @@ class AugmentConfig(Strict):
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
     colours: bool = False  # red, green and blue change places
 
+    def __post_init__(self) -> None:
+        if self.pan and self.crop == 1:
+            raise ValueError(f"pan moves what crop cuts out: give a crop below 1 (pan {self.pan:g}, crop 1)")
+
 
 @dataclass(frozen=True)
 class DataConfig(Strict):

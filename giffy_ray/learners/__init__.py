@@ -41,8 +41,8 @@ def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learn
 
     `steps` is how many the whole training has, which the learning rate may depend on. Raises ConfigError.
     """
-    _refuse_single_clips(experiment)
-    _refuse_micro_batches(experiment)
+    for refuse in (_refuse_single_clips, _refuse_micro_batches, _refuse_moments, _refuse_discriminator_rate):
+        refuse(experiment)
     match experiment.model.kind:
         case "cvae" | "advanced_cvae":
             return CVAELearner(experiment, device, steps)
@@ -63,8 +63,39 @@ def _refuse_single_clips(experiment: Experiment) -> None:
 
 def _refuse_micro_batches(experiment: Experiment) -> None:
     model, size = experiment.model, experiment.speed.micro_batch
+    if size and isinstance(model, Encoders) and model.batch_norm:
+        raise ConfigError(
+            f"speed.micro_batch: batch norm would take its statistics over {size} clips, not over a worker's share of "
+            f"train.batch (value {size}); use more workers, or model.batch_norm=false"
+        )
     if size and (isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)):
         raise ConfigError(
             f"speed.micro_batch: generator and discriminators take turns on the same clips, which must then be all of "
             f"a worker's (value {size}); use more workers, or a smaller train.batch"
+        )
+
+
+def _refuse_moments(experiment: Experiment) -> None:
+    """`between` alone is told when frames are shown, and its discriminator is not."""
+    model, intervals = experiment.model, experiment.data.intervals
+    if intervals.moments == "even":
+        return
+    if not intervals.frames:
+        why = "is of parts of the videos, which data.intervals.frames=0 turns off"
+    elif not isinstance(model, BetweenConfig):
+        why = f"model.kind={model.kind} takes frames to be evenly spaced"
+    elif model.adversarial_weight:
+        why = "the discriminator of model.adversarial_weight takes frames to be evenly spaced"
+    else:
+        return
+    raise ConfigError(f"data.intervals.moments: {why} (value {intervals.moments!r}); use 'even'")
+
+
+def _refuse_discriminator_rate(experiment: Experiment) -> None:
+    model, rate = experiment.model, experiment.optim.discriminator_lr
+    adversarial = isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)
+    if rate is not None and not adversarial:
+        hint = "; set model.adversarial_weight, or leave it out" if isinstance(model, BetweenConfig) else ""
+        raise ConfigError(
+            f"optim.discriminator_lr: model.kind={model.kind} trains no discriminator (value {rate}){hint}"
         )

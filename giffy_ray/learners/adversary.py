@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from giffy_ray import losses
 from giffy_ray.config import OptimConfig, SpeedConfig
-from giffy_ray.learners.descent import Descent
+from giffy_ray.learners.descent import BufferSnapshot, Descent
 from giffy_ray.shapes import ClipFloats, PerClip
 
 
@@ -35,6 +35,7 @@ class Adversary:
         real_label: float = 1.0,
     ):
         self.loss, self.real_label = loss, real_label
+        self._buffers: list[BufferSnapshot] = []  # of the discriminators, before `persuade`
         unaveraged = dataclasses.replace(optim, ema=0.0)
         self.descents = {
             name: Descent(network.to(device), unaveraged, steps, speed, lr=optim.discriminator_lr)
@@ -75,17 +76,25 @@ class Adversary:
         The gradient flows through the discriminators into `made`, not into their weights, and workers say nothing to
         each other. A discriminator is called with `made` in place of the real clips too, which no gradient flows
         through. It is in train mode, so batch norm takes the statistics of `made`, and its running statistics move
-        towards them twice: nothing reads those of a discriminator.
+        towards them twice: nothing reads those of a discriminator. After
+        the generator's step comes `restore_buffers_where`.
         """
-        costs = []
+        costs, self._buffers = [], []
         for descent in self.descents.values():
             descent.network.train()
+            self._buffers.append(BufferSnapshot(descent.network))
             with _weights_held(descent.network):
                 _, logits = descent.of(descent.network, made.detach(), made)
             costs.append(
                 losses.logistic_generator(logits) if self.loss == "logistic" else losses.hinge_generator(logits)
             )
         return torch.stack(costs).sum(0)
+
+    def restore_buffers_where(self, skipped: Tensor) -> None:
+        """Undoes what `persuade` did to the discriminators' buffers if `skipped`, a scalar: clips may be NaN then."""
+        for buffers in self._buffers:
+            buffers.restore_where(skipped)
+        self._buffers = []
 
     def _discriminator_loss(self, real_logits: PerClip, made_logits: PerClip) -> PerClip:
         if self.loss == "logistic":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from giffy_ray.learners.noise import noise_at
 from giffy_ray.models.between import Between
 from giffy_ray.models.pair_discriminator import AUGMENT_DRAWS, augmented
 from giffy_ray.shapes import ClipFloats, Clips, Images, Noise, Positions, Times, to_floats, to_pixels
+from giffy_ray.transfer import sent
 
 _AUGMENT = 1  # added to the seed where draws are for the discriminator's augmentation
 
@@ -40,18 +42,25 @@ class BetweenLearner:
         """One step on the mean over `clips` of the squared error relative to linear interpolation's, and KL(q || p).
 
         A share of the clips is made from a sample of q, the others from the prior's mean: so the mean is a good guess,
-        and samples are varied.
+        and samples are varied. KL is a mean over those made from q, of the whole batch.
         """
         train = self.experiment.train
         self.descent.network.train()
         real = to_floats(clips.to(self.device, non_blocking=True))
         times = times.to(real, non_blocking=True)
         noise = noise_at(train.seed, positions.tolist(), self.latent, self.device)
-        places = torch.arange(len(real) + 1, dtype=torch.float64, device=self.device)
-        sampled = (places * self.model.sampled_share).floor().diff() > 0
         step, weight = int(positions[0]) // train.batch, ranks.weight_of(len(clips), train.batch)
-        loss_of = functools.partial(self._loss, step=step, weight=weight)
-        return self.descent.descend(loss_of, (real, times, noise, sampled, positions), step, weight)
+        sampled = sent(is_sampled(positions, self.model.sampled_share), self.device)
+        whole_batch = step * train.batch + torch.arange(train.batch)
+        rate = float(is_sampled(whole_batch, self.model.sampled_share).double().mean())
+        whole_kl = None
+        if 0 < self.experiment.speed.micro_batch < len(clips):
+            whole_kl = self._whole_kl(real, times, sampled, rate, weight)
+        loss_of = functools.partial(self._loss, step=step, weight=weight, rate=rate, whole_kl=whole_kl)
+        named = self.descent.descend(loss_of, (real, times, noise, sampled, positions), step, weight)
+        if self.model.adversarial_weight:
+            self.adversary.restore_buffers_where(named["skipped"] > 0)
+        return named
 
     def _loss(
         self,
@@ -63,21 +72,45 @@ class BetweenLearner:
         *,
         step: int,
         weight: float,
+        rate: float,
+        whole_kl: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
+        """`rate`: the share of the whole batch that is made from q; `whole_kl`: see `_whole_kl`.
+
+        The losses are means over the clips given, so that their means over the workers are those over the batch.
+        """
         model = self.model
         made, *distributions = self.descent(real, times, noise, sampled)
         relative = losses.relative_error(made, real, times, model.error_floor)
-        kl = losses.free_nats(losses.gaussian_kl_between(*distributions)[sampled], model.free_nats)
+        kl = _mean_kl(distributions, sampled, rate)
+        if model.free_nats and rate:
+            whole_kl = ranks.mean_of(kl.detach(), weight) if whole_kl is None else whole_kl
+            kl = losses.free_nats(kl, model.free_nats, whole_kl)
+        else:
+            kl = kl.sum()
         loss = relative.mean() + model.kl_weight * losses.warmed_up(step, model.kl_warmup_steps) * kl
         named = {"kl": kl, "relative_error": relative.mean()}
         if model.adversarial_weight and step >= model.adversarial_from_step:
             judged = self._judged(real, made, positions, step, weight)
             loss = loss + model.adversarial_weight * judged["g_loss"]
             named |= judged
-        if 0 < model.sampled_share < 1:
-            named["posterior_error"] = (relative * sampled).mean() / model.sampled_share
-            named["prior_error"] = (relative * ~sampled).mean() / (1 - model.sampled_share)
+        if 0 < rate < 1:
+            named["posterior_error"] = (relative * sampled).mean() / rate
+            named["prior_error"] = (relative * ~sampled).mean() / (1 - rate)
         return loss, named | {"loss": loss}
+
+    @torch.no_grad()
+    def _whole_kl(self, real: ClipFloats, times: Times, sampled: Tensor, rate: float, weight: float) -> Tensor:
+        """KL of each latent value over the whole batch, [latent], before any of its micro-batches is taken.
+
+        Whether a value costs anything, beyond its free nats, follows from all clips of the batch.
+        """
+        network, size = cast(Between, self.descent.network), self.experiment.speed.micro_batch
+        total = torch.zeros(self.latent, dtype=real.dtype, device=real.device)
+        for clips, moments, chosen in zip(real.split(size), times.split(size), sampled.split(size), strict=True):
+            distributions = self.descent.of(network.distributions, clips, moments)
+            total += len(clips) / len(real) * _mean_kl(distributions, chosen, rate)
+        return ranks.mean_of(total, weight)
 
     @torch.no_grad()
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
@@ -107,3 +140,19 @@ class BetweenLearner:
         real, made = augmented(real, draws), augmented(made, draws)
         named = self.adversary.update(real, made, step, weight)
         return named | {"g_loss": self.adversary.persuade(made).mean()}
+
+
+def is_sampled(positions: Positions, share: float) -> Tensor:
+    """bool [batch]: which positions of the sample stream are made from a sample of q.
+
+    Evenly spaced, `share` of all positions: position p where the integer part of p * share grows. So it depends
+    neither on the workers nor on the micro-batches.
+    """
+    places = positions.double()
+    return ((places + 1) * share).floor() > (places * share).floor()
+
+
+def _mean_kl(distributions: Sequence[Tensor], sampled: Tensor, rate: float) -> Tensor:
+    """[latent]: KL of the clips made from q, as a share of the mean over those of a batch that has `rate` of them."""
+    kl = losses.gaussian_kl_between(*distributions)
+    return torch.where(sampled[:, None], kl, 0.0).mean(0) / (rate or 1.0)

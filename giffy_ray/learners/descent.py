@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import PARAM_LIST, AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import AveragedModel
 
 from giffy_ray import ranks
 from giffy_ray.config import OptimConfig, SpeedConfig
+from giffy_ray.models.blocks import convert_sync_batch_norm
 
+AVERAGE = "_average"  # how the name of a network's average ends, among what a checkpoint holds
 _YOUNG = 10  # steps in which an average forgets faster: what it starts from is not worth keeping
 
 
@@ -29,7 +31,8 @@ class Descent:
         self.optim, self.steps, self.speed, self.lr = optim, steps, speed, lr or optim.lr
         self.device = next(network.parameters()).device
         self.network = network = _laid_out(network, speed, self.device)
-        self.average = averaged(network, optim.ema) if optim.ema else None
+        self.average = WeightAverage(network, optim.ema) if optim.ema else None
+        self._buffers: BufferSnapshot | None = None  # before the first forward pass of a step
         if speed.compile:
             network.compile()
         self.parallel = ranks.averaging(network, speed.compress_gradients)
@@ -48,13 +51,18 @@ class Descent:
 
     def networks(self, name: str) -> dict[str, nn.Module]:
         """What a checkpoint holds of it."""
-        return {name: self.network} | ({f"{name}_average": self.average} if self.average else {})
+        return {name: self.network} | ({f"{name}{AVERAGE}": self.average} if self.average else {})
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the network makes of them, in float32 (or wider) whatever it is computed in."""
+        """What the network makes of them, in float32 (or wider) whatever it is computed in.
+
+        In train mode this begins a step: if the step is skipped, batch norm's statistics return to what they are now.
+        """
+        if self.network.training and self._buffers is None:
+            self._buffers = BufferSnapshot(self.network)
         return self.of(self.parallel, *inputs)
 
-    def of(self, network: nn.Module, *inputs: Tensor) -> Any:
+    def of(self, network: Callable[..., Any], *inputs: Tensor) -> Any:
         """The same of the network as it is given, without the other workers."""
         if self.speed.channels_last:
             inputs = tuple(_channels_last(one) for one in inputs)
@@ -88,7 +96,7 @@ class Descent:
                 loss, named = loss_of(*part)
                 self._backward(weight * share * loss)
             means = {name: means.get(name, 0) + share * value.detach() for name, value in named.items()}
-        means["skipped"] = self._step(step)
+        means["skipped"] = self._step(step) + means.get("skipped", 0.0)  # of a discriminator, which `loss_of` trains
         return means
 
     def _backward(self, loss: Tensor) -> None:
@@ -107,9 +115,65 @@ class Descent:
         # be to wait for the GPU at each step.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
-        if self.average and not skipped:
-            self.average.update_parameters(self.network)
+        if self._buffers:
+            self._buffers.restore_where(skipped > 0)
+            self._buffers = None
+        if self.average:
+            self.average.update_unless(skipped > 0, self.network)
         return skipped
+
+
+class BufferSnapshot:
+    """Copies of a network's buffers, such as batch norm's running statistics. Neither call waits for a GPU."""
+
+    def __init__(self, network: nn.Module):
+        self._buffers: dict[torch.dtype, list[Tensor]] = {}
+        for buffer in network.buffers():
+            self._buffers.setdefault(buffer.dtype, []).append(buffer)
+        # One tensor for each dtype: a network may have hundreds of buffers, and each copy is a kernel launch.
+        self._copies = {dtype: _flatten(buffers) for dtype, buffers in self._buffers.items()}
+
+    def restore_where(self, condition: Tensor) -> None:
+        """Restores all buffers if `condition`, a scalar on their device, is true."""
+        for dtype, buffers in self._buffers.items():
+            values = torch.where(condition, self._copies[dtype], _flatten(buffers))
+            values = values.split([buffer.numel() for buffer in buffers])
+            torch._foreach_copy_(buffers, [each.view_as(old) for each, old in zip(values, buffers, strict=True)])
+
+
+def _flatten(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+
+
+class WeightAverage(AveragedModel):
+    """An exponential moving average of all weights and buffers, decay min(`decay`, (1 + n) / (10 + n)) at step n.
+
+    Its state dict is that of AveragedModel, whose own update asks the GPU for the number of steps at each step.
+    """
+
+    def __init__(self, network: nn.Module, decay: float):
+        super().__init__(network, device=next(network.parameters()).device, use_buffers=True)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update_unless(self, skipped: Tensor, network: nn.Module) -> None:
+        """Takes one step towards `network`, whose weights and buffers are finite; none if `skipped`, a scalar."""
+        count = self.n_averaged.to(torch.get_default_dtype())
+        decay = ((1 + count) / (_YOUNG + count)).clamp(max=self.decay)
+        # The first step copies. A skipped one has the rate 0.
+        rate = torch.where(self.n_averaged > 0, 1 - decay, 1.0) * ~skipped
+        pairs = [*zip(self.module.parameters(), network.parameters(), strict=True)]
+        pairs += zip(self.module.buffers(), network.buffers(), strict=True)
+        floats = [(old.detach(), new.detach()) for old, new in pairs if old.is_floating_point()]
+        for dtype in {old.dtype for old, _ in floats}:
+            olds, news = zip(*((old, new) for old, new in floats if old.dtype == dtype), strict=True)
+            changes = torch._foreach_sub(news, olds)
+            torch._foreach_mul_(changes, rate.to(dtype))
+            torch._foreach_add_(olds, changes)
+        for old, new in pairs:
+            if not old.is_floating_point():
+                old.copy_(new)
+        self.n_averaged += ~skipped
 
 
 def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
@@ -125,24 +189,9 @@ def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def averaged(network: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of all weights and statistics, decay min(`decay`, (1 + n) / (10 + n)) at step n."""
-
-    def average(old: PARAM_LIST, new: PARAM_LIST, _: Tensor | int) -> None:
-        count = int(model.n_averaged)  # on the CPU, where the one that is given has gone to the GPU, which would answer
-        if old[0].is_floating_point():
-            get_ema_multi_avg_fn(min(decay, (1 + count) / (_YOUNG + count)))(old, new, count)
-        else:
-            for one, other in zip(old, new, strict=True):
-                one.copy_(other)
-
-    model = AveragedModel(network, multi_avg_fn=average, use_buffers=True)
-    return model
-
-
 def _laid_out(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:
     if speed.sync_batch_norm and device.type == "cuda" and ranks.count() > 1:
-        network = nn.SyncBatchNorm.convert_sync_batchnorm(network)
+        network = convert_sync_batch_norm(network)
     if speed.channels_last:
         for parameter in network.parameters():
             parameter.data = _channels_last(parameter.data)

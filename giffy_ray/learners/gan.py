@@ -20,7 +20,9 @@ class GANLearner:
     def __init__(self, experiment: Experiment, device: torch.device, steps: int):
         self.experiment, self.device = experiment, device
         self.model = cast(CGANConfig | TwoStreamConfig | Direct3DConfig, experiment.model)
-        self.latent = self.model.latent
+        self.latent, self.frame_weight = self.model.latent, self.model.frame_weight
+        if self.frame_weight is None:
+            self.frame_weight = 20 / (3 * experiment.clip.height * experiment.clip.width)
         refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         generator = models.build(experiment.model, experiment.clip).to(device)
@@ -55,13 +57,14 @@ class GANLearner:
         for _ in range(self.model.discriminator_updates):
             judged = self.adversary.update(real, made, step, weight)
         named = self.descent.descend(self._loss, (real, made, penalty), step, weight)
+        self.adversary.restore_buffers_where(named["skipped"] > 0)
         return judged | named | {"skipped": judged["skipped"] + named["skipped"]}
 
     def _loss(self, real: ClipFloats, made: ClipFloats, penalty: PerClip) -> tuple[Tensor, dict[str, Tensor]]:
         frame_error = losses.squared_error if self.model.frame_loss == "squared" else losses.absolute_error
         frame_loss = frame_error(losses.ends_of(made), losses.ends_of(real)).mean()
         g_loss = self.adversary.persuade(made).mean()
-        loss = g_loss + self.model.frame_weight * frame_loss + penalty.mean()
+        loss = g_loss + self.frame_weight * frame_loss + penalty.mean()
         named = {"g_loss": g_loss, "frame_loss": frame_loss}
         if isinstance(self.model, Direct3DConfig):
             named["reconstruction"] = (made - real).abs().mean()

@@ -19,6 +19,8 @@ arXiv 1802.07687). The latent has few values: of many independent ones, hardly a
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -60,11 +62,18 @@ class Between(nn.Module):
         """
         start, end = clip[:, :, 0], clip[:, :, -1]
         features, context = self._seen(start, end)
-        prior_mean, prior_std = self.prior(context)
-        mean, std = self.posterior(clip, times, context)
+        mean, std, prior_mean, prior_std = self._distributions(clip, times, context)
         latent = torch.where(sampled[:, None], mean + std * noise, prior_mean)
         made = self._frames(start, end, features, context, latent, times[:, 1:-1])
         return made, mean, std, prior_mean, prior_std
+
+    def distributions(self, clip: ClipFloats, times: Times) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Mean and std of q, mean and std of the prior, as `forward` returns them, and no frames."""
+        _, context = self._seen(clip[:, :, 0], clip[:, :, -1])
+        return self._distributions(clip, times, context)
+
+    def _distributions(self, clip: ClipFloats, times: Times, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return *self.posterior(clip, times, context), *self.prior(context)
 
     def generate(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
         """Frames at `times`; noise 0 is the prior's mean.
@@ -236,13 +245,16 @@ def blend(start: ImageFloats, end: ImageFloats, time: Tensor, flows: Tensor, vis
 def warp(picture: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
     """Backward warping: each pixel is fetched from where its flow, [n, 2, h, w] in pixels as (x, y), points to.
 
-    `mode` is grid_sample's: bilinear or bicubic. Beyond the edge lies the edge.
+    `mode` is grid_sample's: bilinear or bicubic. Beyond the edge lies the edge. A flow that is not finite gives NaN.
     """
     height, width = flow.shape[2:]
+    finite = flow.isfinite().all(1, keepdim=True)
+    flow = torch.where(finite, flow, 0.0)  # on a CPU, the gradient of grid_sample at NaN is a segmentation fault
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
     y = torch.arange(height, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
-    return functional.grid_sample(picture, grid, mode, padding_mode="border", align_corners=True)
+    warped = functional.grid_sample(picture, grid, mode, padding_mode="border", align_corners=True)
+    return torch.where(finite, warped, math.nan)
 
 
 def matches(picture: Tensor, other: Tensor) -> Tensor:

@@ -87,6 +87,28 @@ class ByBatchNorm2d(_ByBatch, nn.BatchNorm2d):
     pass
 
 
+class SyncByBatchNorm(_ByBatch, nn.SyncBatchNorm):
+    """In training by the statistics of all workers' clips; when clips are made, by those of the batch at hand."""
+
+
+def convert_sync_batch_norm(network: nn.Module) -> nn.Module:
+    """`nn.SyncBatchNorm.convert_sync_batchnorm`, which would turn layers that use batch statistics into plain ones.
+
+    Parameters, buffers and their names stay the same.
+    """
+    if isinstance(network, _ByBatch):
+        synced = SyncByBatchNorm(network.num_features, network.eps, network.momentum)
+        synced.weight, synced.bias = network.weight, network.bias
+        for name, buffer in network.named_buffers(recurse=False):
+            setattr(synced, name, buffer)
+        return synced.train(network.training)
+    if isinstance(network, nn.modules.batchnorm._BatchNorm):
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)
+    for name, child in network.named_children():
+        setattr(network, name, convert_sync_batch_norm(child))
+    return network
+
+
 def require_multiples(clip: ClipConfig, kind: str, **multiples: int) -> None:
     """Raises ConfigError for a `clip` whose frames, height or width is not the multiple that its layers can make."""
     for name, multiple in multiples.items():

@@ -160,10 +160,13 @@ class ImageBlock(nn.Module):
 class ImageDiscriminator(nn.Module):
     """Judges single frames; a clip's logit is the mean of theirs."""
 
+    judged: Tensor
+
     def __init__(self, model: Direct3DConfig, clip: ClipConfig):
         super().__init__()
         _refuse_sizes_of_discriminators(model, clip)
-        self.judged = judged_frames(clip.frames)
+        # A buffer, for a list of indices would be copied to the GPU at each step, which waits for it.
+        self.register_buffer("judged", torch.tensor(judged_frames(clip.frames)), persistent=False)
         widths = (3, *model.discriminator_widths)
         self.blocks = nn.Sequential(*(ImageBlock(*pair) for pair in pairwise(widths)))
         self.logit = spectral_norm(nn.Linear(widths[-1], 1))
@@ -173,7 +176,7 @@ class ImageDiscriminator(nn.Module):
         return self._judged(real), self._judged(made)
 
     def _judged(self, clips: ClipFloats) -> Tensor:
-        frames = 2 * clips[:, :, self.judged].transpose(1, 2) - 1
+        frames = 2 * clips.index_select(2, self.judged).transpose(1, 2) - 1
         features = self.blocks(frames.flatten(0, 1)).mean((2, 3))
         return self.logit(features).view(len(clips), -1).mean(1)
 
