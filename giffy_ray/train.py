@@ -120,6 +120,7 @@ def _trainer(
 
 def check(experiment: Experiment, store: Store) -> None:
     """What can be known to be wrong before anything starts. Raises ConfigError."""
+    learners.check(experiment)
     with torch.device("meta"):  # what the model cannot do, said without the memory that it takes
         learners.build(experiment, torch.device("meta"))
     batch, workers = experiment.train.batch, experiment.cluster.most

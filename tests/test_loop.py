@@ -5,7 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from giffy_ray import checkpoints, learners, loop
-from giffy_ray.config import ConfigError, Experiment, SpeedConfig, override
+from giffy_ray import checkpoints, learners, loop, train
+from giffy_ray.cluster import Share
+from giffy_ray.config import ConfigError, Experiment, SpeedConfig, override, to_yaml
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
 from giffy_ray.meter import Meter, peak_tflops, profiler
@@ -231,3 +232,61 @@ def test_a_trace_of_five_steps_is_kept():
     (trace,) = traces
     events = json.loads(trace)["traceEvents"]
     assert sum(event["name"] == "aten::mm" for event in events) == 5
+
+
+def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """It returns, for Ray Train starts workers that raise again; `train` then raises."""
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": None})
+
+    class Ended:
+        fingerprint, location = "abc", "the-store"
+        statuses: ClassVar[list[object]] = []
+
+        def __init__(self, location: str = ""):
+            self.location = location
+
+        def rows_of(self, split: str) -> np.ndarray:
+            return np.arange(30)
+
+        def __enter__(self) -> "Ended":
+            return self
+
+        def __exit__(self, kind: object, *_: object) -> None:
+            self.statuses.append(kind)
+
+        def fit(self) -> None:
+            settings = {"experiment": to_yaml(experiment), "store": "the-store", "parent": None}
+            loop.train_loop(settings | {"fingerprint": "abc"})
+
+    def diverge(*_: object) -> None:
+        raise loop.TooManySkippedSteps("11 steps")
+
+    monkeypatch.setattr(loop, "Store", Ended)
+    monkeypatch.setattr(loop, "open_run", lambda *_, **__: Ended())
+    monkeypatch.setattr(loop, "run", diverge)
+    monkeypatch.setattr(loop.ray.train.torch, "get_device", lambda: CPU)
+    monkeypatch.setattr(train, "_trainer", lambda *_, **__: Ended())
+    for _ in range(2):  # what an earlier start left does not count
+        with pytest.raises(loop.TooManySkippedSteps, match="11 steps"):
+            train.train(experiment, Ended(), Share(1, 0, 1))  # type: ignore[arg-type]
+    assert Ended.statuses == [loop.TooManySkippedSteps] * 2
+    monkeypatch.setattr(loop, "run", lambda *_: None)
+    monkeypatch.setattr(checkpoints, "newest", lambda _: "the checkpoint")
+    assert train.train(experiment, Ended(), Share(1, 0, 1)) == "the checkpoint"  # type: ignore[arg-type]
+
+
+def test_the_message_about_skipped_steps_names_the_clips_of_the_whole_step(tiny: Experiment, tmp_path: Path):
+    store: Any = FakeStore(tmp_path)
+    rows = store.rows_of("validation")
+    store.rows_of = lambda split: rows
+    meter = Meter({}, 2, CPU, skipped=10)
+    meter.add(3, {"skipped": torch.tensor(1.0)}, 2)
+    meter.sums()
+    message = loop.too_many_skipped(meter, store, override(tiny, {"train.batch": 2}))
+    named = [store.ids[row] for row in rows_at(np.asarray([6, 7]), store.rows_of("validation"), 0)]
+    assert (
+        f"11 steps had no finite loss or gradient (value 10); the last is step 3, with the clips {', '.join(named)}"
+        in message
+    )

@@ -70,6 +70,26 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
         train(changed, store, share)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("epochs", [50, 200])
+def test_a_cosine_schedule_cannot_be_given_another_end(tmp_path, epochs: int):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine", "optim.schedule": "cosine"})
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "data_set").write_text("abc")
+    (tmp_path / "mine" / "experiment.yaml").write_text(to_yaml(experiment))
+    message = rf"train\.epochs: the cosine schedule .* 100 epochs.*\(value {epochs}\).*train\.start_from=mine"
+    with pytest.raises(ConfigError, match=message):
+        train(override(experiment, {"train.epochs": epochs}), Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("field", ["speed.compress_gradients", "speed.sync_batch_norm"])
+def test_fields_that_act_on_gpus_only_are_refused_without_one(monkeypatch: pytest.MonkeyPatch, field: str):
+    monkeypatch.setattr(cluster, "capacity", lambda: cluster.Capacity(8, 0, 1))
+    with pytest.raises(ConfigError, match=rf"{field}: works on GPUs only"):
+        share_of(override(Experiment(), {field: True}))
+    monkeypatch.setattr(cluster, "capacity", lambda: cluster.Capacity(8, 2, 1))
+    assert share_of(override(Experiment(), {field: True})).gpus_per_worker == 1
+
+
 @pytest.mark.parametrize(
     ("resources", "workers", "expected"),
     [

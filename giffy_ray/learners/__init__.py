@@ -41,8 +41,8 @@ def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learn
 
     `steps` is how many the whole training has, which the learning rate may depend on. Raises ConfigError.
     """
-    for refuse in (_refuse_single_clips, _refuse_micro_batches, _refuse_moments, _refuse_discriminator_rate):
-        refuse(experiment)
+    _refuse_single_clips(experiment)
+    _refuse_micro_batches(experiment)
     match experiment.model.kind:
         case "cvae" | "advanced_cvae":
             return CVAELearner(experiment, device, steps)
@@ -63,15 +63,29 @@ def _refuse_single_clips(experiment: Experiment) -> None:
 
 def _refuse_micro_batches(experiment: Experiment) -> None:
     model, size = experiment.model, experiment.speed.micro_batch
-    if size and isinstance(model, Encoders) and model.batch_norm:
-        raise ConfigError(
-            f"speed.micro_batch: batch norm would take its statistics over {size} clips, not over a worker's share of "
-            f"train.batch (value {size}); use more workers, or model.batch_norm=false"
-        )
     if size and (isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)):
         raise ConfigError(
             f"speed.micro_batch: generator and discriminators take turns on the same clips, which must then be all of "
             f"a worker's (value {size}); use more workers, or a smaller train.batch"
+        )
+
+
+def check(experiment: Experiment) -> None:
+    """Raises ConfigError where a training would compute something else than its fields say, or ignore one.
+
+    Not part of `build`, which also loads checkpoints to make clips.
+    """
+    _refuse_batch_norm_of_parts(experiment)
+    _refuse_moments(experiment)
+    _refuse_discriminator_rate(experiment)
+
+
+def _refuse_batch_norm_of_parts(experiment: Experiment) -> None:
+    model, size = experiment.model, experiment.speed.micro_batch
+    if size and isinstance(model, Encoders) and model.batch_norm:
+        raise ConfigError(
+            f"speed.micro_batch: batch norm would take its statistics over {size} clips, not over a worker's share of "
+            f"train.batch (value {size}); use more workers, or model.batch_norm=false"
         )
 
 
