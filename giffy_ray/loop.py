@@ -15,7 +15,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from giffy_ray import checkpoints, learners, metrics, ranks, render
+from giffy_ray import checkpoints, learners, metrics, ranks, render, restarts
 from giffy_ray.checkpoints import Position, Snapshot
 from giffy_ray.config import Experiment, from_yaml
 from giffy_ray.data import stream
@@ -99,9 +99,11 @@ def run(
             tracker.log_metrics(measured, step=epoch)
             tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
-            report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell)
+            report(learner, experiment, Position(steps_done, measured, meter.sums(), epoch), tell, warned)
         if meter.skipped > train.most_skipped:
             raise RuntimeError(too_many_skipped(meter, store, experiment))
+        if warned and steps_done < last and not stopped:
+            restarts.wait_for_restart()
         if epoch is not None:
             meter.start()
     # ----------------------------------------------------------------------------------
@@ -141,11 +143,15 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     return Position(0)
 
 
-def report(learner: Learner, experiment: Experiment, position: Position, tell: Tell) -> None:
+def report(
+    learner: Learner, experiment: Experiment, position: Position, tell: Tell, before_restart: bool = False
+) -> None:
     """Tells of the metrics, with a checkpoint. One between validations has no score: it is kept while it is newest."""
     named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: position.metrics.get("val/l2_report", _UNSCORED)}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}
+    if before_restart:
+        named[restarts.BEFORE_RESTART] = True
     tell(named, functools.partial(Snapshot, learner, experiment, position) if ranks.rank() == 0 else None)
 
 
@@ -160,11 +166,14 @@ class ToRayTrain:
             ray.train.report(named, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         self._idle.acquire()
+        began_s = time.perf_counter()
         snapshot, storage = take(), cast(Any, ray.train.get_context().get_storage())
 
         def write(_: Checkpoint, name: str) -> Checkpoint:
             try:
-                return snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+                written = snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+                named[restarts.CHECKPOINT_S] = time.perf_counter() - began_s
+                return written
             finally:
                 self._idle.release()
 
