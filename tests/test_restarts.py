@@ -19,7 +19,8 @@ from ray.train.v2._internal.execution.worker_group.worker import Worker
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
-from giffy_ray import restarts
+from giffy_ray import loop, restarts
+from giffy_ray.checkpoints import Position
 from giffy_ray.restarts import (
     BEFORE_RESTART,
     CHECKPOINT_S,
@@ -110,6 +111,7 @@ def test_no_worker_is_expected_on_a_node_that_drains(policy: Any, monkeypatch: p
 
 def test_ray_train_is_given_the_policy_where_the_number_of_workers_may_change(monkeypatch: pytest.MonkeyPatch):
     given: list[Any] = []
+    monkeypatch.setattr("ray.train.v2.api.data_parallel_trainer.ObjectRefWrapper", lambda loop: loop)  # needs a Ray
     monkeypatch.setattr(
         DataParallelTrainer,
         "_initialize_and_run_controller",
@@ -189,3 +191,11 @@ def test_ray_counts_preemptions_apart_from_failures():
     failed = WorkerGroupError("out of memory", {0: RuntimeError("out of memory")})
     decisions = [policy.make_decision(error) for error in (preempted, failed, preempted, preempted, failed)]
     assert decisions == [FailureDecision.RETRY] * 3 + [FailureDecision.RAISE] * 2
+
+
+def test_a_report_before_a_restart_says_so():
+    told: list[dict[str, Any]] = []
+    for before_restart in (True, False):
+        loop.report(None, None, Position(3), lambda named, _: told.append(named), before_restart)  # type: ignore[arg-type]
+    assert [named.get(BEFORE_RESTART, False) for named in told] == [True, False]
+    assert [named["steps_done"] for named in told] == [3, 3]
