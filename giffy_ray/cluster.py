@@ -5,17 +5,21 @@ from __future__ import annotations
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import ray
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state  # no public function tells what an autoscaler may add
 
 from giffy_ray.config import ConfigError, Experiment, override
-from giffy_ray.head import AS_ANY_PROCESS
+from giffy_ray.head import AS_ANY_PROCESS, JOB_STOP_WAIT
 from giffy_ray.storage import is_local
 
 # Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
 _DATA_CPUS = 1
+# With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
+_SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
 
 
 @dataclass(frozen=True)
@@ -30,8 +34,26 @@ class Share:
 def connect() -> None:
     """Joins the cluster of RAY_ADDRESS or of this machine, or starts one. Ray's log lines stay in its files."""
     if not ray.is_initialized():
-        os.environ.update(AS_ANY_PROCESS | os.environ)
+        warning = stop_wait_warning(os.environ)
+        if warning:
+            print(warning, file=sys.stderr, flush=True)
+        os.environ.update(AS_ANY_PROCESS | JOB_STOP_WAIT | os.environ)
         ray.init(logging_level=logging.WARNING, log_to_driver=False)
+
+
+def stop_wait_warning(environment: Mapping[str, str]) -> str | None:
+    """What to say where `ray job stop` would kill this job too soon; None where it would not, or this is no job.
+
+    Ray gives a job the environment of the process that supervises it, which is the one that reads the waiting time.
+    """
+    (name,) = JOB_STOP_WAIT
+    value = environment.get(name, _RAY_STOP_WAIT)
+    if RAY_JOB_CONFIG_JSON_ENV_VAR not in environment or (value.isdecimal() and int(value) >= _SHORTEST_STOP_WAIT_S):
+        return None
+    return (
+        f"warning: `ray job stop` kills this job after {value} s ({name}), which may cut off its last checkpoint; "
+        f"export {name}={JOB_STOP_WAIT[name]} before `ray start --head`, or set it in the job's runtime environment"
+    )
 
 
 def share_of(experiment: Experiment) -> Share:

@@ -26,6 +26,9 @@ _OBJECT_STORE_BYTES = 256 * 2**20
 # For a Ray that is started with it: by default each worker stands back behind everything else on its machine (nice 15),
 # and where all cores train, each waking of Ray's own processes then costs a step more than it has to.
 AS_ANY_PROCESS = {"RAY_worker_niceness": "0"}
+# How long `ray job stop` waits for a job to write its last checkpoint before it kills it; Ray's default is 3 s. The
+# process on the head that supervises the job reads it, with the environment of `ray start`.
+JOB_STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,19 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
     folder = Path(tempfile.mkdtemp(prefix="giffy_ray-"))
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)
-    environment = os.environ | {
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        # Jobs find this environment's python and ray, whether it was activated or not.
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-        "PYTHONUNBUFFERED": "1",
-        **AS_ANY_PROCESS,
-    }
+    environment = (
+        JOB_STOP_WAIT
+        | os.environ
+        | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            # Jobs find this environment's python and ray, whether it was activated or not.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PYTHONUNBUFFERED": "1",
+            **AS_ANY_PROCESS,
+        }
+    )
     command = [sys.executable, "-m", "giffy_ray.head", str(folder), str(cpus or os.cpu_count())]
     log = (folder / "head.log").open("w")
     with subprocess.Popen(

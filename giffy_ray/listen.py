@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from giffy_ray import ranks
+from giffy_ray import ranks, restarts
 from giffy_ray.config import Experiment
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
 
@@ -40,17 +40,18 @@ class Listener:
             threading.Thread(target=self._look, daemon=True).start()
 
     def heard(self) -> tuple[bool, bool]:
-        """Whether the training is to stop, and whether a notice has come that one of its machines goes away.
+        """Whether the training is to stop, and whether it is to take a checkpoint, as its workers will be restarted.
 
-        The same on all workers, which must call it equally often. Each notice is told once.
+        The same on all workers, which must call it equally often. Each notice that a machine goes away, and each
+        request of Ray Train's controller, is reported once.
         """
         asked = self._ask.is_set()
-        stop, ask = self._any_of_each([self._stop.is_set(), asked])
+        stop, ask, requested = self._any_of_each([self._stop.is_set(), asked, restarts.take_checkpoint_request()])
         if asked:
             self._ask.clear()
         notice = self.notice() if ask else self._known
         is_new, self._known = notice is not None and notice != self._known, notice
-        return stop, is_new
+        return stop, is_new or requested
 
     def end(self) -> None:
         self._ended.set()

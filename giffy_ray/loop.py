@@ -17,7 +17,7 @@ import ray.train.torch
 import torch
 from ray.train import Checkpoint, CheckpointUploadMode
 
-from giffy_ray import checkpoints, learners, metrics, ranks, render
+from giffy_ray import checkpoints, learners, metrics, ranks, render, restarts
 from giffy_ray.checkpoints import Position, Snapshot
 from giffy_ray.config import Experiment, SpeedConfig, from_yaml
 from giffy_ray.data import stream
@@ -116,9 +116,11 @@ def run(
             tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
         if epoch is not None or due or stopped or warned:
             sums = meter.sums()
-            report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell)
+            report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
         if meter.skipped > train.most_skipped:
             raise TooManySkippedSteps(too_many_skipped(meter, store, experiment))
+        if warned and steps_done < last and not stopped:
+            restarts.wait_for_restart()
         if epoch is not None:
             meter.start()
     # ----------------------------------------------------------------------------------
@@ -165,12 +167,16 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     return Position(0)
 
 
-def report(learner: Learner, experiment: Experiment, position: Position, tell: Tell) -> None:
+def report(
+    learner: Learner, experiment: Experiment, position: Position, tell: Tell, before_restart: bool = False
+) -> None:
     """Tells of the metrics, with a checkpoint. One between validations has no score: it is kept while it is newest."""
     l2 = position.metrics.get("val/l2_report", _UNSCORED)
     named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: l2 if math.isfinite(l2) else _UNSCORED}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}
+    if before_restart:
+        named[restarts.BEFORE_RESTART] = True
     tell(named, functools.partial(Snapshot, learner, experiment, position) if ranks.rank() == 0 else None)
 
 
@@ -185,11 +191,14 @@ class ToRayTrain:
             ray.train.report(named, checkpoint_upload_mode=CheckpointUploadMode.ASYNC)
             return
         self._idle.acquire()
+        began_s = time.perf_counter()
         snapshot, storage = take(), cast(Any, ray.train.get_context().get_storage())
 
         def write(_: Checkpoint, name: str) -> Checkpoint:
             try:
-                return snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+                written = snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+                named[restarts.CHECKPOINT_S] = time.perf_counter() - began_s
+                return written
             finally:
                 self._idle.release()
 

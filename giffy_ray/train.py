@@ -6,21 +6,24 @@ import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+import ray
 import ray.train
 import torch
-from ray.train.torch import TorchTrainer
+from ray._private.state import state  # the public list of actors needs the dashboard
+from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from giffy_ray import checkpoints, learners, lease, listen
+from giffy_ray import checkpoints, learners, lease, listen, restarts
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
 from giffy_ray.loop import FAILURE, SCORE, TooManySkippedSteps, train_loop
 from giffy_ray.storage import delete_file, join, read_text, write_text
 
+_WORKER = RayTrainWorker.__name__
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
     *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
@@ -28,6 +31,9 @@ MAY_CHANGE = (
 )
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
 _POLL_S = 0.2
+# Seconds between looks whether a training that was asked to end has workers that could hear of it, and how many of
+# these looks find none before its process ends.
+_LOOK_S, _LOOKS_WITHOUT_WORKERS = 1.0, 5
 _RESIZE_S = 60.0  # between looks whether there is room for more workers, each of which costs a restart
 _START_TIMEOUT_S = 900  # a cloud node has to boot
 # A machine that is lost while workers start spoils that start, and the next two, which still count on it.
@@ -55,13 +61,23 @@ def train(
 
     `parent` is the place of the run that this one is shown under. Raises ConfigError before anything starts,
     ray.train.TrainingFailedError or loop.TooManySkippedSteps after. On SIGTERM and Ctrl-C the training ends after the
-    step that it is at, with a checkpoint; then SystemExit is raised.
+    step that it is at, with a checkpoint; then SystemExit is raised. Where it has no workers, as it waits for machines,
+    the process ends.
     """
+    failure = join(experiment.storage, experiment.name, FAILURE)
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
-    with claimed(experiment, store), _ended_by_signals(experiment) as signals, ThreadPoolExecutor(1) as aside:
-        failure = join(experiment.storage, experiment.name, FAILURE)
+    aside = ThreadPoolExecutor(1)
+    with claimed(experiment, store), _ended_by_signals(experiment) as signals:
         delete_file(failure)
-        aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
+        training, looks = aside.submit(_trainer(experiment, store, share, parent, callbacks).fit), 0
+        aside.shutdown(wait=False)  # its thread ends with the training
+        while wait([training], _LOOK_S).not_done and looks < _LOOKS_WITHOUT_WORKERS:
+            looks = looks + 1 if signals and not _worker_runs() else 0
+        if training.done():
+            training.result()
+    if not training.done():
+        print("no worker runs, so there is nothing to save", flush=True)
+        os._exit(128 + signals[0])  # while Ray waits for machines, `fit` cannot be interrupted
     why = read_text(failure)
     if why is not None:
         raise TooManySkippedSteps(why)
@@ -84,14 +100,15 @@ def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = 
 
 def _trainer(
     experiment: Experiment, store: Store, share: Share, parent: str | None, callbacks: Sequence[ray.train.UserCallback]
-) -> TorchTrainer:
+) -> restarts.Trainer:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(restarts.POLL_DRAINS_S))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # train.start_from may be a path from where the job was started
     cluster = experiment.cluster
     timeout_s = _START_TIMEOUT_S if cluster.fewest == cluster.most else _MAKE_DO_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
-    return TorchTrainer(
+    return restarts.Trainer(
         train_loop,
         train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
         scaling_config=ray.train.ScalingConfig(
@@ -104,7 +121,8 @@ def _trainer(
             name=experiment.name,
             storage_path=experiment.storage,
             worker_runtime_env={"env_vars": KEEP_MEMORY},
-            callbacks=list(callbacks),
+            # Ray takes its controller's own kind of callbacks here too.
+            callbacks=[*callbacks, restarts.CheckpointBeforePreemption()],  # type: ignore[list-item]
             # One more than the best: where the newest is among them, another has to be there if it is damaged.
             checkpoint_config=ray.train.CheckpointConfig(
                 num_to_keep=experiment.train.keep + 1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
@@ -112,6 +130,10 @@ def _trainer(
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=_STARTS_SPOILED * max(1, cluster.max_failures),
+                max_preemption_failures=cluster.max_preemptions,
+                # The callback sets it anew once it knows how long a checkpoint takes, and which workers are lost.
+                preemption_grace_s=restarts.compute_grace_s(None),
+                relax_collectives_on_preemption=True,
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
@@ -160,6 +182,13 @@ def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
         for number, handler in before.items():
             signal.signal(number, handler)
         listen.forget_stop(experiment)
+
+
+def _worker_runs() -> bool:
+    """Whether this job has a worker of Ray Train, of any training, on any node."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = state.actor_table(None, job_id=job, actor_state_name="ALIVE")
+    return any(actor["ActorClassName"].startswith(_WORKER) for actor in actors.values())
 
 
 def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) -> None:

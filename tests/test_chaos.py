@@ -8,8 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,10 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, load, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
-from giffy_ray.head import free_port
+from giffy_ray.head import free_port, local_head
 from giffy_ray.loop import train_loop
 from giffy_ray.ui import mlflow_server
+from tests import slow_training
 from tests.conftest import moving_video
 
 pytestmark = pytest.mark.chaos
@@ -191,6 +193,70 @@ def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturb
         assert dict(curve) == pytest.approx(dict(undisturbed[name]), rel=1e-9), name
 
 
+def steps_in(storage: Path) -> list[tuple[int, int, str]]:
+    """(number, workers, node of rank 0) of each step that was done, in order, as `slow_training.py` lists them."""
+    steps = storage / "steps.txt"
+    lines = steps.read_text().splitlines() if steps.exists() else []
+    return [(int(step), int(workers), node) for step, workers, node in (line.split() for line in lines)]
+
+
+def test_ray_job_stop_waits_for_a_slow_checkpoint_and_the_run_resumes_at_that_step(tmp_path: Path):
+    storage = tmp_path / "runs"
+    words = ["tests/tiny.yaml", f"data.root={few_videos(tmp_path)}", f"storage={storage}", "name=run"]
+    words += ["cluster.workers=1", "train.epochs=80", "train.validate_every=80"]
+    job = ["--", "python", "tests/slow_training.py", *words]
+    with local_head(cpus=2) as head:
+
+        def ray_job(*command: str) -> str:
+            whole = {"env": head.environment, "cwd": ROOT, "capture_output": True, "text": True, "timeout": 200}
+            done = subprocess.run(["ray", "job", *command], check=False, **whole)
+            return done.stdout + done.stderr
+
+        ray_job("submit", "--no-wait", "--submission-id=first", *job)
+        while len(steps_in(storage)) < 20:
+            assert "FAILED" not in (status := ray_job("status", "first")), status + ray_job("logs", "first")
+            time.sleep(0.5)
+        stopped = ray_job("stop", "first")
+        assert "stopped" in stopped, stopped
+        assert 20 <= steps_saved(storage) == len(steps_in(storage)) < 180
+        out = ray_job("submit", "--submission-id=second", *job)
+        assert "succeeded" in out, out
+    assert "`ray job stop` kills" not in out  # the head gives jobs enough time
+    assert [step for step, *_ in steps_in(storage)] == list(range(180))  # 80 epochs of 9 clips in batches of 4
+
+
+WAITING = """
+import ray
+from giffy_ray import train
+from giffy_ray.cluster import Share
+from giffy_ray.config import load, override
+from giffy_ray.data.prepare import prepare
+
+ray.init(address="local", num_cpus=2, log_to_driver=False)
+experiment = override(load("tests/tiny.yaml"), {"data.root": VIDEOS, "storage": STORAGE, "name": "run"})
+store = prepare(experiment)
+print("waiting", flush=True)
+train.train(experiment, store, Share(64.0, 0, 1))
+"""
+
+
+def test_a_training_that_waits_for_machines_ends_when_it_is_asked_to(tmp_path: Path):
+    code = WAITING.replace("VIDEOS", repr(str(few_videos(tmp_path)))).replace("STORAGE", repr(str(tmp_path)))
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout
+        while "waiting" not in job.stdout.readline():
+            assert job.poll() is None
+        while not (tmp_path / "run" / "experiment.yaml").exists():
+            time.sleep(0.1)
+        time.sleep(10)  # for the controller to wait for 64 CPUs
+        job.send_signal(signal.SIGTERM)
+        out, _ = job.communicate(timeout=60)
+    assert job.returncode == 128 + signal.SIGTERM
+    assert "nothing to save" in out
+    assert not (tmp_path / "run" / "stop").exists()
+    assert not (tmp_path / "run" / "lease.json").exists()
+
+
 AWAY_S = 60
 
 
@@ -289,6 +355,93 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     for name, curve in curves_in(tmp_path / "shared").items():
         assert [step for step, _ in curve] == [step for step, _ in undisturbed[name]]
         assert dict(curve) == pytest.approx(dict(undisturbed[name]), rel=1e-9), name
+
+
+ELASTIC = {"name": "run", "train.batch": 4, "train.epochs": 320, "train.validate_every": 320, "cluster.max_failures": 0}
+
+
+@contextmanager
+def slow_training_on_nodes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], added: int, cpus_of_head: int
+) -> Iterator[tuple[Cluster, list[Any], Future]]:
+    """A cluster of one-CPU nodes, and a training on it with no checkpoints but the last and those asked for."""
+    ray.cloudpickle.register_pickle_by_value(slow_training)  # workers do not import tests
+    monkeypatch.setattr(train, "train_loop", slow_training.slow_loop)
+    monkeypatch.setattr(train, "_MAKE_DO_S", 10)
+    monkeypatch.setattr(train, "_RESIZE_S", 5.0)
+    videos, storage = few_videos(tmp_path), str(tmp_path / "runs")
+    experiment = override(
+        load(ROOT / "tests/tiny.yaml"), ELASTIC | {"data.root": str(videos), "storage": storage} | changes
+    )
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus_of_head, "include_dashboard": False})
+    try:
+        nodes = [cluster.add_node(num_cpus=1) for _ in range(added)]
+        ray.init(address=cluster.address, log_to_driver=False)
+        store = prepare(experiment)
+        with ThreadPoolExecutor(1) as aside:
+            yield cluster, nodes, aside.submit(train.train, experiment, store, Share(1.0, 0, 1))
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+        ray.cloudpickle.unregister_pickle_by_value(slow_training)
+
+
+def wait_for_steps(storage: Path, wanted: int, workers: int, training: Future) -> None:
+    """Until `wanted` more steps were done by so many workers."""
+    deadline, before = time.monotonic() + 200, sum(count == workers for _, count, _ in steps_in(storage))
+    while sum(count == workers for _, count, _ in steps_in(storage)) < before + wanted:
+        assert not training.done(), training.result()
+        assert time.monotonic() < deadline, steps_in(storage)[-5:]
+        time.sleep(0.1)
+
+
+def drain(cluster: Cluster, node: Any, deadline_s: int) -> None:
+    """As a watcher of a cloud's notices does."""
+    command = [f"{Path(sys.executable).parent}/ray", "drain-node", f"--address={cluster.address}"]
+    command += [f"--node-id={node.node_id}", "--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=spot"]
+    subprocess.run([*command, f"--deadline-remaining-seconds={deadline_s}"], check=True, timeout=60)
+
+
+def test_a_node_that_joins_costs_an_elastic_training_no_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    storage, changes = tmp_path / "runs", {"cluster.workers": [1, 2]}
+    with slow_training_on_nodes(tmp_path, monkeypatch, changes, 0, 1) as (cluster, _, training):
+        wait_for_steps(storage, 20, 1, training)
+        cluster.add_node(num_cpus=1)
+        wait_for_steps(storage, 20, 2, training)
+        training.result(timeout=300)
+    assert [step for step, *_ in steps_in(storage)] == list(range(720))  # 320 epochs of 9 clips in batches of 4
+
+
+def test_a_node_that_is_drained_costs_no_step_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """At the deadline the node is gone."""
+    storage, changes = tmp_path / "runs", {"cluster.workers": [1, 2], "cluster.max_preemptions": 1}
+    with slow_training_on_nodes(tmp_path, monkeypatch, changes, 1, 1) as (cluster, (node,), training):
+        wait_for_steps(storage, 20, 2, training)
+        drained_s = time.monotonic()
+        drain(cluster, node, deadline_s=30)
+        wait_for_steps(storage, 1, 1, training)
+        print(f"training again {time.monotonic() - drained_s:.0f} s after the notice")
+        time.sleep(max(0.0, drained_s + 30 - time.monotonic()))
+        cluster.remove_node(node, allow_graceful=False)
+        training.result(timeout=300)
+    assert [step for step, *_ in steps_in(storage)] == list(range(720))
+
+
+def test_the_checkpoint_of_a_notice_outlasts_the_node_of_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The deadline is a second, a checkpoint takes five, and the node is gone before it is written."""
+    storage, changes = tmp_path / "runs", {"cluster.workers": [1, 2], "cluster.max_preemptions": 1}
+    with slow_training_on_nodes(tmp_path, monkeypatch, changes, 2, 0) as (cluster, nodes, training):
+        wait_for_steps(storage, 20, 2, training)
+        (other,) = (node for node in nodes if node.node_id != steps_in(storage)[-1][2])
+        drain(cluster, other, deadline_s=1)
+        done = -1
+        while len(steps_in(storage)) > done:
+            done = len(steps_in(storage))
+            time.sleep(1)
+        assert steps_saved(storage) == 0
+        cluster.remove_node(other, allow_graceful=False)
+        training.result(timeout=300)
+    assert [step for step, *_ in steps_in(storage)] == list(range(720))
 
 
 def wait_for_workers(wanted: int, training: Future) -> None:

@@ -1,6 +1,7 @@
 """The AWS cluster file: what Ray and EC2 would refuse, and what must never be open. No test has a network."""
 
 import copy
+import inspect
 import json
 import re
 import socket
@@ -16,6 +17,9 @@ from ray._private.authentication import authentication_token_setup
 from ray.autoscaler._private.aws import config as aws
 from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.dashboard.modules.job import job_supervisor
+
+from giffy_ray.head import JOB_STOP_WAIT
 
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "cluster" / "ray-cluster.yaml"
@@ -191,6 +195,16 @@ def test_ray_starts_with_the_token(config, kind):
     assert "ulimit -n 65536;" in settings
     assert ("--head" in arguments) == (kind == "head")
     assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"]
+
+
+def test_jobs_have_time_to_write_their_last_checkpoint(config):
+    """On the head, where `ray job submit` runs them, and where Ray reads how long `ray job stop` waits."""
+    settings, _, _ = started(config, "head").partition("ray start")
+    (name, wait_s), *_ = JOB_STOP_WAIT.items()
+    assert f"export {name}={wait_s};" in settings
+    assert f"{name}={wait_s}" in README
+    supervisor = inspect.getsource(job_supervisor)
+    assert re.search(rf'os\.environ\.get\(\s*"{name}"', supervisor)
 
 
 def test_the_token_goes_where_ray_looks(config):

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "giffy_ray"
 FLOORS = [
     {"config", "shapes", "storage", "progress", "transfer"},
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
-    {"cluster", "learners", "tracking", "listen", "meter", "ui"},
+    {"cluster", "learners", "tracking", "listen", "meter", "restarts", "ui"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
     {"loop", "pyfunc", "registry"},
     {"train"},

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from giffy_ray import listen
+from giffy_ray import listen, restarts
 from giffy_ray.config import Experiment, override
 from giffy_ray.listen import Listener, ask_to_stop, forget_stop
 
@@ -52,6 +52,16 @@ def test_a_notice_is_told_once(experiment: Experiment):
         notices[0] = notice  # type: ignore[call-overload]
         assert until(lambda: listener.heard()[1])
         assert not any(listener.heard()[1] for _ in range(20) if not time.sleep(0.01))
+    listener.end()
+
+
+def test_a_request_of_the_controller_is_reported_once(experiment: Experiment):
+    listener = Listener(experiment, 0, torch.device("cpu"), nothing)
+    for _ in range(2):
+        assert listener.heard() == (False, False)
+        restarts.ask_for_checkpoint()
+        assert listener.heard() == (False, True)
+        assert not any(listener.heard()[1] for _ in range(3))
     listener.end()
 
 

@@ -4,13 +4,17 @@ import sys
 
 import numpy as np
 import pytest
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.core.generated import autoscaler_pb2
+from ray.dashboard.modules.job.job_supervisor import JobSupervisor
+from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
-from giffy_ray import cluster
+from giffy_ray import cluster, restarts
 from giffy_ray.cluster import Share, share_of
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
+from giffy_ray.head import JOB_STOP_WAIT
 from giffy_ray.loop import validations
-from giffy_ray.train import check, train
+from giffy_ray.train import _trainer, check, train
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
@@ -158,6 +162,32 @@ def cluster_of(
     monkeypatch.setattr(cluster.state, "get_cluster_config", lambda: config)
     monkeypatch.setattr("ray.cluster_resources", lambda: resources)
     monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+
+
+def test_a_job_that_ray_would_kill_too_soon_is_warned():
+    name = "RAY_JOB_STOP_WAIT_TIME_S"
+    job = {RAY_JOB_CONFIG_JSON_ENV_VAR: "{}"}
+    for environment, wait in ((job, "3"), (job | {name: "59"}, "59"), (job | {name: "1.5e3"}, "1.5e3")):
+        warning = cluster.stop_wait_warning(environment)
+        assert warning and f"after {wait} s" in warning and f"export {name}=600 before `ray start --head`" in warning
+    for environment in ({}, {name: "3"}, job | {name: "60"}, job | JOB_STOP_WAIT):
+        assert cluster.stop_wait_warning(environment) is None
+    assert str(JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S) == cluster._RAY_STOP_WAIT
+
+
+def test_preemptions_are_bounded_and_counted_apart_from_failures(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", dict(os.environ))
+    changes = {"storage": str(tmp_path), "cluster.max_failures": 2, "cluster.max_preemptions": 7}
+    trainer = _trainer(override(Experiment(), changes), Store(5, 5), Share(1, 0, 1), None, ())  # type: ignore[arg-type]
+    assert os.environ[PREEMPTION_POLL_INTERVAL_S_ENV_VAR] == "1.0"
+    failures = trainer.run_config.failure_config
+    assert (failures.max_failures, failures.max_preemption_failures) == (2, 7)
+    assert failures.relax_collectives_on_preemption
+    assert failures.preemption_grace_s == 60  # until a checkpoint has been measured
+    assert any(isinstance(one, restarts.CheckpointBeforePreemption) for one in trainer.run_config.callbacks)
+    assert override(Experiment(), {"cluster.max_preemptions": 0}).cluster.max_preemptions == 0
+    with pytest.raises(ConfigError, match=r"cluster\.max_preemptions"):
+        override(Experiment(), {"cluster.max_preemptions": -1})
 
 
 def test_workers_of_a_ray_that_we_start_do_not_stand_back_behind_other_processes():

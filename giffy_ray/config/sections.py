@@ -146,6 +146,7 @@ class ClusterConfig(Strict):
     # DDP workers; [fewest, most]: as many as there is room for, more and fewer while the training runs.
     workers: Positive | tuple[Positive, Positive] = 1
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint before a run is given up
+    max_preemptions: Annotated[int, Field(ge=0)] = 100  # restarts for machines that were taken away, counted apart
     gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs, or may add them
 
     def __post_init__(self) -> None:

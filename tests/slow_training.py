@@ -1,0 +1,46 @@
+"""jobs/train_cvae.py for test_chaos.py: a checkpoint takes `SAVE_S`, and rank 0 lists its steps in `steps.txt`."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from giffy_ray import cluster, command, ranks, train
+from giffy_ray.checkpoints import Snapshot
+from giffy_ray.config import Experiment, from_yaml
+from giffy_ray.data.prepare import prepare
+from giffy_ray.loop import train_loop
+from giffy_ray.meter import Meter
+
+SAVE_S, STEP_S = 5.0, 0.05  # longer than Ray's 3 s between SIGTERM and SIGKILL; long enough to count steps
+
+
+def slow_loop(settings: dict[str, Any]) -> None:
+    """Runs in a worker, which receives this function by value. A line: step, number of workers, node of rank 0."""
+    save, add = Snapshot.save, Meter.add
+    steps = Path(from_yaml(settings["experiment"]).storage, "steps.txt")
+
+    def save_slowly(self: Snapshot, folder: Path) -> None:
+        time.sleep(SAVE_S)
+        save(self, folder)
+
+    def add_and_list(self: Meter, step: int, *rest: Any) -> None:
+        time.sleep(STEP_S)
+        if ranks.rank() == 0:
+            with steps.open("a") as file:
+                file.write(f"{step} {ranks.count()} {ray.get_runtime_context().get_node_id()}\n")
+        add(self, step, *rest)
+
+    Snapshot.save, Meter.add = save_slowly, add_and_list  # type: ignore[method-assign]
+    train_loop(settings)
+
+
+def main(experiment: Experiment) -> None:
+    share, store = cluster.share_of(experiment), prepare(experiment)
+    train.train_loop = slow_loop
+    train.train(experiment, store, share)
+
+
+if __name__ == "__main__":
+    command.run(main, __doc__, Path("tests/tiny.yaml"))
