@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import random
 import signal
@@ -108,8 +109,20 @@ def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends
 KILLS = int(os.environ.get("GIFFY_RAY_KILLS", "20"))
 
 
-def train_job(videos: Path, storage: Path) -> subprocess.Popen:
-    words = [f"{name}={value}" for name, value in LONG.items()]
+# Both have batch norm. The second also trains a discriminator, and keeps an average of its generator.
+TWO_STREAM = {
+    "clip.frames": 16,
+    "model.kind": "two_stream",
+    "model.widths": [2, 2, 2, 2],
+    "optim.ema": 0.9,
+    "optim.lr": 1e-3,
+    "search.space": "{optim.lr: {log_uniform: [1e-4, 1e-2]}}",
+}
+BATCH_NORM = {"cvae": {}, "two_stream": TWO_STREAM}
+
+
+def train_job(videos: Path, storage: Path, kind: str = "cvae") -> subprocess.Popen:
+    words = [f"{name}={value}" for name, value in (LONG | BATCH_NORM[kind]).items()]
     return job_of("train_cvae", videos, storage, "name=run", "cluster.workers=2", "cluster.max_failures=99", *words)
 
 
@@ -129,8 +142,10 @@ def workers_of(job: subprocess.Popen | psutil.Process) -> list[psutil.Process]:
     return [process for process in below if process.name().startswith("ray::RayTrain")]
 
 
-def weights_in(storage: Path) -> str:
-    return hashlib.sha256(Path(newest_in(storage), "cvae.safetensors").read_bytes()).hexdigest()
+def weights_in(storage: Path) -> dict[str, str]:
+    """Of all networks and optimisers: the file's name -> its sha256."""
+    files = sorted(Path(newest_in(storage)).glob("*.safetensors"))
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 def newest_in(storage: Path) -> str:
@@ -161,14 +176,15 @@ def few_videos(folder: Path) -> Path:
     return videos
 
 
-def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path):
+@pytest.mark.parametrize(("kind", "kills"), [("cvae", KILLS), ("two_stream", KILLS // 4)])
+def test_a_training_that_is_killed_at_random_moments_ends_as_an_undisturbed_one(kind: str, kills: int, tmp_path: Path):
     videos = few_videos(tmp_path)
-    whole = train_job(videos, tmp_path / "whole")
+    whole = train_job(videos, tmp_path / "whole", kind)
     out, _ = whole.communicate(timeout=600)
     assert whole.returncode == 0, out
 
-    drawn, job = random.Random(0), train_job(videos, tmp_path / "killed")
-    for kill in range(KILLS):
+    drawn, job = random.Random(0), train_job(videos, tmp_path / "killed", kind)
+    for kill in range(kills):
         wanted = steps_saved(tmp_path / "killed") + drawn.choice([0, 10, 20])
         while steps_saved(tmp_path / "killed") < wanted or not (workers := workers_of(job)):
             assert job.poll() is None, job.communicate()[0]
@@ -182,7 +198,7 @@ def test_a_training_that_is_killed_at_twenty_random_moments_ends_as_an_undisturb
         os.kill(job.pid, signal.SIGKILL if victim == "driver" else signal.SIGTERM)
         out, _ = job.communicate(timeout=120)
         assert job.returncode == (-signal.SIGKILL if victim == "driver" else 128 + signal.SIGTERM), out
-        job = train_job(videos, tmp_path / "killed")
+        job = train_job(videos, tmp_path / "killed", kind)
     out, _ = job.communicate(timeout=600)
     assert job.returncode == 0, out
 
@@ -308,8 +324,24 @@ def test_an_mlflow_that_is_away_for_a_minute_misses_nothing_and_has_nothing_twic
     assert {name for name in run.data.metrics if not name.startswith("system/gpu")} >= whole.data.metrics.keys()
 
 
+# Rates at which a GAN does not amplify rounding from step to step.
+BETWEEN = {
+    "model.kind": "between",
+    "model.widths": (4, 6, 8),
+    "model.latent": 2,
+    "model.kl_weight": 0.5,
+    "model.sampled_share": 0.3,
+    "model.adversarial_weight": 0.1,
+    "model.discriminator_widths": (4, 6, 8),
+    "optim.lr": 1e-5,
+    "optim.ema": 0.99,
+    "train.epochs": 1500,
+}
+
+
+@pytest.mark.parametrize("model", [{"model.batch_norm": False}, BETWEEN], ids=["cvae", "between"])
 def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_was_left_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    model: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Three times the second of two nodes is lost and comes back; steps are of four clips, whoever is there.
 
@@ -326,7 +358,7 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     monkeypatch.setattr(train, "_RESIZE_S", 5.0)
     changes = {"data.root": str(few_videos(tmp_path)), "name": "run", "cluster.max_failures": 9, "train.batch": 4}
     changes |= {"train.epochs": 3000, "train.validate_every": 300, "train.checkpoint_every": 50}
-    changes |= {"model.batch_norm": False}
+    changes |= model
     experiment = load(ROOT / "tests/tiny.yaml")
     lonely = override(experiment, changes | {"storage": str(tmp_path / "lonely"), "cluster.workers": 1})
     shared = override(experiment, changes | {"storage": str(tmp_path / "shared"), "cluster.workers": [1, 2]})
@@ -364,7 +396,10 @@ ELASTIC = {"name": "run", "train.batch": 4, "train.epochs": 320, "train.validate
 def slow_training_on_nodes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], added: int, cpus_of_head: int
 ) -> Iterator[tuple[Cluster, list[Any], Future]]:
-    """A cluster of one-CPU nodes, and a training on it with no checkpoints but the last and those asked for."""
+    """A cluster of one-CPU nodes, and a training on it with no checkpoints but the last and those asked for.
+
+    Its network has batch norm, whose statistics are those of other clips with another number of workers.
+    """
     ray.cloudpickle.register_pickle_by_value(slow_training)  # workers do not import tests
     monkeypatch.setattr(train, "train_loop", slow_training.slow_loop)
     monkeypatch.setattr(train, "_MAKE_DO_S", 10)
@@ -384,6 +419,13 @@ def slow_training_on_nodes(
         ray.shutdown()
         cluster.shutdown()
         ray.cloudpickle.unregister_pickle_by_value(slow_training)
+
+
+def assert_each_step_was_taken_once_with_finite_losses(storage: Path) -> None:
+    assert [step for step, *_ in steps_in(storage)] == list(range(720))  # 320 epochs of 9 clips in batches of 4
+    curves = curves_in(storage)
+    assert {"train/loss", "val/l2_report"} <= curves.keys()
+    assert all(math.isfinite(value) for curve in curves.values() for _, value in curve)
 
 
 def wait_for_steps(storage: Path, wanted: int, workers: int, training: Future) -> None:
@@ -409,7 +451,7 @@ def test_a_node_that_joins_costs_an_elastic_training_no_step(tmp_path: Path, mon
         cluster.add_node(num_cpus=1)
         wait_for_steps(storage, 20, 2, training)
         training.result(timeout=300)
-    assert [step for step, *_ in steps_in(storage)] == list(range(720))  # 320 epochs of 9 clips in batches of 4
+    assert_each_step_was_taken_once_with_finite_losses(storage)
 
 
 def test_a_node_that_is_drained_costs_no_step_and_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -424,7 +466,7 @@ def test_a_node_that_is_drained_costs_no_step_and_no_failure(tmp_path: Path, mon
         time.sleep(max(0.0, drained_s + 30 - time.monotonic()))
         cluster.remove_node(node, allow_graceful=False)
         training.result(timeout=300)
-    assert [step for step, *_ in steps_in(storage)] == list(range(720))
+    assert_each_step_was_taken_once_with_finite_losses(storage)
 
 
 def test_the_checkpoint_of_a_notice_outlasts_the_node_of_another_rank(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -441,7 +483,7 @@ def test_the_checkpoint_of_a_notice_outlasts_the_node_of_another_rank(tmp_path: 
         assert steps_saved(storage) == 0
         cluster.remove_node(other, allow_graceful=False)
         training.result(timeout=300)
-    assert [step for step, *_ in steps_in(storage)] == list(range(720))
+    assert_each_step_was_taken_once_with_finite_losses(storage)
 
 
 def wait_for_workers(wanted: int, training: Future) -> None:
