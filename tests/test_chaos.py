@@ -116,7 +116,6 @@ TWO_STREAM = {
     "model.widths": [2, 2, 2, 2],
     "optim.ema": 0.9,
     "optim.lr": 1e-3,
-    "search.space": "{optim.lr: {log_uniform: [1e-4, 1e-2]}}",
 }
 BATCH_NORM = {"cvae": {}, "two_stream": TWO_STREAM}
 
