@@ -17,7 +17,7 @@ from ray.train import Checkpoint, CheckpointUploadMode
 
 from giffy_ray import checkpoints, learners, metrics, ranks, render
 from giffy_ray.checkpoints import Position, Snapshot
-from giffy_ray.config import Experiment, from_yaml
+from giffy_ray.config import ConfigError, Experiment, from_yaml
 from giffy_ray.data import stream
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.data.store import Store
@@ -41,9 +41,16 @@ Tell = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train runs.
 
-    `settings`: the experiment as YAML, where its store is, and the place of the run that this one is shown under.
+    `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
+    and the place of the run that this one is shown under. Raises ConfigError where the store holds other clips by now,
+    as workers open it anew each time they start again.
     """
     experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
+    if store.fingerprint != settings["fingerprint"]:
+        raise ConfigError(
+            f"{store.location}: its clips have changed since the training began (fingerprint {store.fingerprint}, not "
+            f"{settings['fingerprint']}); restore the folder, or start a run under another name=..."
+        )
     with open_run(experiment, ranks.rank(), settings["parent"], {"data.fingerprint": store.fingerprint}) as tracker:
         run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
 

@@ -88,7 +88,12 @@ def _trainer(
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
     return TorchTrainer(
         train_loop,
-        train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
+        train_loop_config={
+            "experiment": to_yaml(experiment),
+            "store": store.location,
+            "fingerprint": store.fingerprint,
+            "parent": parent,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,
