@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from giffy_ray import checkpoints, learners, loop
-from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
 from giffy_ray.meter import Meter, peak_tflops, profiler
@@ -173,3 +174,11 @@ def test_a_trace_of_five_steps_is_kept():
     (trace,) = traces
     events = json.loads(trace)["traceEvents"]
     assert sum(event["name"] == "aten::mm" for event in events) == 5
+
+
+def test_a_worker_that_starts_again_on_other_clips_says_so(monkeypatch: pytest.MonkeyPatch):
+    store = SimpleNamespace(location="here/sets/abc", fingerprint="now")
+    monkeypatch.setattr(loop, "Store", lambda location: store)
+    settings = {"experiment": to_yaml(Experiment()), "store": "here/sets/abc", "fingerprint": "before", "parent": None}
+    with pytest.raises(ConfigError, match=r"here/sets/abc: its clips have changed .*\(fingerprint now, not before\)"):
+        loop.train_loop(settings)

@@ -16,6 +16,7 @@ import functools
 import hashlib
 import heapq
 import os
+import re
 import stat
 import unicodedata
 from collections import defaultdict, deque
@@ -224,7 +225,7 @@ def _rows_of_folder(
     for name, (size_bytes, _) in sorted(found.items()):
         if name.lower().endswith(EXTENSIONS) or (local and size_bytes > 0 and _holds_video(join(base, name))):
             names.append(name)
-        elif size_bytes > 0 and not layouts.is_list(name) and (not local or _ending(name)):
+        elif size_bytes > 0 and not layouts.is_list(name) and (not local or ending_of(name)):
             others.append(name)
     rows = (
         layouts.moments_in_time(names, texts)
@@ -281,8 +282,10 @@ def _encoding_of(content: bytes) -> str:
     return {b"\0": "utf-16-be"}.get(content[:1], "utf-16-le" if content[1:2] == b"\0" else "utf-8-sig")
 
 
-def _ending(name: str) -> str:
-    return os.path.splitext(name.rpartition("/")[2])[1].lower()
+def ending_of(name: str) -> str:
+    """The ending of a file's name in lower case, with its point; nothing for `film` and `film no. 2 of 3`."""
+    ending = os.path.splitext(name.rpartition("/")[2])[1].lower()
+    return ending if re.fullmatch(r"\.\w{1,10}", ending) else ""
 
 
 def _holds_video(path: str) -> bool:
@@ -298,7 +301,7 @@ def _holds_video(path: str) -> bool:
 
 def _may_matter(name: str) -> bool:
     """What may be a video or a list, but nothing hidden: `._a.mp4` is what macOS leaves beside a.mp4, and no video."""
-    ending = _ending(name)
+    ending = ending_of(name)
     video = name.lower().endswith(EXTENSIONS) or ending in OTHER_EXTENSIONS or not ending
     return (video or layouts.is_list(name)) and "/." not in f"/{name}"
 

@@ -341,25 +341,30 @@ def _delimiter_without_header(text: str) -> str:
 
 def _lines(text: str, where: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
     """(number, cells) of the lines of a list that are not empty. Raises ConfigError."""
-    read: list[str] = []  # of the record that is read
+    raw: list[str] = []  # the lines of the record that is being read
 
     def physical() -> Iterator[str]:
         for line in io.StringIO(text, newline=""):
-            read.append(line)
+            raw.append(line)
             yield line
 
     reader = csv.reader(physical(), delimiter=delimiter, skipinitialspace=True)
-    first, last = 1, []
+    record: list[str] | None = None
+    number, last = 0, []
     try:
         for line in reader:
-            first, last = reader.line_num - len(read) + 1, read.copy()
-            read.clear()
-            if any(cell.strip() for cell in line):
-                yield reader.line_num, line
+            if record is not None:
+                yield number, record
+            record = line if any(cell.strip() for cell in line) else None
+            number, last = reader.line_num, raw.copy()
+            raw.clear()
     except csv.Error as error:
         raise ConfigError(f"{where}, row {reader.line_num}: {error}") from None
-    if last and _is_open(last, delimiter):
+    if _is_open(last, delimiter):
+        first = number - len(last) + 1
         raise ConfigError(f"{where}, row {first}: a double quote is opened and never closed; close it")
+    if record is not None:
+        yield number, record
 
 
 def _is_open(lines: list[str], delimiter: str) -> bool:

@@ -7,14 +7,13 @@ import shutil
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import PurePosixPath
 
 import pyarrow as pa
 
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.data import shards, stream, synthetic
 from giffy_ray.data import store as stores
-from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
 from giffy_ray.data.store import Store
 from giffy_ray.progress import Bar
@@ -157,8 +156,9 @@ def _tell_skipped(catalog: Catalog) -> None:
         return
     by_ending: dict[str, list[str]] = {}
     for name in catalog.skipped:
-        by_ending.setdefault(PurePosixPath(name).suffix.lower() or "no ending", []).append(name)
-    print(f"{len(catalog.skipped)} files below {catalog.root} are not used as videos:", file=sys.stderr)
+        by_ending.setdefault(ending_of(name) or "without an ending", []).append(name)
+    found = f"{len(catalog.skipped)} files below {catalog.root}"
+    print(f"{found} are not used as videos (ffmpeg -i FILE FILE.mp4 converts them):", file=sys.stderr)
     for ending, names in sorted(by_ending.items()):
         shown = ", ".join(map(_printable, names[:_LISTED_SKIPPED])) + (", ..." if len(names) > _LISTED_SKIPPED else "")
         print(f"  {len(names)} {ending}: {shown}", file=sys.stderr)

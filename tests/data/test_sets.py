@@ -280,3 +280,15 @@ def test_videos_are_not_rejected_because_their_folder_went_away(experiment, tmp_
     monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: map(decode, chunks))
     store = prepare(experiment)
     assert len(store) == VIDEOS and not store.rejects
+
+
+def test_files_that_are_not_used_are_named_by_their_ending(experiment, tmp_path, capsys):
+    for name in ("cats/a.wmv", "cats/b.WMV", "dogs/c.wmv", "dogs/d.wmv", "dogs/new\nline.mpg"):
+        (tmp_path / "videos" / name).write_bytes(b"another container")
+    prepare(experiment)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:3] == [
+        f"5 files below {tmp_path}/videos are not used as videos (ffmpeg -i FILE FILE.mp4 converts them):",
+        r"  1 .mpg: dogs/new\nline.mpg",
+        "  4 .wmv: cats/a.wmv, cats/b.WMV, dogs/c.wmv, ...",
+    ]
