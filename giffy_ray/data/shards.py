@@ -134,10 +134,7 @@ def decode_shard(
         return table
     if pixels:
         write_if_different(shard_path(location, shard["shard"]), pixels)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink)
-    listing = sink.getvalue().to_pybytes()
-    write_if_different(join(location, "shards", f"{hashlib.sha256(listing).hexdigest()}.parquet"), listing)
+    _write_listing(location, table)
     return table
 
 
@@ -163,10 +160,12 @@ def read_video(filesystem: fs.FileSystem, path: str, limits: LimitsConfig) -> by
             raise RejectedVideo("not_file", "it is no regular file")
         with filesystem.open_input_stream(path) as stream:
             video = stream.read(most_bytes + 1)
+    except RejectedVideo:
+        raise
     except FileNotFoundError as error:
         raise RejectedVideo("missing", str(error)) from error
-    except (RejectedVideo, MemoryError):
-        raise
+    except MemoryError as error:
+        raise RejectedVideo("memory", f"reading it: {error}") from error
     except Exception as error:  # pyarrow raises more than OSError, ArrowInvalid for a key with an empty part
         raise RejectedVideo("unreadable", f"{type(error).__name__}: {error}") from error
     if len(video) > most_bytes:
@@ -256,21 +255,38 @@ def members_of(rows: pa.Table, shard: str) -> list[str]:
 
 
 def forget(location: str, shards: Collection[str]) -> None:
-    """Removes shards, the listings that name them and those that are damaged: their videos are decoded again."""
+    """Removes shards, the rows of their clips and listings that are damaged: these videos are decoded again."""
     filesystem, base = filesystem_of(join(location, "shards"))
     for info in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True)):
         if info.path.endswith(".parquet"):  # these first: what is not listed is not stored
             listing = _read_listing(filesystem, info.path)
-            if listing is None or not set(shards).isdisjoint(listing["shard"].to_pylist()):
-                _delete(filesystem, info.path)
+            if listing is not None:
+                stays = listing.filter(
+                    pa.array([name not in shards for name in listing["shard"].to_pylist()], pa.bool_())
+                )
+                if len(stays) == len(listing):
+                    continue
+                if len(stays):
+                    _write_listing(location, stays)
+            _delete(filesystem, info.path)
     for shard in shards:
         _delete(filesystem, f"{base}/{shard}.u8")
 
 
+def _write_listing(location: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    listing = sink.getvalue().to_pybytes()
+    write_if_different(join(location, "shards", f"{hashlib.sha256(listing).hexdigest()}.parquet"), listing)
+
+
 def _read_listing(filesystem: fs.FileSystem, path: str) -> pa.Table | None:
     """The rows of a listing, or none where its content does not fit its name."""
-    with filesystem.open_input_stream(path) as stream:
-        listing = stream.read()
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            listing = stream.read()
+    except FileNotFoundError:  # another job has removed it since the folder was listed
+        return ROW_SCHEMA.empty_table()
     if hashlib.sha256(listing).hexdigest() != _stem(path):
         return None
     return pq.read_table(pa.BufferReader(listing), schema=ROW_SCHEMA)
@@ -289,7 +305,7 @@ def _facts_of(sampled: Sampled, recipe: Recipe) -> dict:
     source = sampled.source
     clip = sampled.clip[nearest_frames(sampled.times_s, recipe.clip)] if recipe.every else sampled.clip
     return {
-        "sha256": hashlib.sha256(clip).hexdigest(),
+        "sha256": hashlib.sha256(np.ascontiguousarray(clip).data).hexdigest(),
         "times_s": sampled.times_s.tolist() if recipe.every else None,
         "padded": sampled.padded,
         "codec": source.codec,

@@ -171,6 +171,26 @@ def test_a_damaged_listing_counts_as_not_there(experiment, tmp_path, capsys, con
     assert listing.read_bytes() == before
 
 
+def test_a_reject_stays_known_where_the_shard_beside_it_was_lost(experiment, tmp_path):
+    (tmp_path / "videos" / "cats" / "broken.mp4").write_bytes(b"no video")
+    prepare(experiment)
+    (shard,) = tmp_path.glob("runs/stores/*/shards/*.u8")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    # Decoded otherwise, so that the shard cannot be written again under its name.
+    store = prepare(experiment, again=True, decoder=FLAKY)
+    assert {reject["id"]: reject["reason"] for reject in store.rejects} == {
+        "cats/broken.mp4": "not_video",
+        "cats/2.mp4": "timeout",
+    }
+    assert whole(store) and not shard.exists()
+    # Of a shard that another category shares, only what is asked for is decoded; the rest when that is asked for.
+    (shard,) = tmp_path.glob("runs/stores/*/shards/*.u8")
+    shard.unlink()
+    for category in ("cats", "dogs"):
+        assert whole(prepare(override(experiment, {"data.categories": (category,)}), again=True))
+    assert whole(prepare(experiment))
+
+
 # --- sets
 
 
