@@ -44,24 +44,34 @@ Tell = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
 FAILURE = "failure"  # a file of this name in a run's folder says why the run must not be tried again
 
 
-class TooManySkippedSteps(RuntimeError):
-    """More than `train.most_skipped` steps had no finite gradient. All workers raise it after the same step."""
+class RunFailure(RuntimeError):
+    """A failure that all workers of a run meet at the same place, and would meet again if they were restarted."""
 
 
 def train_loop(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train runs.
 
-    `settings`: the experiment as YAML, where its store is, and the place of the run that this one is shown under.
+    `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
+    and the place of the run that this one is shown under.
     """
     experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
     tags = {"data.fingerprint": store.fingerprint}
     try:
+        _check_clips(store, settings["fingerprint"])
         with open_run(experiment, ranks.rank(), settings["parent"], tags) as tracker:
             run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
-    except TooManySkippedSteps as failure:
-        # Not raised here: Ray Train would start the workers again, which would skip the same steps.
+    except RunFailure as failure:
+        # Not raised here: Ray Train would start the workers again, to fail in the same way.
         if ranks.rank() == 0:
             write_text(join(experiment.storage, experiment.name, FAILURE), str(failure))
+
+
+def _check_clips(store: Store, fingerprint: str) -> None:
+    if store.fingerprint != fingerprint:
+        raise RunFailure(
+            f"{store.location}: its clips have changed since the training began (fingerprint {store.fingerprint}, not "
+            f"{fingerprint}); restore the folder, or start a run under another name=..."
+        )
 
 
 def run(
@@ -118,7 +128,7 @@ def run(
             sums = meter.sums()
             report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
         if meter.skipped > train.most_skipped:
-            raise TooManySkippedSteps(too_many_skipped(meter, store, experiment))
+            raise RunFailure(too_many_skipped(meter, store, experiment))
         if warned and steps_done < last and not stopped:
             restarts.wait_for_restart()
         if epoch is not None:

@@ -94,3 +94,13 @@ def write_bytes(location: str, content: bytes) -> None:
         stream.write(content)
     if written != path:
         filesystem.move(written, path)
+
+
+def write_if_different(location: str, content: bytes) -> None:
+    """`write_bytes`, unless the file is there with this content: it then keeps its place and its time of change."""
+    try:
+        if read_bytes(location) == content:
+            return
+    except FileNotFoundError:
+        pass
+    write_bytes(location, content)

@@ -20,7 +20,7 @@ from giffy_ray import checkpoints, learners, lease, listen, restarts
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
-from giffy_ray.loop import FAILURE, SCORE, TooManySkippedSteps, train_loop
+from giffy_ray.loop import FAILURE, SCORE, RunFailure, train_loop
 from giffy_ray.storage import delete_file, join, read_text, write_text
 
 _WORKER = RayTrainWorker.__name__
@@ -60,7 +60,7 @@ def train(
     """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
 
     `parent` is the place of the run that this one is shown under. Raises ConfigError before anything starts,
-    ray.train.TrainingFailedError or loop.TooManySkippedSteps after. On SIGTERM and Ctrl-C the training ends after the
+    ray.train.TrainingFailedError or loop.RunFailure after. On SIGTERM and Ctrl-C the training ends after the
     step that it is at, with a checkpoint; then SystemExit is raised. Where it has no workers, as it waits for machines,
     the process ends.
     """
@@ -80,7 +80,7 @@ def train(
         os._exit(128 + signals[0])  # while Ray waits for machines, `fit` cannot be interrupted
     why = read_text(failure)
     if why is not None:
-        raise TooManySkippedSteps(why)
+        raise RunFailure(why)
     if signals:
         raise SystemExit(128 + signals[0])
     return checkpoints.newest(experiment)
@@ -110,7 +110,12 @@ def _trainer(
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
     return restarts.Trainer(
         train_loop,
-        train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
+        train_loop_config={
+            "experiment": to_yaml(experiment),
+            "store": store.location,
+            "fingerprint": store.fingerprint,
+            "parent": parent,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,

@@ -5,6 +5,7 @@ import io
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -261,7 +262,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
             loop.train_loop(settings | {"fingerprint": "abc"})
 
     def diverge(*_: object) -> None:
-        raise loop.TooManySkippedSteps("11 steps")
+        raise loop.RunFailure("11 steps")
 
     monkeypatch.setattr(loop, "Store", Ended)
     monkeypatch.setattr(loop, "open_run", lambda *_, **__: Ended())
@@ -269,9 +270,9 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
     monkeypatch.setattr(loop.ray.train.torch, "get_device", lambda: CPU)
     monkeypatch.setattr(train, "_trainer", lambda *_, **__: Ended())
     for _ in range(2):  # what an earlier start left does not count
-        with pytest.raises(loop.TooManySkippedSteps, match="11 steps"):
+        with pytest.raises(loop.RunFailure, match="11 steps"):
             train.train(experiment, Ended(), Share(1, 0, 1))  # type: ignore[arg-type]
-    assert Ended.statuses == [loop.TooManySkippedSteps] * 2
+    assert Ended.statuses == [loop.RunFailure] * 2
     monkeypatch.setattr(loop, "run", lambda *_: None)
     monkeypatch.setattr(checkpoints, "newest", lambda _: "the checkpoint")
     assert train.train(experiment, Ended(), Share(1, 0, 1)) == "the checkpoint"  # type: ignore[arg-type]
@@ -290,3 +291,14 @@ def test_the_message_about_skipped_steps_names_the_clips_of_the_whole_step(tiny:
         f"11 steps had no finite loss or gradient (value 10); the last is step 3, with the clips {', '.join(named)}"
         in message
     )
+
+
+def test_a_worker_that_starts_again_on_other_clips_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    store = SimpleNamespace(location="here/sets/abc", fingerprint="now")
+    monkeypatch.setattr(loop, "Store", lambda location: store)
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    settings = {"experiment": to_yaml(experiment), "store": "here/sets/abc", "fingerprint": "before", "parent": None}
+    loop.train_loop(settings)  # without an error, at which Ray Train would start it again
+    why = (tmp_path / "mine" / loop.FAILURE).read_text()
+    assert why.startswith("here/sets/abc: its clips have changed")
+    assert "(fingerprint now, not before)" in why

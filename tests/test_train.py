@@ -197,3 +197,9 @@ def test_workers_of_a_ray_that_we_start_do_not_stand_back_behind_other_processes
     alone.pop("RAY_worker_niceness", None)
     told = subprocess.run([sys.executable, "-c", asked], check=True, env=alone, stdout=subprocess.PIPE, timeout=120)
     assert int(told.stdout) <= os.getpriority(os.PRIO_PROCESS, 0)
+
+
+def test_workers_are_given_the_fingerprint_of_the_clips_that_they_are_to_see():
+    trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, ())  # type: ignore[arg-type]
+    assert trainer.train_loop_config is not None
+    assert trainer.train_loop_config["fingerprint"] == Store.fingerprint

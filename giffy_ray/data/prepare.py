@@ -13,7 +13,7 @@ import pyarrow as pa
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.data import shards, stream, synthetic
 from giffy_ray.data import store as stores
-from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
 from giffy_ray.data.store import Store
 from giffy_ray.progress import Bar
@@ -21,6 +21,7 @@ from giffy_ray.storage import filesystem_of, is_local, join, read_text
 
 _USUAL_FPS = 30
 _LISTED_REJECTS = 20
+_LISTED_SKIPPED = 3  # of each ending
 
 
 def catalog_of(experiment: Experiment) -> Catalog:
@@ -35,41 +36,77 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     """Decodes what is not stored yet, and says what was rejected and why. Raises ConfigError.
 
     `again`: also checks what is stored, and tries rejected videos again where another try may help. Without it a
-    data set that was prepared stays as it is, so that a training that goes on sees the same clips. `decoder`: see
-    `shards.decode_shard`.
+    data set that was prepared stays as it is, so that a training that goes on sees the same clips; only what has been
+    lost of it is decoded once more. `decoder`: see `shards.decode_shard`.
     """
     catalog, data = catalog_of(experiment), experiment.data
     recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
     location = join(experiment.storage, "stores", recipe.key)
     place = stores.set_location(location, catalog)
-    if again or not stores.is_finished(place):
-        if read_text(join(location, "recipe.json")) is None:
-            shards.write_recipe(location, recipe)
-        index = shards.read_index(location)
-        if again:
-            index = _checked(location, index)
-        known = dict(zip(index["identity"].to_pylist(), index["reason"].to_pylist(), strict=True))
-        new = [video for video in catalog.videos if video.identity not in known]
-        retried = [video for video in catalog.videos if again and known.get(video.identity) in PASSING]
-        if new or retried:
-            _check_space(location, recipe, data.keep_gb, index, len(new))
-            # Apart from each other, so that the new ones are dealt to shards as if nothing had ever been rejected.
-            chunks = [*shards.chunks_of(new), *shards.chunks_of(retried)]
-            decode = functools.partial(
-                shards.decode_shard,
-                filesystem=catalog.filesystem,
-                recipe=recipe,
-                limits=data.limits,
-                location=location,
-                decoder=decoder,
-            )
-            _decode(catalog.name, chunks, decode, len(new) + len(retried))
-            index = shards.read_index(location)
-        stores.write_set(location, catalog, index, data.limits)
+    broken = place is not None and bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
+    if place is None or broken or again:
+        index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
+        written = stores.write_set(location, catalog, index, data.limits)
+        place = stores.choose_set(location, catalog, written, replace=broken or again)
     store = Store(place)
+    _tell_skipped(catalog)
     _tell_rejects(store, len(catalog.videos))
     _refuse_scraps(store, len(catalog.videos), data.max_reject_fraction)
     return store
+
+
+def _decode_missing(
+    experiment: Experiment, catalog: Catalog, recipe: Recipe, location: str, again: bool, decoder: str | None
+) -> pa.Table:
+    """Decodes the videos of a catalog that the store does not know, or has lost. Returns its index."""
+    data = experiment.data
+    if read_text(join(location, "recipe.json")) is None:
+        shards.write_recipe(location, recipe)
+    rows = shards.read_rows(location)
+    damaged = _damaged(location, rows, contents=again)
+    whole = rows.filter(pa.array([shard not in damaged for shard in rows["shard"].to_pylist()], pa.bool_()))
+    index = shards.choose_rows(whole)
+    known = dict(zip(index["identity"].to_pylist(), index["reason"].to_pylist(), strict=True))
+    new = {video.identity: video for video in catalog.videos if video.identity not in known}
+    retried = [video for video in catalog.videos if again and known.get(video.identity) in PASSING]
+    # The videos of a shard that was lost together, as before: their frames then have its name, so that every set and
+    # every training that reads it is whole again. A training meanwhile keeps what it has mapped.
+    groups = []
+    for shard in damaged:
+        members = shards.members_of(rows, shard)
+        if all(identity in new for identity in members):
+            groups.append([new.pop(identity) for identity in members])
+    if new or retried or groups:
+        rest = list(new.values())
+        videos = [*rest, *retried, *(video for group in groups for video in group)]
+        _check_space(location, recipe, data.keep_gb, whole, len(videos) - len(retried))
+        # Apart from each other, so that the new ones are dealt to shards as if nothing had ever been rejected.
+        chunks = [*map(shards.chunk_of, groups), *shards.chunks_of(rest), *shards.chunks_of(retried)]
+        decode = functools.partial(
+            shards.decode_shard,
+            filesystem=catalog.filesystem,
+            recipe=recipe,
+            limits=data.limits,
+            location=location,
+            decoder=decoder,
+            root=catalog.base,
+        )
+        _decode(catalog.name, chunks, decode, len(videos))
+        rows = shards.read_rows(location)
+    if damaged or again:
+        suspects = rows.filter(pa.array([shard in damaged for shard in rows["shard"].to_pylist()], pa.bool_()))
+        shards.forget(location, shards.damaged_shards(location, suspects))
+        rows = shards.read_rows(location)
+    index = shards.choose_rows(rows)
+    decoded = set(index["identity"].to_pylist())
+    unread = sum(video.identity not in decoded for video in catalog.videos)
+    if unread:
+        raise ConfigError(
+            f"data.root: {unread} videos were not read, because their folder cannot be reached any more, or not from "
+            f"every node of the cluster (value {catalog.root!r}). What was decoded is kept: start the job again when "
+            "it can be reached"
+        )
+    return index
 
 
 def _decode(name: str, chunks: Sequence[pa.Table], decode: functools.partial, videos: int) -> None:
@@ -83,23 +120,23 @@ def _decode(name: str, chunks: Sequence[pa.Table], decode: functools.partial, vi
     print(f"{clips} clips, {frames / 1e9:.2f} GB, {clips / took_s:.0f} clips a second")
 
 
-def _checked(location: str, index: pa.Table) -> pa.Table:
-    """The index without the shards that are not what was written; they are removed."""
-    damaged = shards.damaged_shards(location, index)
+def _damaged(location: str, rows: pa.Table, contents: bool) -> dict[str, str]:
+    """The shards whose frames are not what was written, which are named on stderr."""
+    damaged = shards.damaged_shards(location, rows, contents)
     for shard, found in damaged.items():
-        print(f"{shards.shard_path(location, shard)}: {found}; decoding its videos again", file=sys.stderr)
-    shards.forget(location, damaged)
-    return shards.read_index(location) if damaged else index
+        print(f"{shards.shard_path(location, shard)}: {found}; its videos are decoded again", file=sys.stderr)
+    return damaged
 
 
-def _check_space(location: str, recipe: Recipe, keep_gb: float | None, index: pa.Table, videos: int) -> None:
+def _check_space(location: str, recipe: Recipe, keep_gb: float | None, rows: pa.Table, videos: int) -> None:
     """Refuses, before anything is decoded, what would not fit. Raises ConfigError."""
     if not recipe.keep:
         return
     clip = recipe.clip
     frames = max(clip.frames, (clip.frames - 1) / clip.fps * _USUAL_FPS) if recipe.every else clip.frames
     needed = videos * frames * clip.height * clip.width * 3
-    stored = sum(index.group_by("shard").aggregate([("shard_bytes", "max")])["shard_bytes_max"].to_pylist() or [0])
+    kept = rows.filter(rows["shard"].is_valid()).group_by("shard").aggregate([("shard_bytes", "max")])
+    stored = sum(kept["shard_bytes_max"].to_pylist())
     if keep_gb is not None and stored + needed > keep_gb * 1e9:
         raise ConfigError(
             f"data.keep_gb: {videos} more videos take about {needed / 1e9:.1f} GB beside the {stored / 1e9:.1f} GB in "
@@ -114,6 +151,19 @@ def _check_space(location: str, recipe: Recipe, keep_gb: float | None, index: pa
             )
 
 
+def _tell_skipped(catalog: Catalog) -> None:
+    if not catalog.skipped:
+        return
+    by_ending: dict[str, list[str]] = {}
+    for name in catalog.skipped:
+        by_ending.setdefault(ending_of(name) or "without an ending", []).append(name)
+    found = f"{len(catalog.skipped)} files below {catalog.root}"
+    print(f"{found} are not used as videos (ffmpeg -i FILE FILE.mp4 converts them):", file=sys.stderr)
+    for ending, names in sorted(by_ending.items()):
+        shown = ", ".join(map(_printable, names[:_LISTED_SKIPPED])) + (", ..." if len(names) > _LISTED_SKIPPED else "")
+        print(f"  {len(names)} {ending}: {shown}", file=sys.stderr)
+
+
 def _tell_rejects(store: Store, videos: int) -> None:
     if not store.rejects:
         return
@@ -121,15 +171,20 @@ def _tell_rejects(store: Store, videos: int) -> None:
     print(f"{len(store.rejects)} of {videos} videos rejected ({counts}):", file=sys.stderr)
     for reject in store.rejects[:_LISTED_REJECTS]:
         line = f"{reject['id']}: {reject['reason']}: {reject['detail']}"
-        print(f"  {line.encode('unicode_escape').decode() if not line.isprintable() else line}", file=sys.stderr)
+        print(f"  {_printable(line)}", file=sys.stderr)
     if len(store.rejects) > _LISTED_REJECTS:
         print(f"  and {len(store.rejects) - _LISTED_REJECTS} more", file=sys.stderr)
     print(f"  {join(store.location, 'rejects.parquet')}", file=sys.stderr)
+
+
+def _printable(line: str) -> str:
+    return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
 def _refuse_scraps(store: Store, videos: int, most: float) -> None:
     if len(store.rejects) > most * videos:
         raise ConfigError(
             f"data.max_reject_fraction: {len(store.rejects)} of {videos} videos gave no clip (value {most}); they are "
-            f"listed in {join(store.location, 'rejects.parquet')}. Mend them, or raise the field"
+            f"listed in {join(store.location, 'rejects.parquet')}. Mend them, or raise the field. jobs/prepare.py "
+            f"tries those again whose reason is {', '.join(PASSING[:-1])} or {PASSING[-1]}"
         )

@@ -1,14 +1,15 @@
 """Videos -> shards: what a task decodes and writes, and what is known of every video that was ever decoded.
 
     <storage>/stores/<key of the recipe>/
-        recipe.json             what the key stands for
-        shards/<members>.u8         the frames of up to SHARD_VIDEOS videos, raw uint8, one after another
-        shards/<members>.parquet    a row for each of these videos, of ROW_SCHEMA; written after the frames
-        sets/...                    see `store`
+        recipe.json                 what the key stands for
+        shards/<sha256>.u8          the frames of up to SHARD_VIDEOS videos, raw uint8, one after another
+        shards/<sha256>.parquet     a row for each video of a task, of ROW_SCHEMA; written after the frames
+        sets/..., catalogs/...      see `store`
 
-A shard is named by the identities of its videos, so two jobs that decode the same ones write the same file. Nothing
-counts as stored before its Parquet file is there, and every file appears whole or not at all. A video is known by its
-path, size and time of change, so adding videos decodes only these, and what a killed job has stored stays stored.
+Every file of shards/ is named by the sha256 of its content, so a name never stands for other frames: decoding the same
+video twice need not give the same result (a time-out, a crash), and both results are kept. Nothing counts as stored
+before its Parquet file is there, and every file appears whole or not at all. A video is known by its path, size and
+time of change, so adding videos decodes only these, and what a killed job has stored stays stored.
 """
 
 from __future__ import annotations
@@ -16,20 +17,24 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
 from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data.catalog import Video
-from giffy_ray.data.decode import RejectedVideo, Sampled
+from giffy_ray.data.decode import RejectedVideo, Sampled, nearest_frames
 from giffy_ray.data.sandbox import sandbox_for
-from giffy_ray.storage import PARTIAL, filesystem_of, join, write_bytes, write_text
+from giffy_ray.storage import PARTIAL, filesystem_of, join, write_if_different, write_text
 
 SHARD_VIDEOS = 32
 VERSION = 2  # of what decoding gives; raise it when the same video would give another clip
@@ -40,7 +45,7 @@ ROW_SCHEMA = pa.schema(
         "identity": pa.string(),
         "reason": pa.string(),  # null where there is a clip
         "detail": pa.string(),
-        "shard": pa.string(),
+        "shard": pa.string(),  # sha256 of its frames; null where none are kept
         "first": pa.int64(),  # frame of the shard
         "frames": pa.int32(),
         "times_s": pa.list_(pa.float64()),  # when each frame is shown; null where they are those of the clip
@@ -51,10 +56,11 @@ ROW_SCHEMA = pa.schema(
         "source_fps": pa.float64(),  # 0: the file does not say
         "seconds": pa.float64(),  # 0: the file does not say
         "shard_bytes": pa.int64(),
-        "sha256": pa.string(),  # of the shard
+        "sha256": pa.string(),  # of the clip: `clip.frames` frames, whatever else is kept of the video
     }
 )
 _STALE_S = 3600  # after which a partial file belongs to a job that was killed
+_READERS = 16  # files that are read at once: an object store takes some 20 ms to answer
 
 
 @dataclass(frozen=True)
@@ -84,8 +90,11 @@ class Recipe:
 
 def chunks_of(videos: Sequence[Video]) -> list[pa.Table]:
     """The videos in tables of SHARD_VIDEOS rows (identity, path): one task and one shard each."""
-    rows = [{"identity": video.identity, "path": video.path} for video in videos]
-    return [pa.Table.from_pylist(rows[first : first + SHARD_VIDEOS]) for first in range(0, len(rows), SHARD_VIDEOS)]
+    return [chunk_of(videos[first : first + SHARD_VIDEOS]) for first in range(0, len(videos), SHARD_VIDEOS)]
+
+
+def chunk_of(videos: Iterable[Video]) -> pa.Table:
+    return pa.Table.from_pylist([{"identity": video.identity, "path": video.path} for video in videos])
 
 
 def decode_shard(
@@ -95,13 +104,15 @@ def decode_shard(
     limits: LimitsConfig,
     location: str,
     decoder: str | None = None,
+    root: str | None = None,
 ) -> pa.Table:
     """One task's work: the videos of one shard -> its two files. Returns their rows, of ROW_SCHEMA.
 
-    `decoder` ("module:function") takes the place of the recipe's own, with its parameters and results.
+    `decoder` ("module:function") takes the place of the recipe's own, with its parameters and results. `root` is a
+    folder on `filesystem` that all of the videos lie below: where it cannot be reached either, the fault is not the
+    videos', and nothing is written.
     """
     sandbox = sandbox_for(recipe.clip, limits, decoder or recipe.decoder)
-    name = hashlib.sha256("".join(videos["identity"].to_pylist()).encode()).hexdigest()[:24]
     rows, kept, first = [], [], 0
     for video in videos.to_pylist():
         row = {"identity": video["identity"]}
@@ -110,19 +121,28 @@ def decode_shard(
         except RejectedVideo as rejected:
             row |= {"reason": rejected.reason, "detail": rejected.detail}
         else:
-            row |= {"shard": name, "first": first, "frames": len(sampled.clip), **_facts_of(sampled, recipe)}
+            row |= {"first": first, "frames": len(sampled.clip), **_facts_of(sampled, recipe)}
             first += len(sampled.clip)
             kept.append(sampled.clip)
         rows.append(row)
     pixels = np.concatenate(kept).tobytes() if kept and recipe.keep else b""
-    digest = hashlib.sha256(pixels).hexdigest()
-    table = pa.Table.from_pylist([row | {"shard_bytes": len(pixels), "sha256": digest} for row in rows], ROW_SCHEMA)
+    shard = {"shard": hashlib.sha256(pixels).hexdigest()} if pixels else {}
+    rows = [row | {"shard_bytes": len(pixels)} | (shard if "first" in row else {}) for row in rows]
+    table = pa.Table.from_pylist(rows, ROW_SCHEMA)
+    unread = any(row.get("reason") in ("missing", "unreadable") for row in rows)
+    if unread and root is not None and not is_reachable(filesystem, root):
+        return table
     if pixels:
-        write_bytes(shard_path(location, name), pixels)
-    listing = pa.BufferOutputStream()
-    pq.write_table(table, listing)
-    write_bytes(join(location, "shards", f"{name}.parquet"), listing.getvalue().to_pybytes())
+        write_if_different(shard_path(location, shard["shard"]), pixels)
+    _write_listing(location, table)
     return table
+
+
+def is_reachable(filesystem: fs.FileSystem, folder: str) -> bool:
+    try:
+        return filesystem.get_file_info(folder).type == fs.FileType.Directory
+    except Exception:  # whatever a filesystem raises for a network, a server or a permission that is gone
+        return False
 
 
 def shard_path(location: str, shard: str) -> str:
@@ -140,10 +160,14 @@ def read_video(filesystem: fs.FileSystem, path: str, limits: LimitsConfig) -> by
             raise RejectedVideo("not_file", "it is no regular file")
         with filesystem.open_input_stream(path) as stream:
             video = stream.read(most_bytes + 1)
+    except RejectedVideo:
+        raise
     except FileNotFoundError as error:
         raise RejectedVideo("missing", str(error)) from error
-    except OSError as error:
-        raise RejectedVideo("unreadable", str(error)) from error
+    except MemoryError as error:
+        raise RejectedVideo("memory", f"reading it: {error}") from error
+    except Exception as error:  # pyarrow raises more than OSError, ArrowInvalid for a key with an empty part
+        raise RejectedVideo("unreadable", f"{type(error).__name__}: {error}") from error
     if len(video) > most_bytes:
         raise RejectedVideo("too_large", f"the file is over data.limits.file_mb={limits.file_mb}")
     return video
@@ -151,57 +175,137 @@ def read_video(filesystem: fs.FileSystem, path: str, limits: LimitsConfig) -> by
 
 def read_index(location: str) -> pa.Table:
     """What is known of the videos that were ever decoded into this store: ROW_SCHEMA, one row for each identity."""
+    return choose_rows(read_rows(location))
+
+
+def read_rows(location: str) -> pa.Table:
+    """The rows of all listings: ROW_SCHEMA. A video has several where two jobs decoded it, or it was tried again.
+
+    A listing whose content does not fit its name counts as not there, and is named on stderr.
+    """
     filesystem, base = filesystem_of(location)
     paths = []
     for info in filesystem.get_file_info(fs.FileSelector(f"{base}/shards", allow_not_found=True)):
         if info.path.endswith(".parquet"):
             paths.append(info.path)
         elif info.path.endswith(PARTIAL) and time.time() - info.mtime_ns / 1e9 > _STALE_S:
-            filesystem.delete_file(info.path)
-    if not paths:
-        return ROW_SCHEMA.empty_table()
-    index = pq.read_table(sorted(paths), filesystem=filesystem, schema=ROW_SCHEMA)
-    # A video may be in two shards: of jobs at the same time, or tried again. A clip goes before a reject.
-    order = np.argsort(np.asarray(index["shard"].is_null(), dtype=bool), kind="stable")
-    identities = np.asarray(index["identity"])[order]
-    _, places = np.unique(identities, return_index=True)
-    return index.take(order[np.sort(places)])
+            _delete(filesystem, info.path)
+
+    def read(path: str) -> pa.Table:
+        table = _read_listing(filesystem, path)
+        if table is None:
+            print(f"{path}: damaged; the videos that it lists are decoded again", file=sys.stderr)
+        return ROW_SCHEMA.empty_table() if table is None else table
+
+    with ThreadPoolExecutor(_READERS) as readers:
+        return pa.concat_tables([ROW_SCHEMA.empty_table(), *readers.map(read, sorted(paths))])
+
+
+def choose_rows(rows: pa.Table) -> pa.Table:
+    """One row for each identity, the same one whatever the order of `rows`.
+
+    A clip goes before a reject, and a reason that stays before one that may pass.
+    """
+    if not len(rows):
+        return rows
+    passing = pc.is_in(rows["reason"], value_set=pa.array(PASSING))  # type: ignore[attr-defined]
+    rank = pc.add(rows["reason"].is_valid().cast(pa.int8()), passing.cast(pa.int8()))  # type: ignore[attr-defined]
+    order = ["identity", "rank", "reason", "detail", "sha256", "shard", "first"]
+    ordered = rows.append_column("rank", rank).sort_by([(name, "ascending") for name in order])
+    identities = np.asarray(ordered["identity"])
+    starts = np.flatnonzero(np.r_[True, identities[1:] != identities[:-1]])
+    return ordered.take(starts).drop_columns("rank")
 
 
 def write_recipe(location: str, recipe: Recipe) -> None:
     write_text(join(location, "recipe.json"), recipe.to_json())
 
 
-def damaged_shards(location: str, index: pa.Table) -> dict[str, str]:
-    """The shards in the index whose frames are not what was written: name -> what is wrong with it."""
-    shards = index.filter(index["shard"].is_valid()).group_by(["shard", "shard_bytes", "sha256"]).aggregate([])
-    damaged = {}
-    for shard in shards.to_pylist():
-        if not shard["shard_bytes"]:
-            continue
-        filesystem, path = filesystem_of(shard_path(location, shard["shard"]))
-        if filesystem.get_file_info(path).type != fs.FileType.File:
-            damaged[shard["shard"]] = "it is gone"
-            continue
-        with filesystem.open_input_stream(path) as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
-        if found != shard["sha256"]:
-            damaged[shard["shard"]] = f"its sha256 is {found[:12]}... and should be {shard['sha256'][:12]}..."
-    return damaged
+def damaged_shards(location: str, rows: pa.Table, contents: bool = True) -> dict[str, str]:
+    """The shards in `rows` whose frames are not what was written: name -> what is wrong with it.
+
+    Without `contents` only their sizes are looked at, which costs one listing of the store.
+    """
+    filesystem, base = filesystem_of(join(location, "shards"))
+    infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+    sizes = {_stem(info.path): info.size for info in infos if info.path.endswith(".u8")}
+    wanted = rows.filter(rows["shard"].is_valid()).group_by("shard").aggregate([("shard_bytes", "max")])
+
+    def problem(shard: str, size: int) -> str:
+        if shard not in sizes:
+            return "it is gone"
+        if sizes[shard] != size:
+            return f"it has {sizes[shard]} bytes and should have {size}"
+        if contents:
+            with filesystem.open_input_stream(f"{base}/{shard}.u8") as stream:
+                found = hashlib.file_digest(stream, "sha256").hexdigest()  # type: ignore[arg-type]
+            if found != shard:
+                return f"its sha256 is {found[:12]}... and should be {shard[:12]}..."
+        return ""
+
+    pairs = zip(wanted["shard"].to_pylist(), wanted["shard_bytes_max"].to_pylist(), strict=True)
+    problems = {shard: problem(shard, size) for shard, size in sorted(pairs)}
+    return {shard: found for shard, found in problems.items() if found}
 
 
-def forget(location: str, shards: Iterable[str]) -> None:
-    """Removes shards, so that their videos are decoded again."""
+def members_of(rows: pa.Table, shard: str) -> list[str]:
+    """The identities of the videos of a shard, in the order of their frames."""
+    members = rows.filter(pc.equal(rows["shard"], shard)).sort_by("first")  # type: ignore[attr-defined]
+    return list(dict.fromkeys(members["identity"].to_pylist()))
+
+
+def forget(location: str, shards: Collection[str]) -> None:
+    """Removes shards, the rows of their clips and listings that are damaged: these videos are decoded again."""
+    filesystem, base = filesystem_of(join(location, "shards"))
+    for info in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True)):
+        if info.path.endswith(".parquet"):  # these first: what is not listed is not stored
+            listing = _read_listing(filesystem, info.path)
+            if listing is not None:
+                stays = listing.filter(
+                    pa.array([name not in shards for name in listing["shard"].to_pylist()], pa.bool_())
+                )
+                if len(stays) == len(listing):
+                    continue
+                if len(stays):
+                    _write_listing(location, stays)
+            _delete(filesystem, info.path)
     for shard in shards:
-        filesystem, path = filesystem_of(join(location, "shards", shard))
-        for suffix in (".parquet", ".u8"):  # in this order: what is not listed is not stored
-            if filesystem.get_file_info(path + suffix).type == fs.FileType.File:
-                filesystem.delete_file(path + suffix)
+        _delete(filesystem, f"{base}/{shard}.u8")
+
+
+def _write_listing(location: str, table: pa.Table) -> None:
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink)
+    listing = sink.getvalue().to_pybytes()
+    write_if_different(join(location, "shards", f"{hashlib.sha256(listing).hexdigest()}.parquet"), listing)
+
+
+def _read_listing(filesystem: fs.FileSystem, path: str) -> pa.Table | None:
+    """The rows of a listing, or none where its content does not fit its name."""
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            listing = stream.read()
+    except FileNotFoundError:  # another job has removed it since the folder was listed
+        return ROW_SCHEMA.empty_table()
+    if hashlib.sha256(listing).hexdigest() != _stem(path):
+        return None
+    return pq.read_table(pa.BufferReader(listing), schema=ROW_SCHEMA)
+
+
+def _delete(filesystem: fs.FileSystem, path: str) -> None:
+    with suppress(FileNotFoundError):  # of two jobs at once, the other has removed it
+        filesystem.delete_file(path)
+
+
+def _stem(path: str) -> str:
+    return path.rpartition("/")[2].partition(".")[0]
 
 
 def _facts_of(sampled: Sampled, recipe: Recipe) -> dict:
     source = sampled.source
+    clip = sampled.clip[nearest_frames(sampled.times_s, recipe.clip)] if recipe.every else sampled.clip
     return {
+        "sha256": hashlib.sha256(np.ascontiguousarray(clip).data).hexdigest(),
         "times_s": sampled.times_s.tolist() if recipe.every else None,
         "padded": sampled.padded,
         "codec": source.codec,

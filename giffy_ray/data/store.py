@@ -1,11 +1,15 @@
 """The clips of one data set, by row: memory-mapped out of the shards that decoding left.
 
-    <storage>/stores/<key>/sets/<key>/
-        rows.parquet        id, category, split, source, path and what `shards` knows: one row a clip, sorted by id
-        rejects.parquet     id, path, category, split, reason, detail: the videos that gave no clip
-        set.json            name, root, fingerprint and counts; written last, so a set without it is not finished
+    <storage>/stores/<key of the recipe>/
+        sets/<key of its content>/
+            rows.parquet        id, category, split, source, path and what `shards` knows: one row a clip, sorted by id
+            rejects.parquet     id, path, category, split, reason, detail: the videos that gave no clip
+            set.json            name, root, fingerprint and counts; written last, so a set without it is not finished
+        catalogs/<key of the videos>    the key of the set that these videos gave: the only file that ever changes
 
-Several sets share the shards of a store: all of a folder, one category of it, the folder as it was last week.
+Several sets share the shards of a store: all of a folder, one category of it, the folder as it was last week. A set
+never changes: where a video that was rejected decodes later, the same videos have another set, and a training that
+reads the first one is not disturbed.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +37,7 @@ from giffy_ray.data.catalog import Catalog
 from giffy_ray.data.decode import RejectedVideo, nearest_frames
 from giffy_ray.data.sandbox import sandbox_for
 from giffy_ray.data.shards import Recipe, read_video, shard_path
-from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_bytes, write_text
+from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_if_different, write_text
 
 _VIDEO_SCHEMA = pa.schema(
     {name: pa.string() for name in ("identity", "id", "path", "category", "split", "source")}
@@ -42,12 +47,35 @@ _REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
 _MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
 
 
-def set_location(location: str, catalog: Catalog) -> str:
-    """Where the set of these videos is, or will be, in the store at `location`."""
+def set_location(location: str, catalog: Catalog) -> str | None:
+    """Where the finished set of these videos is in the store at `location`; none where there is none."""
+    key = read_text(_pointer(location, catalog))
+    place = join(location, "sets", key) if key else None
+    return place if place and read_text(join(place, "set.json")) is not None else None
+
+
+def choose_set(location: str, catalog: Catalog, place: str, replace: bool = False) -> str:
+    """Makes the set at `place` the one of these videos, unless they have one already. Returns the location of theirs.
+
+    So all jobs that prepare the same videos at once go on with the same set. With `replace` the set at `place` takes
+    over from the one before. On object stores there is no lock: two jobs that come here within the same milliseconds
+    go on with a set of their own each.
+    """
+    pointer = _pointer(location, catalog)
+    if is_local(pointer):
+        Path(filesystem_of(pointer)[1]).parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{filesystem_of(pointer)[1]}.lock") if is_local(pointer) else nullcontext():
+        present = None if replace else set_location(location, catalog)
+        if present is None:
+            write_text(pointer, place.rpartition("/")[2])
+        return present or place
+
+
+def _pointer(location: str, catalog: Catalog) -> str:
     digest = hashlib.sha256(catalog.name.encode())
     for video in catalog.videos:
         digest.update(f"\0{video.id}\0{video.split}\0{video.category}\0{video.source}\0{video.identity}".encode())
-    return join(location, "sets", digest.hexdigest()[:16])
+    return join(location, "catalogs", digest.hexdigest()[:16])
 
 
 def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsConfig) -> str:
@@ -71,25 +99,39 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
             f"{location}: {len(rows)} clips and {len(rejects)} rejects do not account for the "
             f"{len(catalog.videos)} videos of {catalog.name}"
         )
-    place = set_location(location, catalog)
-    for name, table in (("rows", rows.drop_columns(["reason", "detail"])), ("rejects", rejects)):
-        content = pa.BufferOutputStream()
-        pq.write_table(table, content)
-        write_bytes(join(place, f"{name}.parquet"), content.getvalue().to_pybytes())
+    rows = rows.drop_columns(["reason", "detail"])
     facts = {
         "name": catalog.name,
         "root": catalog.root,
         "videos": catalog.fingerprint,
+        "fingerprint": fingerprint_of(rows),
         "clips": len(rows),
         "rejects": len(rejects),
         "limits": dataclasses.asdict(limits),
     }
-    write_text(join(place, "set.json"), json.dumps(facts, indent=2))
+    files = {
+        "rows.parquet": _parquet(rows),
+        "rejects.parquet": _parquet(rejects),
+        "set.json": json.dumps(facts, indent=2).encode(),
+    }
+    digest = hashlib.sha256()
+    for content in files.values():
+        digest.update(hashlib.sha256(content).digest())
+    place = join(location, "sets", digest.hexdigest()[:16])
+    for name, content in files.items():
+        write_if_different(join(place, name), content)
     return place
 
 
-def is_finished(location: str) -> bool:
-    return read_text(join(location, "set.json")) is not None
+def _parquet(table: pa.Table) -> bytes:
+    content = pa.BufferOutputStream()
+    pq.write_table(table, content)
+    return content.getvalue().to_pybytes()
+
+
+def read_set(location: str) -> pa.Table:
+    """The rows of a finished set, one a clip."""
+    return _table(join(location, "rows.parquet"))
 
 
 class Store:
@@ -105,7 +147,7 @@ class Store:
         self.recipe = Recipe.from_json(_text(join(self._store, "recipe.json")))
         self.clip = self.recipe.clip
         self.rejects: list[dict] = _table(join(location, "rejects.parquet")).to_pylist()
-        rows = _table(join(location, "rows.parquet"))
+        rows = read_set(location)
         self.ids: list[str] = rows["id"].to_pylist()
         self.categories: list[str] = rows["category"].to_pylist()
         self.sources: list[str] = rows["source"].to_pylist()  # what each clip was cut from
@@ -116,9 +158,8 @@ class Store:
         self._paths, self._times_s = rows["path"], rows["times_s"]
         self._shards: list[str] = rows["shard"].to_pylist()
         self._firsts, self._frames = rows["first"].to_numpy(), rows["frames"].to_numpy()
-        self._sums = dict(zip(self._shards, rows["sha256"].to_pylist(), strict=True))
         self.bytes = int(self._frames.sum()) * self.clip.height * self.clip.width * 3 if self.recipe.keep else 0
-        self.fingerprint = _fingerprint(rows)
+        self.fingerprint = fingerprint_of(rows)
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __reduce__(self):
@@ -141,6 +182,9 @@ class Store:
             return self._decoded(row)
         first, frames = self._firsts[row], self._frames[row]
         pixels = self._mapped(self._shards[row])[first : first + frames]
+        if len(pixels) != frames:
+            path = shard_path(self._store, self._shards[row])
+            raise RuntimeError(f"{path}: it was cut off; run jobs/prepare.py, which decodes its videos again")
         return pixels, self._times_of(row)
 
     def gather(self, rows: np.ndarray) -> np.ndarray:
@@ -165,7 +209,10 @@ class Store:
 
     def _map(self, shard: str) -> np.ndarray:
         path = self._on_this_node(shard)
-        return np.memmap(path, np.uint8, "r").reshape(-1, self.clip.height, self.clip.width, 3)
+        try:
+            return np.memmap(path, np.uint8, "r").reshape(-1, self.clip.height, self.clip.width, 3)
+        except (OSError, ValueError) as error:  # ValueError: it is empty, or ends within a frame
+            raise RuntimeError(f"{path}: {error}; run jobs/prepare.py, which decodes its videos again") from error
 
     def _on_this_node(self, shard: str) -> Path:
         """A shard on a local disk: where it is, or a copy that all processes of this node share."""
@@ -180,7 +227,7 @@ class Store:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f"{shard}.lock"):
             if not copy.exists():
-                _bring(filesystem, path, copy, self._sums[shard])
+                _bring(filesystem, path, copy, shard)
         return copy
 
     def _decoded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -213,11 +260,13 @@ def _bring(filesystem: fs.FileSystem, remote: str, copy: Path, sha256: str) -> N
     partial.rename(copy)
 
 
-def _fingerprint(rows: pa.Table) -> str:
-    """Changes with the clips that there are, their videos and their splits; not with where the data set lies."""
+def fingerprint_of(rows: pa.Table) -> str:
+    """Changes with the clips that there are, their pixels, their videos and their splits; not with where they lie, nor
+    with what else is kept of the videos.
+    """
     digest = hashlib.sha256()
-    for row in rows.select(["id", "split", "size_bytes"]).to_pylist():
-        digest.update("{id}\0{split}\0{size_bytes}\n".format(**row).encode())
+    for row in rows.select(["id", "split", "size_bytes", "sha256"]).to_pylist():
+        digest.update("{id}\0{split}\0{size_bytes}\0{sha256}\n".format(**row).encode())
     return digest.hexdigest()[:16]
 
 

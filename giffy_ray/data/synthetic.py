@@ -18,7 +18,7 @@ from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.data import scenes
 from giffy_ray.progress import Bar
 from giffy_ray.render import encode_mp4
-from giffy_ray.storage import filesystem_of, join, read_text, write_text
+from giffy_ray.storage import join, read_text, write_if_different, write_text
 
 NAME = "synthetic"
 _SEEDS_PER_SPLIT = 1_000_000
@@ -103,10 +103,7 @@ def render_all(root: str, videos: list[Planned]) -> None:
 
 
 def _render(root: str, videos: list[Planned]) -> int:
-    filesystem, base = filesystem_of(root)
     for one in videos:
-        path = f"{base}/{one.path}"
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(path) as stream:
-            stream.write(video(one))
+        # Another job may render the same at this moment, and list it: a video is there whole, and is not replaced.
+        write_if_different(join(root, one.path), video(one))
     return len(videos)

@@ -7,7 +7,7 @@ import sys
 import time
 
 from giffy_ray.config import ClipConfig, LimitsConfig
-from giffy_ray.data.decode import Sampled, sample_clip
+from giffy_ray.data.decode import RejectedVideo, Sampled, sample_clip
 
 _HALF_AN_ANSWER = struct.pack("!i", 1000) + b"{"
 
@@ -37,4 +37,16 @@ def sample(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
         case b"large":
             os.write(int(sys.argv[1]), struct.pack("!i", 2**31 - 1) + b"{" * 100)
             time.sleep(1000)
+    return sample_clip(video, clip, limits)
+
+
+def mark_flaky(video: bytes) -> bytes:
+    """An mp4 that `sample_flaky` rejects, and that is otherwise the same video."""
+    return video + struct.pack("!I4s", 13, b"free") + b"flaky"
+
+
+def sample_flaky(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
+    """`sample_clip` on a machine where some videos time out."""
+    if video.endswith(b"flaky"):
+        raise RejectedVideo("timeout", "this machine is too slow")
     return sample_clip(video, clip, limits)

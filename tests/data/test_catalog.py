@@ -10,10 +10,12 @@ import pytest
 from hypothesis import given
 from pyarrow import fs
 
-from giffy_ray.config import ConfigError, DataConfig
+from giffy_ray.config import ClipConfig, ConfigError, DataConfig
 from giffy_ray.data import catalog as catalogs
 from giffy_ray.data.catalog import Catalog, Video, deal_splits, read_catalog
+from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.layouts import Row
+from tests.conftest import moving_video
 
 
 def touch(root: Path, *names: str) -> None:
@@ -523,3 +525,186 @@ def test_the_fingerprint_does_not_change_with_the_name_of_the_root(tmp_path: Pat
         touch(tmp_path / place, *names)
     first, second = (read_catalog(str(tmp_path / place), DataConfig()).fingerprint for place in ("a", "b"))
     assert first == second
+
+
+# --- lists and the files that they mean
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+@pytest.mark.parametrize(("listed", "there"), [(NFC, NFD), (NFD, NFC), (NFC, NFC), (NFD, NFD)])
+@pytest.mark.parametrize("folder", [NFC, NFD])
+def test_a_list_from_a_mac_finds_its_files_and_so_does_one_for_a_mac(tmp_path, listed: str, there: str, folder: str):
+    touch(tmp_path, f"{folder}/{there}.mp4", "x/b.mp4")
+    (tmp_path / "list.csv").write_text(f"path,category\n{listed}/{listed}.mp4,{listed}\nx/b.mp4,x\n")
+    catalog = read_catalog(str(tmp_path / "list.csv"), DataConfig(categories=(NFD, "x"), caps={NFD: {"training": 5}}))
+    video = next(video for video in catalog.videos if video.category == NFC)
+    assert video.id == f"{folder}/{there}.mp4"
+    assert video.path == f"{tmp_path}/{folder}/{there}.mp4"
+    assert video.size_bytes == len(f"{folder}/{there}.mp4".encode())
+
+
+def test_names_of_both_forms_are_two_files(tmp_path: Path):
+    touch(tmp_path, f"{NFC}.mp4", f"{NFD}.mp4")
+    (tmp_path / "list.csv").write_text(f"path,category\n{NFC}.mp4,x\n{NFD}.mp4,x\n")
+    assert sizes(tmp_path / "list.csv") == {f"{NFC}.mp4": 9, f"{NFD}.mp4": 10}
+
+
+@pytest.mark.parametrize(
+    ("line", "name"),
+    [
+        (r"x\a b.mp4", "x/a b.mp4"),
+        (r".\x\a b.mp4", "x/a b.mp4"),
+        (r"y\z.mp4", r"y\z.mp4"),  # of this name under Linux
+        (" x/a b.mp4 ", "x/a b.mp4"),
+        ("x/a b.MP4", "x/a b.mp4"),
+        ("X/A B.Mp4", "x/a b.mp4"),
+        (" lead.mp4", " lead.mp4"),
+        ("trail.mp4 ", "trail.mp4 "),
+    ],
+)
+def test_a_path_of_a_list_means_the_file_that_is_spelled_alike(tmp_path: Path, line: str, name: str):
+    touch(tmp_path, "x/a b.mp4", r"y\z.mp4", "y/z.mp4", " lead.mp4", "trail.mp4 ")
+    (tmp_path / "list.csv").write_text(f"path;category\n{line};x\n")
+    found = sizes(tmp_path / "list.csv")
+    assert found == {name: len(name.encode())}
+
+
+def test_of_files_that_are_spelled_alike_none_is_taken(tmp_path: Path):
+    touch(tmp_path, "A.mp4", "a.MP4", "x/b.mp4")
+    (tmp_path / "list.csv").write_text("path,category\na.mp4,x\nx/b.mp4,x\n")
+    assert sizes(tmp_path / "list.csv") == {"a.mp4": -1, "x/b.mp4": 7}
+
+
+@pytest.mark.parametrize("rows_", [(f"x/{NFC}.mp4", f"x/{NFD}.mp4"), ("x/a.mp4", "x\\a.mp4"), ("x/a.mp4", "X/A.mp4")])
+def test_two_rows_of_one_file_are_both_named(tmp_path: Path, rows_: tuple[str, str]):
+    touch(tmp_path, rows_[0])
+    (tmp_path / "list.csv").write_text(f"path,category\nother.mp4,x\n{rows_[0]},x\n{rows_[1]},y\n")
+    with pytest.raises(ConfigError) as refused:
+        rows(tmp_path / "list.csv")
+    spelled = f"list.csv, row 4: {rows_[1]!r} is in row 3, where it is spelled {rows_[0]!r}, already"
+    assert spelled in str(refused.value)
+
+
+def test_no_name_of_a_list_leads_out_of_its_folder(tmp_path: Path):
+    touch(tmp_path, "secret.mp4", "set/a.mp4")
+    (tmp_path / "set" / "list.csv").write_text("path,category\nx/.. /secret.mp4,x\na.mp4,x\n")
+    assert {name: size for name, size in sizes(tmp_path / "set/list.csv").items() if size >= 0} == {"a.mp4": 9}
+
+
+def test_a_list_in_an_object_store_finds_what_is_spelled_alike(monkeypatch: pytest.MonkeyPatch):
+    bucket(
+        monkeypatch,
+        f"{NFD}/a.MP4",
+        "x/b.mp4",
+        list=f"path,category\n{NFC}\\a.mp4,{NFC}\n x/b.mp4 , x\ngone.mp4,x\n",
+    )
+    catalog = read_catalog("s3://bucket/set/list.csv", DataConfig())
+    assert {(v.id, v.path, v.size_bytes) for v in catalog.videos} == {
+        (f"{NFD}/a.MP4", f"bucket/set/{NFD}/a.MP4", 11),
+        ("x/b.mp4", "bucket/set/x/b.mp4", 7),
+        ("gone.mp4", "bucket/set/gone.mp4", -1),
+    }
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+@pytest.mark.parametrize("delimiter", [",", "\t"])
+def test_the_encodings_of_spreadsheets_are_read(tmp_path: Path, encoding: str, delimiter: str):
+    touch(tmp_path, "ski\u00e9/a.mp4", "ski\u00e9/b_000001_000011.mp4")
+    lines = ["path,category,split", "ski\u00e9/a.mp4,\u65e5\u672c,train", "ski\u00e9/gone.mp4,\u65e5\u672c,train"]
+    (tmp_path / "list.csv").write_bytes("\r\n".join(lines).replace(",", delimiter).encode(encoding))
+    assert [row[1] for row in rows(tmp_path / "list.csv", validation_fraction=0.5)] == ["\u65e5\u672c"] * 2
+    assert sizes(tmp_path / "list.csv") == {"ski\u00e9/a.mp4": 11, "ski\u00e9/gone.mp4": -1}
+    (tmp_path / "list.csv").unlink()
+    kinetics = "label,youtube_id,time_start,time_end,split\nski\u00e9,b,1,11,train\nski\u00e9,c,1,11,train\n"
+    (tmp_path / "train.csv").write_bytes(kinetics.replace(",", delimiter).encode(encoding))
+    assert [row[0] for row in rows(tmp_path)] == [
+        "ski\u00e9/b_000001_000011.mp4",
+        "train/ski\u00e9/c_000001_000011.mp4",
+    ]
+
+
+def test_a_table_of_pandas_is_read(tmp_path: Path):
+    touch(tmp_path, "a.mp4", "b.mp4", "c.mp4")
+    table = pa.table(
+        {
+            "path": pa.array(["a.mp4", "b.mp4", "c.mp4"], pa.large_string()),
+            "category": pa.array(["x", "y", "x"]).dictionary_encode(),
+            "split": pa.array(["train", None, "val"], pa.string()),
+            "source": pa.array([1.0, float("nan"), 3.0]),
+        }
+    )
+    pq.write_table(table, tmp_path / "list.parquet")
+    catalog = read_catalog(str(tmp_path / "list.parquet"), DataConfig())
+    assert [(v.id, v.category, v.source) for v in catalog.videos] == [
+        ("a.mp4", "x", "1"),
+        ("b.mp4", "y", "b"),
+        ("c.mp4", "x", "3"),
+    ]
+    columns = {"path": pa.array([b"a.mp4", b"b.mp4"]), "category": pa.array([1, 2], pa.int8())}
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    assert [row[:2] for row in rows(tmp_path / "list.parquet")] == [("a.mp4", "1"), ("b.mp4", "2")]
+    columns["category"] = pa.array([1.0, float("nan")])
+    pq.write_table(pa.table(columns), tmp_path / "list.parquet")
+    with pytest.raises(ConfigError, match=r"list\.parquet, row 2: 'b\.mp4' has no category; give it one"):
+        rows(tmp_path / "list.parquet")
+
+
+# --- what is a video, and what is told of the rest
+
+
+def test_every_container_that_is_read_is_taken_whatever_its_ending(tmp_path: Path):
+    kinds = {"a.mp4": "mp4", "b.M4V": "mp4", "c.qt": "mov", "d.3gp": "3gp", "e.3g2": "3g2", "f.mk3d": "matroska"}
+    kinds |= {
+        "g.divx": "avi",
+        "h.F4V": "mp4",
+        "i.webm": "matroska",
+        "j.wmv": "mp4",
+        "k.mpg": "avi",
+        "l.dat": "matroska",
+    }
+    kinds |= {"no ending": "mov", "no. 2 of 3": "mp4", "and so on...": "avi"}
+    for name, kind in kinds.items():
+        path = tmp_path / "x" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(moving_video(0, 10, 30, kind=kind))
+        assert decode_clip(path.read_bytes(), ClipConfig(frames=3)).shape == (3, 64, 64, 3)
+    touch(tmp_path, "x/README", "x/notes.txt", "x/cover.jpg", "x/sound.wav", "x/.DS_Store", "x/a.mp4.partial")
+    catalog = read_catalog(str(tmp_path), DataConfig())
+    assert {video.id for video in catalog.videos} == {f"x/{name}" for name in kinds}
+    assert catalog.skipped == ()
+
+
+def test_what_may_be_a_video_and_is_not_used_is_listed(tmp_path: Path):
+    touch(
+        tmp_path, "train/x/a.mp4", "val/x/b.mp4", "train/x/c.wmv", "train/x/d.MTS", "train/loose.mp4", "extra/y/e.mov"
+    )
+    touch(tmp_path, "train/x/README", "train/x/a.srt", "train/x/.f.wmv")
+    os.mkfifo(tmp_path / "train/x/pipe.wmv")
+    os.mkfifo(tmp_path / "train/x/pipe")
+    catalog = read_catalog(str(tmp_path), DataConfig())
+    assert [video.id for video in catalog.videos] == ["train/x/a.mp4", "val/x/b.mp4"]
+    assert catalog.skipped == ("extra/y/e.mov", "train/loose.mp4", "train/x/c.wmv", "train/x/d.MTS")
+
+
+def test_a_folder_of_other_videos_alone_says_so(tmp_path: Path):
+    touch(tmp_path, "x/a.wmv", "x/b.mpg")
+    with pytest.raises(ConfigError, match=r"no training videos.*; 2 files are not used, such as 'x/a\.wmv': ffmpeg -i"):
+        rows(tmp_path)
+
+
+def test_a_list_says_what_is_used_and_the_rest_is_not_mentioned(tmp_path: Path):
+    touch(tmp_path, "x/a.mp4", "x/b.wmv", "x/c.mp4", "x/d.mp4")
+    (tmp_path / "list.csv").write_text("path,category\nx/a.mp4,x\nx/b.wmv,x\n")
+    catalog = read_catalog(str(tmp_path / "list.csv"), DataConfig())
+    assert [video.id for video in catalog.videos] == ["x/a.mp4", "x/b.wmv"]
+    assert catalog.skipped == ()
+
+
+def test_an_object_store_is_not_asked_for_the_first_bytes_of_files(monkeypatch: pytest.MonkeyPatch):
+    bucket(monkeypatch, "x/a.mp4", "x/b.m4v", "x/c.wmv", "x/no ending", "x/notes.txt")
+    monkeypatch.setattr(catalogs, "_holds_video", lambda path: pytest.fail(f"{path} was opened"))
+    catalog = read_catalog("s3://bucket/set", DataConfig())
+    assert [video.id for video in catalog.videos] == ["x/a.mp4", "x/b.m4v"]
+    assert catalog.skipped == ("x/c.wmv", "x/no ending")

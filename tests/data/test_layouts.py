@@ -1,8 +1,11 @@
+from decimal import Decimal
+
 import pytest
 
 from giffy_ray.config import ConfigError
 from giffy_ray.data.layouts import (
     Row,
+    Spellings,
     class_folders,
     is_kinetics,
     is_list,
@@ -295,3 +298,180 @@ def test_only_lists_in_their_places_are_read():
         )
         if is_list(name)
     ] == ["trainingSet.csv", "kinetics700_train.csv", "trainlist01.txt", "ucfTrainTestlist/testlist03.txt"]
+
+
+# --- lists from other programs
+
+PLAIN = [Row("x/a.mp4", "skiing", "training", "day 1"), Row("x/b, c.mp4", "erupting", None, "x/b, c")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'path,category,split,source\nx/a.mp4,skiing,train,day 1\n"x/b, c.mp4",erupting,,\n',
+        'path, category, split, source\nx/a.mp4, skiing, train, day 1\n"x/b, c.mp4", erupting, ,\n',
+        'path , category ,split , source \n x/a.mp4 , skiing , Train , day 1 \n "x/b, c.mp4" , erupting , , \n',
+        "path;category;split;source\nx/a.mp4;skiing;train;day 1\nx/b, c.mp4;erupting;;\n",
+        "path\tcategory\tsplit\tsource\r\nx/a.mp4\tskiing\ttrain\tday 1\r\nx/b, c.mp4\terupting\r\n",
+        "path|category|split|source\nx/a.mp4|skiing|train|day 1\nx/b, c.mp4|erupting||\n",
+        '\n"category";"path";"source";"split"\n"skiing";"x/a.mp4";"day 1";"train"\n"erupting";"x/b, c.mp4"\n',
+        "sep=;\npath;category;split;source\nx/a.mp4;skiing;train;day 1\n  ;  ;\nx/b, c.mp4;erupting;;\n",
+        "path;category;split;source\rx/a.mp4;skiing;train;day 1\rx/b, c.mp4;erupting;;\r",
+        r"path;category;split;source" "\n" r"x\a.mp4;skiing;train;day 1" "\n" r".\x\b, c.mp4;erupting;;" "\n",
+        ',path,category,split,source,,\n0,x/a.mp4,skiing,train,day 1,,\n1,"x/b, c.mp4",erupting,,,,\n',
+    ],
+)
+def test_a_list_is_read_whatever_wrote_it(text: str):
+    assert of_csv(text) == PLAIN
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("file;class\na.mp4;x\n", "my.csv: no column 'path', only 'file', 'class'; add it"),
+        ("path\ta category\na.mp4\tx\n", "my.csv: no column 'category', only 'path', 'a category'; add it"),
+        ("path,category\na, b.mp4,x\n", "my.csv, row 2: 3 cells, but 2 columns; put a cell that holds ',' in double"),
+        ("path,category,path\na.mp4,x,b.mp4\n", "my.csv: 2 columns are named 'path'; rename or remove all but one"),
+        ('path,category\na.mp4,x\n"b.mp4,x\nc.mp4,x\n', "my.csv, row 3: a double quote is opened and never closed"),
+        ('path,category\na.mp4,x\n"b.mp4,x', "my.csv, row 3: a double quote is opened and never closed"),
+        (
+            "path,category\nC:\\videos\\a.mp4,x\n",
+            "row 2: 'C:\\\\videos\\\\a.mp4' is no path of a file",
+        ),
+        ("path,category\nc:/videos/a.mp4,x\n", "row 2: 'c:/videos/a.mp4' is no path of a file below the folder"),
+        ("path,category\n\\\\server\\a.mp4,x\n", "is no path of a file below the folder"),
+        ("path,category\n..\\a.mp4,x\n", "is no path of a file below the folder"),
+        ("path,category\nx\\..\\..\\a.mp4,x\n", "is no path of a file below the folder"),
+        ('path,category\n" ../a.mp4",x\n', "is no path of a file below the folder"),
+        ("path,category\na.mp4, \n", "row 2: 'a.mp4' has no category; give it one"),
+        (
+            "path,category\nx/a.mp4,x\nx\\a.mp4,x\n",
+            r"row 3: 'x\\a.mp4' is in row 2, where it is spelled 'x/a.mp4', already",
+        ),
+    ],
+)
+def test_a_list_that_cannot_be_read_says_what_is_wrong(text: str, message: str):
+    with pytest.raises(ConfigError) as refused:
+        of_csv(text)
+    assert message in str(refused.value)
+
+
+def of_records(*records: dict) -> list[Row]:
+    return manifest("my.parquet", ["path", "category", "split", "source"], enumerate(records, start=1))
+
+
+@pytest.mark.parametrize(
+    ("category", "read"),
+    [
+        *[("x", "x"), (" x ", "x"), (b"x\xc3\xa9", "x\u00e9"), ("nan", "nan"), ("e\u0301", "\u00e9")],
+        *[(7, "7"), (7.0, "7"), (7.5, "7.5"), (True, "True"), (Decimal("7"), "7")],
+    ],
+)
+def test_the_cells_of_a_table_are_text(category: object, read: str):
+    missing = float("nan")
+    assert of_records({"path": b"a.mp4", "category": category, "split": missing, "source": missing}) == [
+        Row("a.mp4", read, None, "a")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"path": "a.mp4", "category": float("nan")}, "row 1: 'a.mp4' has no category; give it one"),
+        ({"path": "a.mp4", "category": None}, "row 1: 'a.mp4' has no category; give it one"),
+        ({"path": float("nan"), "category": "x"}, "row 1: '' is no path"),
+        ({"path": "a.mp4", "category": b"\xff"}, r"row 1: the category b'\xff' is not UTF-8 text at byte 0"),
+        ({"path": "a.mp4", "category": ["x", "y"]}, "row 1: the category is ['x', 'y']; give one text for each video"),
+    ],
+)
+def test_a_cell_that_is_no_text_is_refused(record: dict, message: str):
+    with pytest.raises(ConfigError) as refused:
+        of_records(record)
+    assert f"my.parquet, {message}" in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [
+        ("x/a.mp4", "x/a.mp4"),
+        ("x\\a.mp4", "x/a.mp4"),
+        (" x / a.mp4 ", "x/a.mp4"),
+        ("X/A.MP4", "x/a.mp4"),
+        ("x//a.mp4", "x/a.mp4"),
+        ("e\u0301/o\u0308.mp4", "\u00e9/\u00f6.mp4"),
+        ("n\u0303.mp4", "n\u0303.mp4"),  # both are there, and each is meant as it is spelled
+        ("\u00f1.mp4", "\u00f1.mp4"),
+        ("\u00d1.mp4", None),  # which of the two?
+        ("b.mp4", "b.MP4"),
+        (" c.mp4", " c.mp4"),
+        ("c.mp4", " c.mp4"),
+        ("d\\e.mp4", "d\\e.mp4"),
+        ("gone.mp4", None),
+    ],
+)
+def test_a_file_is_found_as_it_is_spelled_or_as_the_only_one_alike(name: str, found: str | None):
+    names = ["x/a.mp4", "\u00e9/\u00f6.mp4", "n\u0303.mp4", "\u00f1.mp4", "b.MP4", " c.mp4", "d\\e.mp4", "d/e.mp4"]
+    assert Spellings(names).find(name) == found
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "e\u0301te\u0301/a b.mp4;\u00e9t\u00e9;3;0\n\u00e9t\u00e9/gone.mp4;\u00e9t\u00e9;3;0\n",
+        "\u00e9t\u00e9\\a b.mp4\t\u00e9t\u00e9\t3\t0\n\u00e9t\u00e9\\gone.mp4\t\u00e9t\u00e9\t3\t0\n",
+        "\u00e9t\u00e9/a b.MP4 , \u00e9t\u00e9 , 3 , 0\n\n \u00e9t\u00e9/gone.mp4 , \u00e9t\u00e9 , 3 , 0\n",
+        "\u00e9t\u00e9/a b.mp4\n\u00e9t\u00e9/gone.mp4\ne\u0301te\u0301/a b.mp4\n",
+    ],
+)
+def test_the_lists_of_moments_in_time_find_their_files_alike(text: str):
+    name = "training/e\u0301te\u0301/a b.mp4"
+    listed, gone = moments_in_time([name], {"trainingSet.csv": text})
+    assert listed == Row(name, "\u00e9t\u00e9", "training", "e\u0301te\u0301/a b")
+    assert (gone.id, gone.category) == ("training/\u00e9t\u00e9/gone.mp4", "\u00e9t\u00e9")
+
+
+def test_the_lists_of_ucf101_find_their_files_alike():
+    lists = {
+        "trainlist01.txt": "archery\\v_Archery_g08_c01.avi 1\nArchery/v_Archery_g26_c01.AVI 1\n",
+        "testlist01.txt": " Archery/v_archery_g01_c01.avi\n",
+    }
+    assert [
+        (row.id, row.category, row.split) for row in ucf101([f"UCF-101/{name}" for name in UCF_NAMES], lists, 1)
+    ] == [
+        (f"UCF-101/{UCF_NAMES[1]}", "Archery", "training"),
+        (f"UCF-101/{UCF_NAMES[2]}", "Archery", "training"),
+        (f"UCF-101/{UCF_NAMES[0]}", "Archery", "validation"),
+    ]
+    lists["testlist01.txt"] = "Archery/v_Archery_g08_c01.AVI\n"
+    with pytest.raises(ConfigError, match=r"testlist01.txt, row 1: 'Archery/v_Archery_g08_c01.avi' is in trainlist01"):
+        ucf101(UCF_NAMES, lists, 1)
+
+
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", ", ", " | "])
+def test_kinetics_is_read_with_other_delimiters(delimiter: str):
+    cells = (
+        ["label", "youtube_id", "time_start", "time_end", "split"],
+        ["de\u0301ja\u0300 vu", "abc", "1", "11", "train"],
+    )
+    text = "\n".join(delimiter.join(line) for line in cells)
+    assert is_kinetics(text)
+    assert kinetics(["x/abc_000001_000011.mp4"], {"train.csv": text}) == [
+        Row("x/abc_000001_000011.mp4", "d\u00e9j\u00e0 vu", "training", "abc")
+    ]
+
+
+def test_categories_are_spelled_alike_whatever_the_file_system_does():
+    assert class_folders(["e\u0301/a.mp4", "\u00e9/b.mp4"], "x") == [
+        Row("e\u0301/a.mp4", "\u00e9", None, "e\u0301/a"),
+        Row("\u00e9/b.mp4", "\u00e9", None, "\u00e9/b"),
+    ]
+    assert {row.category for row in split_folders(["train/e\u0301/a.mp4", "val/\u00e9/b.mp4"])} == {"\u00e9"}
+
+
+def test_empty_parts_of_a_key_are_no_folders():
+    names = ["/a.mp4", "x//b.mp4", "//y/c.mp4"]
+    assert [row.category for row in class_folders(names, "here")] == ["here", "x", "y"]
+    assert [row.category for row in split_folders(["training//a.mp4", "training//x/b.mp4", "training/x//c.mp4"])] == [
+        "x",
+        "x",
+    ]

@@ -7,12 +7,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from pyarrow import fs
 
-from giffy_ray.config import ClipConfig, DataConfig, LimitsConfig
+from giffy_ray.config import ClipConfig, ConfigError, DataConfig, LimitsConfig
+from giffy_ray.data import catalog as catalogs
 from giffy_ray.data import shards
 from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, read_catalog
-from giffy_ray.data.decode import decode_clip, sample_source
+from giffy_ray.data.decode import RejectedVideo, decode_clip, sample_source
 from giffy_ray.data.shards import Recipe
 from giffy_ray.data.store import Store
 from tests.conftest import moving_video
@@ -95,7 +97,7 @@ def test_rows_and_rejects_account_for_every_video(root: Path, tmp_path: Path):
 def test_a_video_that_nobody_accounts_for_is_an_error(root: Path, tmp_path: Path):
     with pytest.raises(RuntimeError, match="0 clips and 0 rejects do not account for the 6 videos"):
         stores.write_set(str(tmp_path / "store"), catalog_of(root), shards.ROW_SCHEMA.empty_table(), LIMITS)
-    assert not stores.is_finished(stores.set_location(str(tmp_path / "store"), catalog_of(root)))
+    assert not (tmp_path / "store").exists()
 
 
 def test_only_what_is_new_is_decoded_and_sets_share_it(root: Path, tmp_path: Path):
@@ -139,7 +141,7 @@ def test_damage_is_found_and_forgotten(root: Path, tmp_path: Path):
     assert shards.damaged_shards(str(location), index) == {}
     (shard,) = (location / "shards").glob("*.u8")
     content = bytearray(shard.read_bytes())
-    assert hashlib.sha256(content).hexdigest() == index["sha256"][0].as_py()
+    assert hashlib.sha256(content).hexdigest() == shard.stem
     content[1000] ^= 1
     shard.write_bytes(content)
     damaged = shards.damaged_shards(str(location), index)
@@ -148,9 +150,9 @@ def test_damage_is_found_and_forgotten(root: Path, tmp_path: Path):
     shard.unlink()
     assert shards.damaged_shards(str(location), index) == {shard.stem: "it is gone"}
     shards.forget(str(location), damaged)
-    assert len(shards.read_index(str(location))) == 0
+    assert sorted(shards.read_index(str(location))["reason"].to_pylist()) == ["missing", "not_video"]
     decode(catalog_of(root), Recipe(CLIP), str(location))
-    assert hashlib.sha256(shard.read_bytes()).hexdigest() == index["sha256"][0].as_py()
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == shard.stem
     assert np.array_equal(Store(store.location).gather(np.arange(4)), store.gather(np.arange(4)))
 
 
@@ -191,12 +193,88 @@ def test_what_a_killed_job_left_half_written_is_no_clip(root: Path, tmp_path: Pa
     ],
 )
 def test_what_cannot_be_read_has_a_reason(tmp_path: Path, make, reason: str):
-    from pyarrow import fs
-
-    from giffy_ray.data.decode import RejectedVideo
-
     path = tmp_path / "x.mp4"
     make(path)
     with pytest.raises(RejectedVideo) as raised:
         shards.read_video(fs.LocalFileSystem(), str(path), LimitsConfig(file_mb=1))
     assert raised.value.reason in reason.split("|")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        pa.ArrowInvalid("Empty path component in path bucket/a//x.mp4"),
+        pa.ArrowNotImplementedError("no such thing"),
+        PermissionError(13, "Permission denied"),
+        OSError("When reading information for key: AWS Error EXPIRED_TOKEN"),
+        TimeoutError("no answer"),
+        UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte"),
+        RuntimeError("a filesystem of somebody else's"),
+    ],
+)
+@pytest.mark.parametrize("when", ["get_file_info", "open_input_stream"])
+def test_whatever_reading_a_file_raises_is_one_reject(tmp_path: Path, error: Exception, when: str):
+    class Failing:
+        def __getattr__(self, name: str):
+            return getattr(fs.LocalFileSystem(), name)
+
+    def fail(path: str):
+        raise error
+
+    path, failing = tmp_path / "x.mp4", Failing()
+    path.write_bytes(b"video")
+    setattr(failing, when, fail)
+    with pytest.raises(RejectedVideo) as raised:
+        shards.read_video(failing, str(path), LIMITS)  # type: ignore[arg-type]
+    assert raised.value.reason == "unreadable"
+    assert raised.value.detail == f"{type(error).__name__}: {error}"
+
+
+def test_what_decoding_lacks_ends_the_job(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A decoder that does not start is no fault of the videos."""
+    catalog = catalog_of(root)
+    (chunk,) = shards.chunks_of(catalog.videos)
+    with pytest.raises(RuntimeError, match="the decoding process did not start"):
+        shards.decode_shard(
+            chunk, catalog.filesystem, Recipe(CLIP), LIMITS, str(tmp_path / "store"), "no.such.module:sample"
+        )
+    assert not (tmp_path / "store").exists()
+
+
+def test_keys_with_empty_parts_are_listed_as_they_are_and_rejected_by_name(bucket: str, tmp_path: Path):
+    import boto3
+
+    keys = ["cats/0.mp4", "cats/1.mp4", "cats//2.mp4", "/3.mp4", "dogs///4.mp4", "3.mp4"]
+    videos = {key: moving_video(seed, 20, 30) for seed, key in enumerate(keys)}
+    for key, video in videos.items():
+        boto3.client("s3").put_object(Bucket="bucket", Key=f"empty parts/{key}", Body=video)
+    catalog = read_catalog(f"{bucket}/empty parts", DataConfig())
+    assert {video.id: video.category for video in catalog.videos} == {
+        "cats/0.mp4": "cats",
+        "cats/1.mp4": "cats",
+        "cats//2.mp4": "cats",
+        "/3.mp4": "empty parts",
+        "dogs///4.mp4": "dogs",
+        "3.mp4": "empty parts",
+    }
+    location = str(tmp_path / "store")
+    decode(catalog, Recipe(CLIP), location)
+    store = Store(stores.write_set(location, catalog, shards.read_index(location), LIMITS))
+    assert store.ids == ["3.mp4", "cats/0.mp4", "cats/1.mp4"]
+    expected = np.stack([decode_clip(videos[name], CLIP) for name in store.ids])
+    assert np.array_equal(store.gather(np.arange(3)), expected)
+    assert [reject["id"] for reject in store.rejects] == ["/3.mp4", "cats//2.mp4", "dogs///4.mp4"]
+    for reject in store.rejects:
+        assert reject["reason"] == "unreadable"
+        assert reject["path"] == f"bucket/empty parts/{reject['id']}"
+        assert f"Empty path component in path {reject['path']}" in reject["detail"]
+
+
+def test_a_bucket_that_cannot_be_listed_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch):
+    class Away:
+        def get_file_info(self, path):
+            raise OSError("AWS Error ACCESS_DENIED during HeadObject operation")
+
+    monkeypatch.setattr(catalogs, "filesystem_of", lambda root: (Away(), "bucket/set"))
+    with pytest.raises(ConfigError, match=r"data\.root: it cannot be read: AWS Error ACCESS_DENIED .*s3://bucket/set"):
+        read_catalog("s3://bucket/set", DataConfig())

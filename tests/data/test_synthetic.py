@@ -47,3 +47,30 @@ def test_a_video_is_h264_and_the_same_every_time():
         assert stream.codec_context.name == "h264"
         assert (stream.width, stream.height, stream.average_rate, stream.frames) == (256, 256, 30, 90)
     assert decode_clip(video, ClipConfig()).shape == (30, 64, 64, 3)
+
+
+def test_a_video_is_there_whole_or_not_at_all_and_is_not_written_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    planned = synthetic.plan(SETTINGS)[:3]
+    left_by_others = tmp_path / planned[1].path
+    left_by_others.parent.mkdir(parents=True)
+    left_by_others.write_bytes(b"half a vid")
+
+    def video(one: synthetic.Planned) -> bytes:
+        found = tmp_path / one.path
+        assert not found.exists() or found.read_bytes() == (b"half a vid" if one is planned[1] else of(one))
+        return of(one)
+
+    def of(one: synthetic.Planned) -> bytes:
+        return one.name.encode() * 1000
+
+    monkeypatch.setattr(synthetic, "video", video)
+    synthetic._render(str(tmp_path), planned)
+    assert [(tmp_path / one.path).read_bytes() for one in planned] == [of(one) for one in planned]
+    before = {one: (tmp_path / one.path).stat() for one in planned}
+    monkeypatch.setattr(synthetic, "video", of)
+    synthetic._render(str(tmp_path), planned)  # as a second job does that began at the same time
+    # Another time of change would make it another video to the store.
+    assert {one: (tmp_path / one.path).stat().st_mtime_ns for one in planned} == {
+        one: stat.st_mtime_ns for one, stat in before.items()
+    }
+    assert {path.name for path in left_by_others.parent.iterdir()} == {one.name for one in planned}
