@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from giffy_ray.tracking.address import sqlite_address
 from giffy_ray.tracking.view import OPENED
 
 _START_S = 300  # two busy cores take one
@@ -83,7 +84,7 @@ def show(storage: Path, port: int) -> None:
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     print("MLflow's server is starting; that takes half a minute", flush=True)
     try:
-        with mlflow_server(f"sqlite:///{database.absolute()}", port) as server:
+        with mlflow_server(sqlite_address(database.absolute()), port) as server:
             print(f"{server.address} shows the runs of {storage}; Ctrl-C ends it. Curves and samples:", flush=True)
             print(f"{server.address}/#/experiments/1/runs?{OPENED}", flush=True)  # the first that a database holds
             sys.exit(f"MLflow's server ended by itself, with code {server.wait()}")

@@ -12,11 +12,12 @@ from giffy_ray import cluster, command
 from giffy_ray.config import Experiment
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import show_results, trained_runs
-from giffy_ray.tracking import open_run
+from giffy_ray.tracking import check_tracking, open_run
 
 
 def main(experiment: Experiment) -> None:
     cluster.share_of(experiment)
+    check_tracking(experiment)
     runs = trained_runs(experiment, experiment.clip)
     store = prepare(experiment)
     tracker = open_run(experiment)

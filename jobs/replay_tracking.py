@@ -1,6 +1,7 @@
-"""Sends MLflow what it did not take while it was away: python jobs/replay_tracking.py [EXPERIMENT.yaml] [name=...]
+"""Sends MLflow what it did not take or refused: python jobs/replay_tracking.py [EXPERIMENT.yaml] [name=...]
 
-Of the run of that name, and of all runs below its folder: the trials of a search. Exit code 1 where some still waits.
+Of the run of that name, and of all runs below its folder: the trials of a search. What was refused is sent again, for
+when the cause is fixed. Exit code 1 while MLflow does not have all of it. No job may be writing to these runs.
 """
 
 import sys

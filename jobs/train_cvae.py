@@ -9,10 +9,12 @@ from giffy_ray import cluster, command
 from giffy_ray.config import Experiment
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import train_and_show
+from giffy_ray.tracking import check_tracking
 
 
 def main(experiment: Experiment) -> None:
     share = cluster.share_of(experiment)
+    check_tracking(experiment)
     store = prepare(experiment)
     train_and_show(experiment, store, share)
 

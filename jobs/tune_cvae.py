@@ -11,11 +11,12 @@ from giffy_ray.config import Experiment, differences
 from giffy_ray.data.prepare import prepare
 from giffy_ray.results import log_data_set, show_search, train_and_show
 from giffy_ray.storage import join, write_text
-from giffy_ray.tracking import open_run
+from giffy_ray.tracking import check_tracking, open_run
 
 
 def main(experiment: Experiment) -> None:
     study = tune.named(experiment)
+    check_tracking(study)
     share, share_of_trials = cluster.share_of(study), cluster.share_of_trials(study)
     points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)

@@ -7,25 +7,28 @@ jobs/replay_tracking.py. Only rank 0 of a training writes; the other ranks hold 
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import subprocess
 import time
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
-from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
+from giffy_ray.storage import filesystem_of, is_local, join, read_text, without_secrets
+from giffy_ray.tracking.address import check_address, check_experiment_name, sqlite_address
 from giffy_ray.tracking.carrier import Carrier, params_of
-from giffy_ray.tracking.outbox import Outbox
+from giffy_ray.tracking.outbox import Outbox, has_waiting, kind_in
 from giffy_ray.tracking.system import Sampler
 from giffy_ray.tracking.view import colour
 
-__all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
+__all__ = ["Tracker", "check_tracking", "open_run", "params_of", "replay", "sqlite_address", "tracking_uri"]
 
 _LONGEST_PARAM = 6000  # characters, of MLflow
 
@@ -40,15 +43,33 @@ def tracking_uri(experiment: Experiment) -> str:
             f"which cannot be on {experiment.storage!r}"
         )
     Path(experiment.storage).mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{join(experiment.storage, 'mlflow.db')}"
+    return sqlite_address(join(experiment.storage, "mlflow.db"))
+
+
+def check_tracking(experiment: Experiment) -> None:
+    """Raises ConfigError for what can be known to be wrong with `tracking.*` before anything starts.
+
+    Waits for no server: one that is away is no reason not to train.
+    """
+    uri = tracking_uri(experiment)
+    check_address(uri)
+    check_experiment_name(uri, experiment.tracking.experiment)
 
 
 class Tracker:
     """Writes to one MLflow run. On ranks other than 0 there is none, and every call returns at once."""
 
-    def __init__(self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = ""):
+    def __init__(
+        self,
+        outbox: Outbox | None = None,
+        carrier: Carrier | None = None,
+        place: str = "",
+        send_trials: Callable[[], int] = lambda: 0,
+    ):
+        """`send_trials` sends what MLflow has not taken of the runs below this one."""
         self.place = place  # of the run: its folder, which is what others know it by
-        self._outbox, self._carrier = outbox, carrier
+        self._outbox, self._carrier, self._send_trials = outbox, carrier, send_trials
+        self._unsent_of_trials = 0
         self._sampler: Sampler | None = None
 
     def __enter__(self) -> Tracker:
@@ -127,7 +148,11 @@ class Tracker:
             self._put(head, draw(), letter)
 
     def close_children(self) -> None:
-        """Marks the runs under this one that were ended from outside, by the search, as killed."""
+        """Marks the runs under this one that were ended from outside, by the search, as killed.
+
+        First what MLflow has not taken of them is sent: each waited only a while for a server that was away.
+        """
+        self._unsent_of_trials = self._send_trials()
         self._put({"kind": "close_children"})
 
     def finish(self, status: str = "FINISHED") -> None:
@@ -137,6 +162,8 @@ class Tracker:
         self._put({"kind": "status", "status": status})
         if self._carrier:
             self._carrier.end()
+        if self._unsent_of_trials:
+            self._unsent_of_trials = self._send_trials()
 
     def _metrics(self, metrics: Mapping[str, float], step: int, key: str = "") -> None:
         values = {name: float(value) for name, value in metrics.items()}
@@ -163,7 +190,7 @@ def open_run(
     if rank != 0:
         return Tracker()
     place = join(experiment.storage, experiment.name)
-    tracker = Tracker(*_connected(experiment, place), place)
+    tracker = Tracker(*_connected(experiment, place), place, functools.partial(_send_trials, experiment))
     source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
     own_tags = {**source, **colour(experiment.name), **_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
     params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
@@ -173,16 +200,55 @@ def open_run(
 
 
 def replay(experiment: Experiment) -> int:
-    """Sends what MLflow has not taken of the run of the experiment's name, and of the trials below it.
+    """Sends what MLflow has not taken, or has refused, of the run of the experiment's name and of the trials below it.
 
-    Returns how many letters still wait. Nobody else may write to these runs meanwhile.
+    Returns how many letters MLflow still does not have. Nobody else may write to these runs meanwhile. Raises
+    ConfigError if there is no such run.
     """
+    check_tracking(experiment)
     place = join(experiment.storage, experiment.name)
+    places = [each for each in (place, *_below(place)) if Outbox.is_at(join(each, "tracking"))]
+    if not places:
+        raise ConfigError(f"name: nothing was logged in {without_secrets(place)} (value {experiment.name!r})")
+    for each in places:
+        Outbox(join(each, "tracking")).readmit(has_run=read_text(join(each, "mlflow_run")) is not None)
+    return sum(_send(experiment, places))
+
+
+def _send_trials(experiment: Experiment) -> int:
+    """Sends what MLflow has not taken of the runs below that of the experiment's name. Returns what is left."""
+    trials = _below(join(experiment.storage, experiment.name))
+    with ThreadPoolExecutor(16) as pool:  # one listing each, of a bucket perhaps
+        waiting = list(pool.map(lambda trial: has_waiting(join(trial, "tracking")), trials))
+    return sum(_send(experiment, [trial for trial, waits in zip(trials, waiting, strict=True) if waits]))
+
+
+def _send(experiment: Experiment, places: Sequence[str]) -> Iterator[int]:
+    """Sends what is in the outboxes of runs that have ended, one by one. Yields how many letters are left of each."""
+    carrier = None
+    for number, place in enumerate(places):
+        if carrier and carrier.is_away():
+            print(f"MLflow still does not answer: what {len(places) - number} more runs have logged waits too")
+            yield from (len(Outbox(join(each, "tracking")).waiting()) for each in places[number:])
+            return
+        if place != join(experiment.storage, experiment.name):
+            _close_killed(Outbox(join(place, "tracking")))
+        carrier = _connected(experiment, place)[1]
+        yield carrier.end()
+
+
+def _close_killed(outbox: Outbox) -> None:
+    """Ends a run that was killed before MLflow heard of it, and so before it was closed with the others."""
+    kinds = [kind_in(name) for name in outbox.waiting()]
+    if "begin" in kinds and "status" not in kinds:
+        outbox.put({"kind": "status", "status": "KILLED"})
+
+
+def _below(place: str) -> list[str]:
+    """The folders in `place`; those of trials are among them."""
     filesystem, path = filesystem_of(place)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    trials = sorted(join(place, info.base_name) for info in infos if info.type == fs.FileType.Directory)
-    carriers = [_connected(experiment, each)[1] for each in (place, *trials) if Outbox.is_at(join(each, "tracking"))]
-    return sum(carrier.end() for carrier in carriers)
+    return sorted(join(place, info.base_name) for info in infos if info.type == fs.FileType.Directory)
 
 
 def _connected(experiment: Experiment, place: str) -> tuple[Outbox, Carrier]:

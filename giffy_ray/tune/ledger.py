@@ -23,6 +23,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from giffy_ray.config import ConfigError, Experiment, SearchConfig
 from giffy_ray.storage import is_local, join
+from giffy_ray.tracking import sqlite_address
 from giffy_ray.tune.space import Values, distributions
 
 ENDED = "ended"  # attribute of a trial that did not end well: why
@@ -204,7 +205,7 @@ def address(experiment: Experiment) -> str:
         )
     folder = join(experiment.storage, experiment.name)
     Path(folder).mkdir(parents=True, exist_ok=True)
-    return f"sqlite:///{join(folder, 'optuna.db')}"
+    return sqlite_address(join(folder, "optuna.db"))
 
 
 def _opened(where: str) -> BaseStorage:
