@@ -67,6 +67,7 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
             index = shards.read_index(location)
         stores.write_set(location, catalog, index, data.limits)
     store = Store(place)
+    _tell_hdr(store)
     _tell_rejects(store, len(catalog.videos))
     _refuse_scraps(store, len(catalog.videos), data.max_reject_fraction)
     return store
@@ -112,6 +113,12 @@ def _check_space(location: str, recipe: Recipe, keep_gb: float | None, index: pa
                 f"storage: {videos} videos take about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on the "
                 f"disk of {location}; give another folder, fewer videos (data.caps), or data.keep=false"
             )
+
+
+def _tell_hdr(store: Store) -> None:
+    hdr = store.facts["hdr"].to_pylist().count(True)
+    if hdr:
+        print(f"{hdr} of {len(store)} clips are from HDR videos, tone-mapped to SDR")
 
 
 def _tell_rejects(store: Store, videos: int) -> None:
