@@ -6,35 +6,37 @@ to the process that decodes it is the business of `sandbox`.
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import math
 import re
-import struct
-import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import NamedTuple
 
 import av
 import av.error
 import numpy as np
 from av.codec.codec import UnknownCodecError
-from av.filter import Graph
+from av.container import InputContainer
 from av.stream import Disposition
-from av.video.reformatter import Interpolation, VideoReformatter
 
 from giffy_ray.config import ClipConfig, LimitsConfig
+from giffy_ray.data.headers import Crop, fragments_of, matroska_crop, mp4_crop
+from giffy_ray.data.scaling import FrameScaler, TooLargeError
 
 # Containers that hold pictures. Playlists and concat scripts, which open other files, are not among them.
 _CONTAINERS = "mov,mp4,matroska,webm,avi"
-# Averaging every source pixel, of colour too (PSNR falls by 18 dB without), and with accurate rounding: what need not
-# be scaled is off by four levels without.
-_SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
 _UNREADABLE = (av.error.FFmpegError, UnknownCodecError, EOFError, IndexError, ValueError)
+# Decoders that read `skip_frame` at each packet. libdav1d (AV1) reads it once, when it is opened.
+_DROPPING_DECODERS = ("h264", "hevc", "vp9", "mpeg4")
+# Decoders that fail at what comes before the first keyframe, or make it up. Others leave it out without an error.
+_KEYFRAME_FIRST_DECODERS = ("vp8", "vp9", "mpeg4")
 _SLACK_S = 0.2  # by which a file may end sooner than it says
-_PIXEL_SHAPES = 1 / 8, 8  # width over height; what is beyond is a mistake
+# How much of a video may lack the frames that it is predicted from: x264's longest group, 250 frames, at 24 fps.
+_MAX_LEADING_S = 10.5
+_THUMBNAILS_FPS = 2  # a track with fewer, beside one with more, is not the film
 _LIMITS = LimitsConfig()
-_thread = threading.local()
 
 
 class RejectedVideo(Exception):
@@ -54,6 +56,7 @@ class Source:
     height: int
     fps: float  # 0 where it does not say
     seconds: float  # 0 where it does not say
+    hdr: bool = False  # PQ or HLG, tone-mapped to SDR
 
 
 class Sampled(NamedTuple):
@@ -65,7 +68,7 @@ class Sampled(NamedTuple):
 
 class _Read(NamedTuple):
     packets: list[av.Packet]  # of the first seconds, in decoding order
-    times: list[int]  # when their frames are shown, in units of the stream, in any order
+    times: list[int]  # when those that are shown are shown, in units of the stream, in any order
     stamped: bool  # whether the container itself says of each packet when it is shown
     unit_s: float
     missing: str  # what the file says that it holds and does not
@@ -78,6 +81,7 @@ class _Chosen(NamedTuple):
     times_s: np.ndarray
     padded: int
     stamped: bool
+    unit_s: float
 
 
 def decode_clip(video: bytes, clip: ClipConfig) -> np.ndarray:
@@ -86,11 +90,12 @@ def decode_clip(video: bytes, clip: ClipConfig) -> np.ndarray:
 
 
 def sample_clip(video: bytes, clip: ClipConfig, limits: LimitsConfig = _LIMITS) -> Sampled:
-    """Takes the frames nearest in time to 0, 1/fps, 2/fps, ... s after the first and averages them down.
+    """Takes the frames nearest in time to 0, 1/fps, 2/fps, ... s after the first that decodes and averages them down.
 
     At 30 frames a second and `clip.fps` 10 these are source frames 0, 3, 6, ..., 87. A video that ends too soon
-    repeats its last frame. The picture is turned upright and brought to size as `clip.fit` says, by the shape that it
-    is shown in where its pixels are not square; transparency is left out. Raises RejectedVideo.
+    repeats its last frame. The picture is cropped as the container says, turned upright and brought to size as
+    `clip.fit` says, by the shape that it is shown in where its pixels are not square. Transparency is left out; HDR is
+    tone-mapped to SDR (see `colour`). Raises RejectedVideo.
     """
     return _sample(video, clip, limits, every=False)
 
@@ -107,40 +112,101 @@ def nearest_frames(times_s: np.ndarray, clip: ClipConfig) -> np.ndarray:
     return np.abs(times_s[None, :] - wanted_s[:, None]).round(9).argmin(axis=1)
 
 
+class _LaterStart(Exception):
+    """The first frames do not decode, since what they are predicted from is not in the file; `time` is that of the
+    first that does."""
+
+    def __init__(self, time: int):
+        super().__init__(time)
+        self.time = time
+
+
 def _sample(video: bytes, clip: ClipConfig, limits: LimitsConfig, every: bool) -> Sampled:
     if not video:
         raise RejectedVideo("empty", "the file has no bytes")
+    place, start = 0, None
+    while True:
+        with _opened(video, limits) as container:
+            streams = _ranked_streams(container)
+            try:
+                return _sample_stream(video, container, streams[place], start, clip, limits, every)
+            except _LaterStart as later:
+                if start is not None:
+                    raise RejectedVideo("damaged", "its frames do not decode from any of the first on") from later
+                start = later.time
+            except RejectedVideo as rejected:
+                if rejected.reason not in ("still", "no_frames") or place + 1 == len(streams):
+                    raise
+                place, start = place + 1, None
+
+
+def _opened(video: bytes, limits: LimitsConfig) -> InputContainer:
     options = {"format_whitelist": _CONTAINERS, "max_pixels": str(limits.pixels)}
     try:
-        container = av.open(io.BytesIO(video), options=options)
+        return av.open(io.BytesIO(video), "r", options=options)
     except (MemoryError, av.error.MemoryError) as error:
         raise RejectedVideo("memory", f"opening it: {_short(error)}") from error
     except _UNREADABLE as error:
         raise RejectedVideo("not_video", f"not readable as mp4, mov, mkv, webm or avi: {_short(error)}") from error
-    with container:
-        try:
-            stream, source = _inspect(container, limits)
-            chosen = _choose(_read(container, stream, clip, limits), clip, limits, every)
-            frames = _decode(stream, chosen, clip, limits)
-        except (MemoryError, av.error.MemoryError) as error:
-            raise RejectedVideo("memory", _short(error)) from error
-        except _UNREADABLE as error:
-            raise RejectedVideo("damaged", _short(error)) from error
-    missing = [time for time in chosen.times if time not in frames]
-    if missing:
-        raise RejectedVideo("damaged", f"{len(missing)} of {len(chosen.times)} frames did not decode")
-    return Sampled(np.stack([frames[time] for time in chosen.times]), chosen.times_s, chosen.padded, source)
 
 
-def _inspect(container, limits: LimitsConfig) -> tuple[av.VideoStream, Source]:
-    """The first video stream that is not a cover picture, if what it says of itself is within the limits."""
-    videos = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+def _ranked_streams(container: InputContainer) -> list[av.VideoStream]:
+    """The video streams of a file in the order in which ffmpeg would choose them, without pictures and thumbnails.
+
+    ffmpeg takes the one with most pixels, where being marked as default counts as five million of them.
+    """
+    videos = _videos(container)
     if not videos:
         raise RejectedVideo("no_video", "the file has no video stream")
-    stream = videos[0]
+
+    def rank(stream: av.VideoStream) -> tuple:
+        thumbnails = stream.frames == 1 or 0 < (stream.average_rate or 0) < _THUMBNAILS_FPS
+        is_default = bool(stream.disposition & Disposition.default)
+        pixels = stream.width * stream.height if stream.codec_context else 0
+        return stream.codec_context is None, thumbnails, -(pixels + 5_000_000 * is_default), stream.index
+
+    return sorted(videos, key=rank)
+
+
+def _videos(container: InputContainer) -> list[av.VideoStream]:
+    """The video streams that are no cover picture."""
+    return [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+
+
+def _sample_stream(
+    video: bytes,
+    container: InputContainer,
+    stream: av.VideoStream,
+    start: int | None,
+    clip: ClipConfig,
+    limits: LimitsConfig,
+    every: bool,
+) -> Sampled:
+    """`start`: the frames before this time do not decode. Raises RejectedVideo, _LaterStart."""
+    try:
+        source = _inspect(container, stream, limits)
+        chosen = _choose(_read(video, container, stream, start, clip, limits), start, clip, limits, every)
+        crop = _crop(video, container, stream)
+        shape = float(stream.sample_aspect_ratio or 1)
+        scaler = FrameScaler(clip, shape, crop, (source.height, source.width), limits.pixels)
+        frames = _decode(stream, chosen, scaler, limits)
+    except TooLargeError as error:
+        raise RejectedVideo("too_large", f"{error} is over data.limits.pixels={limits.pixels}") from error
+    except (MemoryError, av.error.MemoryError) as error:
+        raise RejectedVideo("memory", _short(error)) from error
+    except _UNREADABLE as error:
+        raise RejectedVideo("damaged", _short(error)) from error
+    pictures = np.stack([frames[time] for time in chosen.times])
+    return Sampled(pictures, chosen.times_s, chosen.padded, dataclasses.replace(source, hdr=scaler.hdr))
+
+
+def _inspect(container: InputContainer, stream: av.VideoStream, limits: LimitsConfig) -> Source:
+    """What the file says of the stream, if it is within the limits."""
     if stream.codec_context is None:
         raise RejectedVideo("no_decoder", "its video is in a format that this FFmpeg does not know")
-    length = stream.duration * stream.time_base if stream.duration else (container.duration or 0) / av.time_base
+    length = (container.duration or 0) / av.time_base
+    if stream.duration and stream.time_base:
+        length = stream.duration * stream.time_base
     source = Source(
         stream.codec_context.name, stream.width, stream.height, float(stream.average_rate or 0), float(length)
     )
@@ -152,45 +218,75 @@ def _inspect(container, limits: LimitsConfig) -> tuple[av.VideoStream, Source]:
         raise RejectedVideo("too_long", f"{stream.frames} frames are over data.limits.frames={limits.frames}")
     if source.seconds > limits.seconds:
         raise RejectedVideo("too_long", f"{source.seconds:.0f} s are over data.limits.seconds={limits.seconds}")
-    return stream, source
+    return source
 
 
-def _read(container, stream: av.VideoStream, clip: ClipConfig, limits: LimitsConfig) -> _Read:
-    """The packets of the first seconds, undecoded."""
+def _read(
+    video: bytes,
+    container: InputContainer,
+    stream: av.VideoStream,
+    start: int | None,
+    clip: ClipConfig,
+    limits: LimitsConfig,
+) -> _Read:
+    """The packets of the first seconds from `start` on, undecoded, with those that they need."""
     unit_s = float(stream.time_base)  # type: ignore[arg-type]
     last_wanted_s = (clip.frames - 1) / clip.fps
     # An avi has no presentation times. Those that FFmpeg makes up are wrong for H.264 and for packed B-frames.
-    packets, times, stamped, begin, end = [], [], container.format.name != "avi", math.inf, -math.inf
-    for packet in container.demux(stream):
+    packets, times, stamped = [], [], container.format.name != "avi"
+    first, begin, end = math.inf, math.inf, -math.inf
+    demuxed = container.demux(stream)
+    if stream.codec_context.name in _KEYFRAME_FIRST_DECODERS:
+        demuxed = _from_first_keyframe(demuxed, _MAX_LEADING_S / unit_s, limits.frames)
+    for packet in demuxed:
         time = packet.pts if packet.pts is not None and (stamped or packet.dts is None) else packet.dts
         if time is None:
             continue  # the flush packet
-        end = max(end, time + (packet.duration or 0))
+        first, end = min(first, time), max(end, time + (packet.duration or 0))
         if not packet.size:
             continue  # the frame before is shown for longer; a decoder would take it for the end
         packets.append(packet)
         if len(packets) > limits.frames:
             raise RejectedVideo("too_long", f"more than data.limits.frames={limits.frames} in its first seconds")
         stamped &= packet.pts is not None
-        if not packet.is_discard:
+        if not packet.is_discard and (start is None or time >= start):
             times.append(time)
             begin = min(begin, time)
         # Packets come in decoding order, and none is shown before its decoding time.
         if packet.dts is not None and (packet.dts - begin) * unit_s > last_wanted_s + 1:
             return _Read(packets, times, stamped, unit_s, "")
-    stated_s, missing = _stated_end_s(container, stream), ""
-    if times and end * unit_s + max(_SLACK_S, (end - begin) * unit_s / len(times)) < stated_s:
-        missing = f"it ends after {end * unit_s:.2f} s, but states {stated_s:.2f} s: it was cut off"
-    elif len(set(times)) < 2 <= stream.frames:
+    frame_s = (end - begin) * unit_s / len(times) if times else 0.0
+    missing = _missing_end(video, container, stream, first * unit_s, end * unit_s, frame_s, limits) if times else ""
+    if not missing and len(set(times)) < 2 <= stream.frames:
         missing = f"it lists {stream.frames} frames, but {len(packets)} could be read"
     return _Read(packets, times, stamped, unit_s, missing)
 
 
-def _choose(read: _Read, clip: ClipConfig, limits: LimitsConfig, every: bool) -> _Chosen:
+def _from_first_keyframe(packets: Iterable[av.Packet], longest: float, most: int) -> Iterator[av.Packet]:
+    """Without those before the first keyframe, which lack what they are predicted from.
+
+    All of them where no keyframe is marked within `longest` (in units of the stream) or `most` packets.
+    """
+    before: list[av.Packet] | None = []
+    for packet in packets:
+        if before is None or packet.is_keyframe:
+            before = None
+            yield packet
+            continue
+        before.append(packet)
+        if len(before) > most or (packet.dts or 0) - (before[0].dts or 0) > longest:
+            yield from before
+            before = None
+    yield from before or ()
+
+
+def _choose(read: _Read, start: int | None, clip: ClipConfig, limits: LimitsConfig, every: bool) -> _Chosen:
     """Picks frames by their presentation times."""
     shown = np.unique(np.asarray(read.times, dtype=np.int64))
     if len(shown) < 2 and read.missing:
         raise RejectedVideo("damaged", read.missing)
+    if len(shown) < 2 and start is not None:
+        raise RejectedVideo("damaged", f"only {len(shown)} of its frames can be decoded")
     if len(shown) == 0:
         raise RejectedVideo("no_frames", "the video stream holds no frames")
     if len(shown) == 1:
@@ -206,130 +302,124 @@ def _choose(read: _Read, clip: ClipConfig, limits: LimitsConfig, every: bool) ->
         raise RejectedVideo("damaged", read.missing)
     if every:
         taken = np.arange(taken[-1] + 1)
-    return _Chosen(read.packets, shown.tolist(), shown[taken].tolist(), seconds[taken], padded, read.stamped)
+    times = shown[taken].tolist()
+    return _Chosen(read.packets, shown.tolist(), times, seconds[taken], padded, read.stamped, read.unit_s)
 
 
-def _stated_end_s(container, stream: av.VideoStream) -> float:
-    """When the video ends, by what an avi or mkv says that has no list of frames to check; 0 where it does not say.
+def _missing_end(
+    video: bytes,
+    container: InputContainer,
+    stream: av.VideoStream,
+    first_s: float,
+    end_s: float,
+    frame_s: float,
+    limits: LimitsConfig,
+) -> str:
+    """What is missing by what the file says of its length, if its frames are shown from `first_s` to `end_s`.
 
-    An mp4 that was cut off gives itself away: it lists frames that are not there.
+    Only of files that have no list of frames to check. An mp4 that is not fragmented gives itself away when it was
+    cut off: it lists frames that are not there.
     """
+    track_end_s, movie_end_s = 0.0, (container.duration or 0) / av.time_base
     if container.format.name == "avi":
-        return float((stream.duration or 0) * stream.time_base)  # type: ignore[operator]
-    if "matroska" not in container.format.name:
-        return 0.0
-    clock = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
-    if clock:
-        return sum(unit * float(part) for unit, part in zip((3600, 60, 1), clock.groups(), strict=True))
-    alone = len(container.streams) == 1  # else the sound may be what lasts longer
-    return (container.duration or 0) / av.time_base if alone else 0.0
+        track_end_s = movie_end_s = float((stream.duration or 0) * stream.time_base)  # type: ignore[operator]
+    elif "matroska" in container.format.name:
+        clock = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
+        if clock:
+            parts = zip((3600, 60, 1), clock.groups(), strict=True)
+            track_end_s = movie_end_s = sum(unit * float(part) for unit, part in parts)
+    else:
+        fragments = fragments_of(video, stream.id)
+        if fragments is None:
+            return ""
+        if fragments.is_cut:
+            return f"it ends within a fragment, after {end_s:.2f} s: it was cut off"
+        track_end_s, movie_end_s = first_s + fragments.track_s, fragments.movie_s
+    shortest_s = end_s + max(_SLACK_S, frame_s)
+    if shortest_s < track_end_s:
+        return f"it ends after {end_s:.2f} s, but states {track_end_s:.2f} s: it was cut off"
+    # The sound may be what lasts longer.
+    if shortest_s < movie_end_s and (last_s := _last_end_s(video, limits)) + max(_SLACK_S, frame_s) < movie_end_s:
+        return f"all of it ends after {last_s:.2f} s, but it states {movie_end_s:.2f} s: it was cut off"
+    return ""
 
 
-def _decode(stream: av.VideoStream, chosen: _Chosen, clip: ClipConfig, limits: LimitsConfig) -> dict[int, np.ndarray]:
+def _last_end_s(video: bytes, limits: LimitsConfig) -> float:
+    """When the last of all streams ends."""
+    last_s = 0.0
+    with _opened(video, limits) as container:
+        for packet in container.demux():
+            time = packet.dts if packet.pts is None else packet.pts
+            if time is not None and packet.time_base:
+                last_s = max(last_s, float((time + (packet.duration or 0)) * packet.time_base))
+    return last_s
+
+
+def _crop(video: bytes, container: InputContainer, stream: av.VideoStream) -> Crop:
+    """What the container says is not to be shown of the stream's pictures."""
+    if container.format.name == "avi":
+        return Crop()
+    if "matroska" in container.format.name:
+        videos = _videos(container)
+        return matroska_crop(video, videos.index(stream), len(videos))
+    return mp4_crop(video, stream.id, stream.width, stream.height)
+
+
+def _decode(
+    stream: av.VideoStream, chosen: _Chosen, scaler: FrameScaler, limits: LimitsConfig
+) -> dict[int, np.ndarray]:
     """Decodes the packets and converts the wanted frames: presentation time -> uint8 [height, width, 3].
 
     An unwanted frame that no other frame is predicted from is not decoded at all: with x264's defaults that is
-    about half of the frames, and the others stay bit by bit what they would have been. Where the container does not
-    say when each is shown, all are decoded: they come out in the order in which they are shown.
+    about half of the frames, and the others stay bit by bit what they would have been. Where that does not give all
+    wanted frames, all are decoded. So they are where the container does not say when each is shown: they come out in
+    the order in which they are shown. Raises RejectedVideo, _LaterStart.
     """
-    context, wanted, in_order = stream.codec_context, set(chosen.times), iter(chosen.shown)
+    context = stream.codec_context
     context.thread_count = 1  # Ray runs one task a core
     context.options = {"max_pixels": str(limits.pixels)}  # a stream may change its size on its way
-    scaler, frames = None, {}
+    if chosen.stamped and context.name in _DROPPING_DECODERS:
+        try:
+            frames, _ = _decode_packets(context, chosen, scaler, dropping=True)
+        except (MemoryError, av.error.MemoryError):
+            raise
+        except (RejectedVideo, *_UNREADABLE):
+            frames = {}
+        if len(frames) == len(set(chosen.times)):
+            return frames
+        context.flush_buffers()
+    frames, first = _decode_packets(context, chosen, scaler, dropping=False)
+    missing = [time for time in chosen.times if time not in frames]
+    if not missing:
+        return frames
+    # Said without an error: what the decoder leaves out at the start lacks what it is predicted from.
+    if first is not None and missing[-1] < first and (first - chosen.shown[0]) * chosen.unit_s <= _MAX_LEADING_S:
+        raise _LaterStart(first)
+    raise RejectedVideo("damaged", f"{len(missing)} of {len(chosen.times)} frames did not decode")
+
+
+def _decode_packets(
+    context: av.VideoCodecContext, chosen: _Chosen, scaler: FrameScaler, dropping: bool
+) -> tuple[dict[int, np.ndarray], int | None]:
+    """(the wanted frames that decode, when the first of all that decode is shown where the container says that)"""
+    wanted, in_order, frames, first = set(chosen.times), iter(chosen.shown), {}, None
     for packet in [*chosen.packets, None]:
-        if packet is not None and chosen.stamped:
+        if dropping and packet is not None:
             context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
+        elif packet is chosen.packets[0]:
+            context.skip_frame = "DEFAULT"
         for frame in context.decode(packet):
             if frame.is_corrupt:
                 raise RejectedVideo("damaged", f"the frame at {frame.time or 0:.2f} s is corrupt")
             time = frame.pts if chosen.stamped else next(in_order, None)
+            if chosen.stamped and time is not None and time >= chosen.shown[0]:
+                first = time if first is None else min(first, time)
             if time not in wanted or time in frames:
                 continue
-            scaler = scaler or _Scaler(frame, stream, clip, limits)
             frames[time] = scaler(frame)
             if len(frames) == len(wanted):
-                return frames
-    return frames
-
-
-class _Scaler:
-    """Decoded frames of one video -> uint8 [height, width, 3], RGB, upright and to size."""
-
-    def __init__(self, first: av.VideoFrame, stream: av.VideoStream, clip: ClipConfig, limits: LimitsConfig):
-        self.turns = round(first.rotation / 90) % 4  # counterclockwise, to be upright
-        self.mirrored = _is_mirrored(first)  # upside down, before it is turned
-        self.height, self.width = (clip.height, clip.width) if self.turns % 2 == 0 else (clip.width, clip.height)
-        self.fit, self.most_pixels, self.reformatter = clip.fit, limits.pixels, _reformatter()
-        shape = float(stream.sample_aspect_ratio or 1)
-        self.pixel_shape = shape if _PIXEL_SHAPES[0] <= shape <= _PIXEL_SHAPES[1] else 1.0
-
-    def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        height, width = self.height, self.width
-        if self.fit != "stretch":
-            height, width = _fitted(frame.height, frame.width * self.pixel_shape, height, width, self.fit)
-            if height * width > self.most_pixels:
-                found = f"{frame.width}x{frame.height}, scaled to {width}x{height} for clip.fit={self.fit},"
-                raise RejectedVideo("too_large", f"{found} is over data.limits.pixels={self.most_pixels}")
-        small = self.reformatter.reformat(
-            _woven(frame) if frame.interlaced_frame else frame,
-            width,
-            height,
-            format="rgb24",
-            interpolation=_SCALING,
-            src_color_range=frame.color_range,
-            threads=1,
-        )
-        plane = small.planes[0]
-        rows = np.frombuffer(plane, np.uint8).reshape(height, plane.line_size)  # type: ignore[arg-type]
-        picture = rows[:, : 3 * width].reshape(height, width, 3)
-        if (height, width) != (self.height, self.width):
-            picture = _centred(picture, self.height, self.width)
-        if self.mirrored:
-            picture = picture[::-1]
-        return np.rot90(picture, self.turns) if self.turns else picture
-
-
-def _reformatter() -> VideoReformatter:
-    """The one of this thread: setting one up costs as much as scaling a few frames."""
-    if not hasattr(_thread, "reformatter"):
-        _thread.reformatter = VideoReformatter()
-    return _thread.reformatter
-
-
-def _is_mirrored(frame: av.VideoFrame) -> bool:
-    if "DISPLAYMATRIX" not in frame.side_data:
-        return False
-    a, b, _, c, d = struct.unpack_from("=5i", bytes(frame.side_data["DISPLAYMATRIX"]))
-    return a * d < b * c
-
-
-def _woven(frame: av.VideoFrame) -> av.VideoFrame:
-    """The frame, its lines no longer marked as taken from two moments: each of these would be scaled by itself."""
-    graph = Graph()
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1))
-    graph.link_nodes(source, graph.add("setfield", "prog"), graph.add("buffersink")).configure()
-    graph.vpush(frame)
-    return graph.vpull()
-
-
-def _fitted(source_height: float, source_width: float, height: int, width: int, fit: str) -> tuple[int, int]:
-    """The size that a picture is scaled to before it is cropped or padded to height and width."""
-    scales = height / source_height, width / source_width
-    scale = max(scales) if fit == "crop" else min(scales)
-    return max(1, round(source_height * scale)), max(1, round(source_width * scale))
-
-
-def _centred(picture: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Cuts a picture to the size, or puts black around it."""
-    for axis, size in ((0, height), (1, width)):
-        surplus = picture.shape[axis] - size
-        if surplus > 0:
-            picture = picture.take(range(surplus // 2, surplus // 2 + size), axis=axis)
-        elif surplus < 0:
-            margins = [(0, 0)] * 3
-            margins[axis] = (-surplus // 2, -surplus - -surplus // 2)
-            picture = np.pad(picture, margins)
-    return picture
+                return frames, first
+    return frames, first
 
 
 def _short(error: BaseException) -> str:

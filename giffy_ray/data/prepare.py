@@ -50,6 +50,7 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
         place = stores.choose_set(location, catalog, written, replace=broken or again)
     store = Store(place)
     _tell_skipped(catalog)
+    _tell_hdr(store)
     _tell_rejects(store, len(catalog.videos))
     _refuse_scraps(store, len(catalog.videos), data.max_reject_fraction)
     return store
@@ -162,6 +163,12 @@ def _tell_skipped(catalog: Catalog) -> None:
     for ending, names in sorted(by_ending.items()):
         shown = ", ".join(map(_printable, names[:_LISTED_SKIPPED])) + (", ..." if len(names) > _LISTED_SKIPPED else "")
         print(f"  {len(names)} {ending}: {shown}", file=sys.stderr)
+
+
+def _tell_hdr(store: Store) -> None:
+    hdr = store.facts["hdr"].to_pylist().count(True)
+    if hdr:
+        print(f"{hdr} of {len(store)} clips are from HDR videos, tone-mapped to SDR")
 
 
 def _tell_rejects(store: Store, videos: int) -> None:

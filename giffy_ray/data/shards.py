@@ -37,7 +37,7 @@ from giffy_ray.data.sandbox import sandbox_for
 from giffy_ray.storage import PARTIAL, filesystem_of, join, write_if_different, write_text
 
 SHARD_VIDEOS = 32
-VERSION = 2  # of what decoding gives; raise it when the same video would give another clip
+VERSION = 3  # of what decoding gives; raise it when the same video would give another clip
 # What another try, a mended file server or a wider limit may change; such videos are tried again by `again`.
 PASSING = ("missing", "unreadable", "not_file", "timeout", "crash", "memory", "too_large", "too_long")
 ROW_SCHEMA = pa.schema(
@@ -55,6 +55,7 @@ ROW_SCHEMA = pa.schema(
         "source_height": pa.int32(),
         "source_fps": pa.float64(),  # 0: the file does not say
         "seconds": pa.float64(),  # 0: the file does not say
+        "hdr": pa.bool_(),  # PQ or HLG, tone-mapped
         "shard_bytes": pa.int64(),
         "sha256": pa.string(),  # of the clip: `clip.frames` frames, whatever else is kept of the video
     }
@@ -313,4 +314,5 @@ def _facts_of(sampled: Sampled, recipe: Recipe) -> dict:
         "source_height": source.height,
         "source_fps": source.fps,
         "seconds": source.seconds,
+        "hdr": source.hdr,
     }

@@ -152,7 +152,7 @@ class Store:
         self.categories: list[str] = rows["category"].to_pylist()
         self.sources: list[str] = rows["source"].to_pylist()  # what each clip was cut from
         self.facts: pa.Table = rows.select(
-            ["codec", "source_width", "source_height", "source_fps", "seconds", "padded", "frames"]
+            ["codec", "source_width", "source_height", "source_fps", "seconds", "hdr", "padded", "frames"]
         )
         self._splits = np.asarray(rows["split"].to_pylist(), dtype=str)
         self._paths, self._times_s = rows["path"], rows["times_s"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import struct
+import tempfile
 import wave
 import zipfile
 import zlib
@@ -19,7 +20,7 @@ import av
 import numpy as np
 from PIL import Image
 
-from tests.conftest import encode, grey_video
+from tests.conftest import encode, grey_levels, grey_video
 from tests.data.boxes import box, boxes, element, find, inserted, overwritten, replaced, starts_fast, without
 
 STBL = "moov/trak/mdia/minf/stbl"
@@ -91,6 +92,10 @@ def _cut_off() -> dict[str, Hostile]:
         }
     between = avi().index(b"00dc", len(avi()) // 2)
     files["between-frames.avi"] = Hostile(avi()[:between], {"damaged"})
+    indexed = fragmented(flags=INDEXED)
+    for fragments in (1, 2):
+        files[f"after-{fragments}-fragments.mp4"] = Hostile(first_fragments(indexed, fragments), {"damaged"})
+    files["in-a-fragment.mp4"] = Hostile(first_fragments(fragmented(), 1, partly=400), {"damaged"})
     return files
 
 
@@ -398,3 +403,44 @@ def _other_containers() -> dict[str, Hostile]:
         "riff-only.avi": Hostile(b"RIFF\xff\xff\xff\xffAVI ", not_video | {"no_video"}),
         "riff-then-random.avi": Hostile(b"RIFF\xff\xff\xff\xffAVI LIST" + random, not_video | {"no_video"}),
     }
+
+
+LIVE, INDEXED = "frag_keyframe+empty_moov+default_base_moof", "frag_keyframe+dash+global_sidx"
+
+
+@functools.cache
+def fragmented(frames: int = 50, fps: int = 10, sound_s: float = 0, flags: str = LIVE) -> bytes:
+    """An mp4 of a fragment a second."""
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        _write_fragmented(file.name, frames, fps, sound_s, flags)
+        return Path(file.name).read_bytes()
+
+
+def _write_fragmented(path: str, frames: int, fps: int, sound_s: float, flags: str) -> None:
+    with av.open(path, "w", format="mp4", options={"movflags": flags}) as container:
+        video = container.add_stream("libx264", rate=fps, options={"x264-params": f"keyint={fps}:scenecut=0"})
+        video.width, video.height, video.pix_fmt = 64, 64, "yuv420p"
+        sound = container.add_stream("aac", rate=16000, layout="mono") if sound_s else None
+        for level in grey_levels(frames):
+            picture = np.full((64, 64, 3), level, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(video.encode())
+        if sound is not None:
+            noise = av.AudioFrame.from_ndarray(
+                np.zeros((1, int(16000 * sound_s)), np.float32), format="fltp", layout="mono"
+            )
+            noise.sample_rate = 16000
+            container.mux([*sound.encode(noise), *sound.encode()])
+
+
+def states_length(video: bytes, seconds: float, where: str) -> bytes:
+    """The file with a length of the whole presentation in its header, which the muxer leaves open."""
+    if where == "mehd":
+        return inserted(video, "moov/mvex/trex", box("mehd", struct.pack(">II", 0, round(1000 * seconds))))
+    return overwritten(video, "moov/mvhd", 16, struct.pack(">I", round(1000 * seconds)))
+
+
+def first_fragments(video: bytes, number: int, partly: int = 0) -> bytes:
+    """The file cut off after so many fragments, and so many bytes of the next."""
+    starts = [part.start for part in boxes(video) if part.kind == "moof"]
+    return video[: starts[number] + partly]

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import io
+import shutil
 import struct
+import subprocess
+import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -14,7 +18,7 @@ from av.filter import Graph
 
 from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data.decode import RejectedVideo, sample_clip
-from tests.data.boxes import overwritten
+from tests.data.boxes import box, element, inserted, overwritten
 from tests.data.corpus import AVC1
 
 # Weights of red and blue in grey: ITU-R BT.601, BT.709 and BT.2020.
@@ -143,6 +147,80 @@ def by_ffmpeg(video: bytes, height: int, width: int) -> np.ndarray:
         graph.link_nodes(*steps).configure()
         graph.vpush(next(container.decode(stream)))
         return graph.vpull().to_ndarray().astype(np.float64)
+
+
+# Where the chroma samples of 4:2:0 lie, in pixels right of and below the first pixel's centre; x264's number for it.
+PLACES = {"left": (0, 0.5, 0), "center": (0.5, 0.5, 1), "topleft": (0, 0, 2), "untagged": (0, 0.5, None)}
+
+
+def saturated_picture() -> np.ndarray:
+    """uint8 [256, 256, 3]: blocks of 8 pixels across all grids of 4:2:0, of colours as strong as can be without that
+    chroma between two of them leaves the range of RGB, where a conversion at full size would clip it."""
+    colours = 90 + 76 * np.array([(i & 1, i >> 1 & 1, i >> 2) for i in range(8)])
+    blocks = colours[np.random.default_rng(0).integers(0, 8, (33, 33))].repeat(8, axis=0).repeat(8, axis=1)
+    return blocks[3:259, 5:261].astype(np.uint8)
+
+
+def with_chroma_at(picture: np.ndarray, across: float, down: float) -> av.VideoFrame:
+    """BT.601 in limited range; a chroma sample is the mean of the two pixels that it lies between, or of the one that
+    it lies on and half of each neighbour."""
+
+    def halved(plane: np.ndarray, place: float) -> np.ndarray:
+        if place:
+            return (plane[::2] + plane[1::2]) / 2
+        padded = np.pad(plane, ((1, 0), (0, 0)), mode="edge")
+        return (padded[:-1:2] + 2 * padded[1::2] + np.roll(plane, -1, axis=0)[::2]) / 4
+
+    red, green, blue = np.moveaxis(picture / 255, 2, 0)
+    luma = 0.299 * red + 0.587 * green + 0.114 * blue
+    planes = [16 + 219 * luma]
+    for colour, weight in ((blue, 0.114), (red, 0.299)):
+        chroma = 128 + 224 * (colour - luma) / (2 * (1 - weight))
+        planes.append(halved(halved(chroma, down).T, across).T)
+    frame = av.VideoFrame(picture.shape[1], picture.shape[0], "yuv420p")
+    for plane, levels in zip(frame.planes, planes, strict=True):
+        rows = np.zeros((plane.height, plane.line_size), np.uint8)
+        rows[:, : plane.width] = levels.round()
+        plane.update(rows.tobytes())
+    return frame
+
+
+def rgb_from(yuv: np.ndarray) -> np.ndarray:
+    return np.stack([rgb_of(pixel) for pixel in yuv.reshape(-1, 3)]).reshape(yuv.shape)
+
+
+def chroma_video(place: str, tagged: str) -> bytes:
+    across, down, _ = PLACES[place]
+    number = PLACES[tagged][2]
+    frames = [with_chroma_at(saturated_picture(), across, down) for _ in range(3)]
+    return written(frames, **EXACT, **({} if number is None else {"x264-params": f"chromaloc={number}"}))
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_chroma_is_taken_from_where_it_lies(place: str):
+    """What is there on average is what was there before it was thinned out to 4:2:0. Of rows and columns both that
+    leaves less than of columns alone."""
+    truth = box_average(saturated_picture(), 64, 64)
+    errors = {tagged: psnr(decoded(chroma_video(place, tagged), 64, 64), truth) for tagged in PLACES}
+    assert errors[place] > (44 if place == "topleft" else 53)
+    elsewhere = [db for tagged, db in errors.items() if PLACES[tagged][:2] != PLACES[place][:2]]
+    assert max(elsewhere) < errors[place] - 3
+
+
+@pytest.mark.skipif(not shutil.which("ffmpeg"), reason="needs the ffmpeg command; without, see the test before")
+@pytest.mark.parametrize("place", PLACES)
+def test_chroma_is_where_ffmpegs_command_line_puts_it_when_told(place: str):
+    """Converted at full size and averaged. Untold, it takes chroma for centred, whatever the file says."""
+    video = chroma_video(place, place)
+    across, down, _ = PLACES[place]
+    position = f"in_h_chr_pos={round(256 * across)}:in_v_chr_pos={round(256 * down)}"
+    full = f"scale={position}:flags=accurate_rnd+full_chroma_inp+bicubic,format=yuv444p"
+    with tempfile.NamedTemporaryFile(suffix=".mp4") as file:
+        Path(file.name).write_bytes(video)
+        command = ["ffmpeg", "-v", "error", "-i", file.name, "-vf", full, "-frames:v", "1", "-f", "rawvideo", "-"]
+        raw = subprocess.run(command, capture_output=True, check=True).stdout
+    yuv = np.moveaxis(np.frombuffer(raw, np.uint8).reshape(3, 256, 256), 0, 2)
+    assert psnr(decoded(video, 64, 64), rgb_from(box_average(yuv, 64, 64))) > 45
 
 
 @pytest.mark.parametrize(
@@ -293,3 +371,68 @@ def test_what_cropping_would_blow_up_is_rejected():
     clip = ClipConfig(frames=3, height=64, width=64, fit="crop")
     with pytest.raises(RejectedVideo, match="too_large: 4000x2, scaled to 128000x64 for"):
         sample_clip(sliver, clip, LimitsConfig(pixels=1_000_000))
+
+
+def number(name: str, value: int) -> bytes:
+    return element(name, value.to_bytes(4, "big"))
+
+
+def matroska(picture: np.ndarray, *settings: bytes) -> bytes:
+    """Three frames of a picture in FFV1, with more elements in their track's settings of the video."""
+    with av.open(io.BytesIO(painted(picture))) as container:
+        private = container.streams.video[0].codec_context.extradata or b""
+        frames = [bytes(packet) for packet in container.demux(video=0) if packet.size]
+    size = number("b0", picture.shape[1]) + number("ba", picture.shape[0])
+    track = number("d7", 1) + number("73c5", 1) + number("83", 1) + element("86", b"V_FFV1")
+    track = element("ae", track, element("63a2", private), element("e0", size, *settings))
+    blocks = [element("a3", b"\x81" + struct.pack(">h", 100 * i) + b"\x80" + frame) for i, frame in enumerate(frames)]
+    head = element("1a45dfa3", element("4282", b"matroska"))
+    info = element("1549a966", number("2ad7b1", 1_000_000))
+    return head + element("18538067", info, element("1654ae6b", track), element("1f43b675", number("e7", 0), *blocks))
+
+
+CROPS = {"left": "54cc", "right": "54dd", "top": "54bb", "bottom": "54aa"}
+
+
+def cropped(picture: np.ndarray, **sides: int) -> bytes:
+    return matroska(picture, *(number(CROPS[side], pixels) for side, pixels in sides.items()))
+
+
+@pytest.mark.parametrize("sides", [{"left": 12, "right": 24}, {"top": 9, "bottom": 3}, {"left": 5, "bottom": 7}])
+def test_matroska_may_crop_its_pictures(sides: dict[str, int]):
+    picture = smooth_picture(48, 96)
+    height, width = picture.shape[:2]
+    inner = picture[sides.get("top", 0) : height - sides.get("bottom", 0)]
+    inner = inner[:, sides.get("left", 0) : width - sides.get("right", 0)]
+    assert psnr(decoded(cropped(picture, **sides), 16, 16), box_average(inner, 16, 16)) > 45
+
+
+def test_cropped_pixels_keep_their_shape():
+    picture = smooth_picture(48, 96)
+    video = cropped(picture, left=24, right=24)
+    for fit in ("stretch", "crop", "pad"):
+        assert psnr(decoded(video, 16, 16, fit), box_average(picture[:, 24:72], 16, 16)) > 45
+
+
+@pytest.mark.parametrize("sides", [{"left": 96}, {"left": 50, "right": 50}, {"top": 2**32 - 1}])
+def test_a_crop_that_leaves_nothing_is_rejected(sides: dict[str, int]):
+    with pytest.raises(RejectedVideo, match="not_video"):  # by FFmpeg itself
+        decoded(cropped(smooth_picture(48, 96), **sides), 16, 16)
+
+
+def clean_aperture(width: int, height: int, right: int, down: int) -> bytes:
+    return box("clap", struct.pack(">IIIIiIiI", width, 1, height, 1, right, 2, down, 2))
+
+
+def test_an_mp4_may_crop_its_pictures():
+    picture = smooth_picture(48, 96)
+    whole = painted(picture, "yuv444p", "mp4", "libx264", **EXACT)
+    # 64x40, its centre 5 pixels right of the picture's and 2 below it.
+    video = inserted(whole, f"{AVC1}/avcC", clean_aperture(64, 40, 10, 4))
+    inner = picture[6:46, 21:85]
+    assert psnr(decoded(video, 16, 16), box_average(inner, 16, 16)) > 45
+    turned = overwritten(video, "moov/trak/tkhd", 40, struct.pack(">9i", 0, 1 << 16, 0, -1 << 16, 0, 0, 0, 0, 1 << 30))
+    assert psnr(decoded(turned, 16, 16), box_average(np.rot90(inner, -1), 16, 16)) > 45
+    for nothing in (clean_aperture(0, 40, 0, 0), clean_aperture(200, 40, 0, 0), box("clap", bytes(32))):
+        ignored = inserted(whole, f"{AVC1}/avcC", nothing)
+        assert psnr(decoded(ignored, 16, 16), box_average(picture, 16, 16)) > 45

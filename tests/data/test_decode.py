@@ -2,19 +2,27 @@
 
 import functools
 import io
+import shutil
 import struct
+import subprocess
+import tempfile
+from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
+from typing import NamedTuple
 
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from giffy_ray.config import ClipConfig
-from giffy_ray.data.decode import _SCALING, RejectedVideo, decode_clip, nearest_frames, sample_clip, sample_source
+from giffy_ray.data.decode import RejectedVideo, decode_clip, nearest_frames, sample_clip, sample_source
+from giffy_ray.data.scaling import SCALING
 from tests.conftest import encode, grey_levels, grey_video
 from tests.data.boxes import box, replaced
-from tests.data.corpus import of_packets
+from tests.data.corpus import INDEXED, first_fragments, fragmented, of_packets, states_length
 
 CLIP = ClipConfig()
 _NOTHING_NEW = b"\0\0\1\xb6\x50\0\0"  # a frame of MPEG-4 that is the one before
@@ -233,7 +241,7 @@ def all_frames(video: bytes) -> np.ndarray:
     scaler, frames = VideoReformatter(), []
     with av.open(io.BytesIO(video)) as container:
         for frame in container.decode(video=0):
-            small = scaler.reformat(frame, 64, 64, "rgb24", interpolation=_SCALING, threads=1)
+            small = scaler.reformat(frame, 64, 64, "rgb24", interpolation=SCALING, threads=1)
             frames.append(small.to_ndarray())
     return np.stack(frames)
 
@@ -278,3 +286,265 @@ def test_the_source_of_a_short_video_is_all_of_it():
     source = sample_source(grey_video(20, 30), CLIP)
     assert np.allclose(levels(source.clip), grey_levels(20), atol=_TOLERANCE)
     assert source.padded == 23
+
+
+# As in a film that was cut into pieces without decoding it.
+LEADING = {
+    "h264, open groups": ("mp4", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:scenecut=0:bframes=3"}),
+    "h264, intra refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=24:bframes=0"}),
+    "hevc": ("mp4", "libx265", {"x265-params": "keyint=24:min-keyint=24:scenecut=0:b-adapt=0:log-level=none"}),
+    "mpeg4": ("mp4", "mpeg4", {"bf": "2", "g": "12"}),
+    "mpeg2": ("matroska", "mpeg2video", {"bf": "2", "g": "12"}),
+}
+
+
+def piece(video: bytes, begin: Callable[[list[av.Packet]], int], kind: str = "matroska") -> bytes:
+    """The packets from one on, untouched, the first frame shown at 0."""
+    out = io.BytesIO()
+    with av.open(io.BytesIO(video)) as source, av.open(out, "w", format=kind) as container:
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        packets = packets[begin(packets) :]
+        stream = container.add_stream_from_template(source.streams.video[0])
+        earliest = min(packet.pts for packet in packets)
+        for packet in packets:
+            packet.pts, packet.dts = packet.pts - earliest, packet.dts - earliest
+            packet.stream = stream
+            container.mux(packet)
+    return out.getvalue()
+
+
+def second_keyframe(packets: list[av.Packet]) -> int:
+    return [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
+
+
+def source_frames(clip: np.ndarray) -> list[int]:
+    """Which of `moving_frames` each picture is."""
+    real = moving_frames()[:, ::8].astype(int)
+    return [int(np.abs(real - picture[::8].astype(int)).mean(axis=(1, 2, 3)).argmin()) for picture in clip]
+
+
+@pytest.mark.parametrize("order", LEADING)
+def test_a_piece_begins_with_the_first_frame_that_decodes(order: str):
+    kind, codec, options = LEADING[order]
+    video = piece(encode(moving_frames(), 30, kind, codec, **options), second_keyframe)
+    with av.open(io.BytesIO(video)) as container:
+        listed = sum(bool(packet.size) for packet in container.demux(video=0))
+    with av.open(io.BytesIO(video)) as container:
+        first = next(container.decode(video=0)).time
+    plain = all_frames(video)
+    assert 40 < len(plain) <= listed - 1
+    assert first is not None and first > 0
+    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
+    real = (len(plain) + 2) // 3
+    assert sampled.padded == source.padded == sum(3 * moment >= len(plain) for moment in range(30))
+    assert np.array_equal(sampled.clip[:real], plain[::3])
+    assert np.array_equal(source.clip, plain)
+    assert source_frames(source.clip) == list(range(90 - len(plain), 90))
+
+
+@pytest.mark.parametrize("order", ["h264, open groups", "hevc", "mpeg4", "vp9", "vp8"])
+def test_frames_before_the_first_keyframe_are_left_out(order: str):
+    """Not all decoders say that what they make of these is no picture."""
+    vpx = {"g": "24", "cpu-used": "8", "deadline": "realtime"}
+    kind, codec, options = (LEADING | {"vp9": ("webm", "libvpx-vp9", vpx), "vp8": ("webm", "libvpx", vpx)})[order]
+    whole = encode(moving_frames(), 30, kind, codec, **options)
+    sampled = sample_clip(piece(whole, lambda packets: second_keyframe(packets) - 5), CLIP)
+    expected = sample_clip(piece(whole, second_keyframe), CLIP)
+    assert np.array_equal(sampled.clip, expected.clip)
+    assert sampled.padded == expected.padded
+
+
+def test_a_hole_is_no_leading_frame():
+    """Frames missing at the start are one thing, frames that were there and are broken another."""
+    video = encode(moving_frames(), 30, "matroska", **{"x264-params": "keyint=30:min-keyint=30:scenecut=0"})
+    with av.open(io.BytesIO(video)) as container:
+        packets = [packet for packet in container.demux(video=0) if packet.size]
+    keyframes = [packet for packet in packets if packet.is_keyframe]
+    assert len(keyframes) == 3
+    for packet in (*keyframes, packets[1]):  # the second is a P frame, which others are predicted from
+        place = video.index(bytes(packet))
+        for filler in (b"\xff", b"\0"):
+            broken = video[: place + 40] + filler * (packet.size - 40) + video[place + packet.size :]
+            with pytest.raises(RejectedVideo, match="damaged"):
+                sample_clip(broken, CLIP)
+
+
+def test_what_never_decodes_is_damaged():
+    video = encode(moving_frames(), 30, "mp4", "libx265", **{"x265-params": "keyint=90:log-level=none"})
+    with pytest.raises(RejectedVideo, match="damaged"):
+        sample_clip(piece(video, lambda packets: 5), CLIP)
+
+
+@pytest.mark.parametrize("first", [0, 15, 40])
+def test_av1_that_was_trimmed_without_decoding_it(first: int):
+    """The decoder of AV1 decides once, at the first packet, what it will leave out."""
+    video = encode(moving_frames(), 30, "mp4", "libsvtav1", preset="12", crf="20", g="30")
+    start = struct.pack(">IiI", (90 - first) * 1000 // 30, first * 512, 1 << 16)
+    trimmed = replaced(video, "moov/trak/edts/elst", box("elst", struct.pack(">II", 0, 1), start))
+    with av.open(io.BytesIO(trimmed)) as container:
+        assert container.streams.video[0].codec_context.name == "libdav1d"
+        assert any(packet.is_discard for packet in container.demux(video=0)) == bool(first)
+    sampled, source = sample_clip(trimmed, CLIP), sample_source(trimmed, CLIP)
+    shown = list(range(first, 90))
+    assert np.array_equal(source.clip, all_frames(trimmed)[: len(source.clip)])
+    assert source_frames(source.clip) == shown[: len(source.clip)]
+    assert source_frames(sampled.clip) == [shown[min(3 * moment, len(shown) - 1)] for moment in range(30)]
+    assert sampled.padded == sum(3 * moment >= len(shown) for moment in range(30))
+
+
+class Track(NamedTuple):
+    """A video track of one colour."""
+
+    colour: tuple[int, int, int]
+    frames: int
+    fps: int
+    size: int
+    flags: Disposition = Disposition(0)
+
+
+RED, GREEN = (200, 40, 40), (40, 160, 60)
+FILM = Track(GREEN, 30, 10, 64, Disposition.default)
+
+
+def of_tracks(tracks: list[Track], kind: str) -> bytes:
+    out = io.BytesIO()
+    with av.open(out, "w", format=kind) as container:
+        streams = []
+        for track in tracks:
+            stream = container.add_stream("libx264", rate=track.fps)
+            stream.width, stream.height, stream.pix_fmt = track.size, track.size, "yuv420p"
+            stream.disposition = track.flags
+            streams.append(stream)
+        packets = []
+        for track, stream in zip(tracks, streams, strict=True):
+            picture = np.broadcast_to(np.uint8(track.colour), (track.size, track.size, 3)).copy()
+            frames = [av.VideoFrame.from_ndarray(picture, format="rgb24") for _ in range(track.frames)]
+            packets += [packet for frame in [*frames, None] for packet in stream.encode(frame)]
+        packets.sort(key=lambda packet: packet.dts * packet.time_base)
+        container.mux(packets)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("kind", ["mp4", "matroska"])
+@pytest.mark.parametrize(
+    "other",
+    [
+        Track(RED, 1, 10, 128),  # a single picture, not marked as one
+        Track(RED, 1, 10, 128, Disposition.default),
+        Track(RED, 4, 1, 128),  # a picture a second, for the bar below the film
+        Track(RED, 4, 1, 128, Disposition.default),
+        Track(RED, 30, 10, 128),  # as long as the film, and not marked as default
+        Track(RED, 30, 10, 32, Disposition.default),  # a smaller one
+    ],
+)
+def test_the_film_is_chosen_wherever_it_stands(kind: str, other: Track):
+    for tracks in ([other, FILM], [FILM, other]):
+        video = of_tracks(tracks, kind)
+        assert np.abs(decode_clip(video, CLIP).astype(int) - GREEN).max() <= _TOLERANCE
+        if other.frames > 4 and shutil.which("ffmpeg"):
+            assert np.abs(by_ffmpegs_choice(video) - GREEN).max() <= _TOLERANCE
+
+
+def by_ffmpegs_choice(video: bytes) -> np.ndarray:
+    """int64 [3]: the colour of the track that ffmpeg's command line takes."""
+    with tempfile.NamedTemporaryFile(suffix=".mkv") as file:
+        Path(file.name).write_bytes(video)
+        command = ["ffmpeg", "-v", "error", "-i", file.name, "-frames:v", "1", "-s", "2x2", "-pix_fmt", "rgb24"]
+        raw = subprocess.run([*command, "-f", "rawvideo", "-"], capture_output=True, check=True).stdout
+    return np.frombuffer(raw, np.uint8).reshape(4, 3).mean(axis=0).astype(int)
+
+
+def test_two_films_are_ranked_by_their_marks_and_size():
+    for first, second, chosen in (
+        (Track(RED, 30, 10, 64), Track(GREEN, 30, 10, 64), RED),  # alike: the first
+        (Track(RED, 30, 10, 64), Track(GREEN, 30, 10, 96), GREEN),
+        (Track(RED, 30, 10, 64, Disposition.default), Track(GREEN, 30, 10, 96), RED),
+        (Track(RED, 30, 10, 64, Disposition.default), Track(GREEN, 30, 10, 96, Disposition.default), GREEN),
+    ):
+        video = of_tracks([first, second], "matroska")
+        assert np.abs(decode_clip(video, CLIP).astype(int) - chosen).max() <= _TOLERANCE
+        if shutil.which("ffmpeg"):
+            assert np.abs(by_ffmpegs_choice(video) - chosen).max() <= _TOLERANCE
+
+
+def test_a_file_of_nothing_but_single_pictures_is_a_still():
+    video = of_tracks([Track(RED, 1, 10, 64), Track(GREEN, 1, 10, 96)], "matroska")
+    with pytest.raises(RejectedVideo, match="still"):
+        decode_clip(video, CLIP)
+
+
+WHOLE = {
+    "live": fragmented,
+    "sidx": lambda: fragmented(flags=INDEXED),
+    "just long enough": lambda: fragmented(30),
+    "mehd": lambda: states_length(fragmented(), 5, "mehd"),
+    "mvhd": lambda: states_length(fragmented(), 5, "mvhd"),
+    "first fragment in moov": lambda: fragmented(flags="frag_keyframe"),
+}
+SHORT = {
+    "sidx": lambda: fragmented(15, flags=INDEXED),
+    "mehd": lambda: states_length(fragmented(15), 1.5, "mehd"),
+    "mvhd": lambda: states_length(fragmented(15), 1.5, "mvhd"),
+    "length not known": lambda: states_length(fragmented(15), (2**32 - 1) / 1000, "mvhd"),  # all ones
+    "longer sound": lambda: states_length(fragmented(15, sound_s=4), 4, "mehd"),
+    "live, ended": lambda: first_fragments(fragmented(), 2),
+}
+CUT_OFF = {
+    "sidx": lambda: first_fragments(fragmented(flags=INDEXED), 1),
+    "sidx, 2 s": lambda: first_fragments(fragmented(flags=INDEXED), 2),
+    "mehd": lambda: first_fragments(states_length(fragmented(), 5, "mehd"), 1),
+    "mvhd": lambda: first_fragments(states_length(fragmented(), 5, "mvhd"), 1),
+    "with sound": lambda: first_fragments(states_length(fragmented(sound_s=5), 5, "mehd"), 2),
+    "within a header": lambda: first_fragments(fragmented(), 1, partly=60),
+    "within pictures": lambda: first_fragments(fragmented(), 1, partly=400),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
+def test_whole_fragmented_files(name: str):
+    sampled = sample_clip(WHOLE[name](), CLIP)
+    assert sampled.padded == 0
+    assert np.allclose(levels(sampled.clip), grey_levels(50)[:30], atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", SHORT)
+def test_fragmented_files_that_are_short_and_whole(name: str):
+    sampled = sample_clip(SHORT[name](), CLIP)
+    real = 30 - sampled.padded
+    assert real == (20 if "live" in name else 15)
+    assert np.allclose(levels(sampled.clip)[:real], grey_levels(50)[:real], atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize("name", CUT_OFF)
+def test_a_fragmented_file_that_was_cut_off(name: str):
+    with pytest.raises(RejectedVideo, match=r"cut off") as raised:
+        sample_clip(CUT_OFF[name](), CLIP)
+    assert raised.value.reason == "damaged"
+
+
+def test_a_fragmented_file_that_was_cut_off_after_the_clip():
+    video = first_fragments(fragmented(flags=INDEXED), 4)
+    assert np.allclose(levels(decode_clip(video, CLIP)), grey_levels(50)[:30], atol=_TOLERANCE)
+
+
+@pytest.mark.parametrize("tag", [b"DURATION", b"DIRECTOR"])
+def test_an_mkv_whose_sound_was_cut_off_with_it(tag: bytes):
+    """Without the tag only the length of the whole is stated, which the sound does not reach either."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska") as container:
+        video, sound = container.add_stream("libx264", rate=10), container.add_stream("pcm_s16le", rate=8000)
+        video.width, video.height, video.pix_fmt, sound.layout = 64, 64, "yuv420p", "mono"
+        video.options = {"tune": "zerolatency"}
+        for level in grey_levels(40):
+            picture = np.full((64, 64, 3), level, np.uint8)
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            noise = av.AudioFrame.from_ndarray(np.zeros((1, 800), np.int16), format="s16", layout="mono")
+            noise.sample_rate = 8000
+            container.mux(sound.encode(noise))
+        container.mux(video.encode())
+    whole = out.getvalue().replace(b"DURATION", tag)
+    assert sample_clip(whole, CLIP).padded == 0
+    with av.open(io.BytesIO(whole)) as container:
+        cut = next(packet.pos for packet in container.demux(video=0) if packet.pts >= 2000)
+    with pytest.raises(RejectedVideo, match="damaged"):
+        sample_clip(whole[: cut - 10], CLIP)

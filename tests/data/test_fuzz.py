@@ -25,7 +25,7 @@ from giffy_ray.data.decode import RejectedVideo, Sampled
 from giffy_ray.data.sandbox import Sandbox
 from tests.conftest import encode, grey_video, moving_video
 from tests.data.boxes import starts_fast
-from tests.data.corpus import avi, hostile_files, mkv, mp4, webm
+from tests.data.corpus import INDEXED, avi, fragmented, hostile_files, mkv, mp4, states_length, webm
 
 # Cropping, because it is what scales a picture up before it cuts it.
 CLIP = ClipConfig(frames=12, height=16, width=24, fit="crop")
@@ -38,7 +38,7 @@ FUZZ_S = int(os.environ.get("GIFFY_RAY_FUZZ_S", "0"))
 # Where a number may stand: after the name of a box or chunk, and before it (its size).
 _NAMES = re.compile(
     rb"ftyp|moov|mvhd|trak|tkhd|edts|elst|mdia|mdhd|hdlr|minf|dinf|dref|url |stbl|stsd|avc1|avcC|mp4v|esds|mdat"
-    rb"|stts|stss|ctts|stsc|stsz|stco|RIFF|LIST|hdrl|avih|strl|strh|strf|movi|idx1|00dc"
+    rb"|stts|stss|ctts|stsc|stsz|stco|mvex|mehd|trex|sidx|moof|tfhd|trun|RIFF|LIST|hdrl|avih|strl|strh|strf|movi|idx1|00dc"
     rb"|\x1a\x45\xdf\xa3|\x18\x53\x80\x67|\x16\x54\xae\x6b|\x1f\x43\xb6\x75|\x1c\x53\xbb\x6b"
 )
 _EXTREMES = (0, 1, -1, 2**31 - 1, -(2**31), 2**16, 255)
@@ -54,6 +54,7 @@ def bases() -> list[bytes]:
     good += [
         encode(still, 10, kind, codec) for kind, codec in (("mp4", "mpeg4"), ("avi", "mpeg4"), ("webm", "libvpx-vp9"))
     ]
+    good += [fragmented(flags=INDEXED), fragmented(10, sound_s=2), states_length(fragmented(20), 2, "mehd")]
     broken = hostile_files(Path("/nowhere/canary.mp4"))
     return good * 5 + [one.video for name, one in broken.items() if one.video and "bomb" not in name]
 
