@@ -8,6 +8,7 @@ jobs/replay_tracking.py. Only rank 0 of a training writes; the other ranks hold 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import subprocess
 import time
@@ -46,18 +47,23 @@ def tracking_uri(experiment: Experiment) -> str:
 class Tracker:
     """Writes to one MLflow run. On ranks other than 0 there is none, and every call returns at once."""
 
-    def __init__(self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = ""):
+    def __init__(
+        self, outbox: Outbox | None = None, carrier: Carrier | None = None, place: str = "", samples: bool = True
+    ):
         self.place = place  # of the run: its folder, which is what others know it by
-        self._outbox, self._carrier = outbox, carrier
+        self._outbox, self._carrier, self._samples = outbox, carrier, samples
         self._sampler: Sampler | None = None
+        self._finished = False
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What ends before it called `finish` was ended from outside, as trials are, or failed."""
-        if kind:
-            self.finish("KILLED" if issubclass(kind, SystemExit | KeyboardInterrupt) else "FAILED")
+        """Finishes the run unless `finish` was called: as KILLED where it was stopped from outside, as FAILED where
+        something else was raised."""
+        if not self._finished:
+            killed = kind is not None and issubclass(kind, SystemExit | KeyboardInterrupt)
+            self.finish("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
 
     @property
     def run_id(self) -> str:
@@ -115,16 +121,19 @@ class Tracker:
             self._put({"kind": "files", "folder": None, "names": [name], "tags": {}}, draw(), letter)
 
     def log_animation(self, draw: Callable[[], bytes], key: str, step: int) -> None:
-        """Draws an animated WebP and logs it under the names that MLflow's image grid, with its step slider, wants.
+        """Draws an animated WebP and logs it for MLflow's image grid, with its step slider; not where
+        `tracking.samples` is off.
 
-        The slider stands at step 0 first; the small picture in the grid is the one called compressed.
+        The grid plays `<name>+compressed.webp`, knows the step only from `<name>.webp`, and shows the latter when it
+        is clicked: that one is a still, a thirtieth of the size. The slider starts at step 0.
         """
         letter = f"animation-{key}-{step:09}"
-        if self._outbox and not self._outbox.has(letter):
+        if self._outbox and self._samples and not self._outbox.has(letter):
             name = f"{key}+step+{step}+timestamp+{int(time.time() * 1000)}+{uuid.uuid4()}"
-            names = [f"{name}.webp", f"{name}+compressed.webp"]
-            head = {"kind": "files", "folder": "images", "names": names, "tags": {"mlflow.loggedImages": "True"}}
-            self._put(head, draw(), letter)
+            head = {"kind": "files", "folder": "images", "tags": {"mlflow.loggedImages": "True"}}
+            picture = draw()
+            self._put({**head, "names": [f"{name}.webp"]}, _still(picture))
+            self._put({**head, "names": [f"{name}+compressed.webp"]}, picture, letter)
 
     def close_children(self) -> None:
         """Marks the runs under this one that were ended from outside, by the search, as killed."""
@@ -132,6 +141,7 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Ends the run, and waits a while for what MLflow has not taken yet; what is left is said, and kept."""
+        self._finished = True
         if self._sampler:
             self._sampler.end()
         self._put({"kind": "status", "status": status})
@@ -163,13 +173,27 @@ def open_run(
     if rank != 0:
         return Tracker()
     place = join(experiment.storage, experiment.name)
-    tracker = Tracker(*_connected(experiment, place), place)
+    tracker = Tracker(*_connected(experiment, place), place, experiment.tracking.samples)
     source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
     own_tags = {**source, **colour(experiment.name), **_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
     params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
     return tracker
+
+
+def _still(picture: bytes) -> bytes:
+    """The middle frame of an animated WebP; any other bytes as they are."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(picture)) as frames:
+            frames.seek(getattr(frames, "n_frames", 1) // 2)
+            out = io.BytesIO()
+            frames.convert("RGB").save(out, "WEBP", quality=80)
+    except UnidentifiedImageError:
+        return picture
+    return out.getvalue()
 
 
 def replay(experiment: Experiment) -> int:
