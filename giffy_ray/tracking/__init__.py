@@ -14,19 +14,20 @@ import subprocess
 import time
 import uuid
 from collections.abc import Callable, Mapping
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
-from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
+from giffy_ray.storage import filesystem_of, is_local, join, read_text, without_secrets
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
 from giffy_ray.tracking.system import Sampler
 from giffy_ray.tracking.view import colour
 
-__all__ = ["Tracker", "open_run", "params_of", "replay", "tracking_uri"]
+__all__ = ["Tracker", "open_evaluation", "open_run", "params_of", "replay", "tracking_uri"]
 
 _LONGEST_PARAM = 6000  # characters, of MLflow
 
@@ -38,7 +39,7 @@ def tracking_uri(experiment: Experiment) -> str:
     if not is_local(experiment.storage):
         raise ConfigError(
             f"tracking.uri: give the address of an MLflow server; without one runs are kept in an SQLite file, "
-            f"which cannot be on {experiment.storage!r}"
+            f"which cannot be on {without_secrets(experiment.storage)!r}"
         )
     Path(experiment.storage).mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{join(experiment.storage, 'mlflow.db')}"
@@ -108,7 +109,8 @@ class Tracker:
         self._metrics(results, 0)
 
     def log_text(self, text: str, name: str) -> None:
-        self._files([name], None, text.encode())
+        """Logs a text file, without the credentials of addresses."""
+        self._files([name], None, without_secrets(text).encode())
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         if self._outbox:
@@ -172,12 +174,29 @@ def open_run(
     """
     if rank != 0:
         return Tracker()
+    return _opened(experiment, experiment.name, join(experiment.storage, experiment.name), parent, tags or {})
+
+
+def open_evaluation(experiment: Experiment) -> Tracker:
+    """A new MLflow run, NAME-evaluation, shown under the run of the experiment's name where MLflow has that.
+
+    It has a folder of its own, below that of the run: a training may be writing to the run itself meanwhile.
+    """
     place = join(experiment.storage, experiment.name)
+    evaluated = read_text(join(place, "mlflow_run"))
+    # The tag, not `parent`, for which it would wait: the run may be on another server.
+    tags = {"mlflow.parentRunId": evaluated} if evaluated else {}
+    own = join(place, f"evaluation_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
+    return _opened(experiment, f"{experiment.name}-evaluation", own, None, tags)
+
+
+def _opened(experiment: Experiment, name: str, place: str, parent: str | None, tags: Mapping[str, str]) -> Tracker:
     tracker = Tracker(*_connected(experiment, place), place, experiment.tracking.samples)
     source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
-    own_tags = {**source, **colour(experiment.name), **_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    own_tags = {**source, **colour(name), **_git(), "requirements.sha256": _lock_sha256(), **tags}
+    own_tags = {tag: without_secrets(value) for tag, value in own_tags.items()}
     params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
-    begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
+    begin = {"kind": "begin", "name": name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
     return tracker
 

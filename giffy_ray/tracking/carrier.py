@@ -237,7 +237,9 @@ def params_of(uri: str, run_id: str) -> dict[str, str]:
     try:
         return client_of(uri).get_run(run_id).data.params
     except MlflowException as error:
-        raise ConfigError(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})") from error
+        raise ConfigError(
+            without_secrets(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})")
+        ) from error
 
 
 def _found(client: MlflowClient, experiment_id: str, place: str) -> str | None:
