@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray.train
 import torch
 from rich.console import Console
 
@@ -126,8 +127,13 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
         if "epoch" in metrics:  # and not only a checkpoint
             print(line_of(metrics, experiment.train.epochs), flush=True)
 
-    with relayed(show) as relay:
-        train(experiment, store, share, parent.place if parent else None, [relay])
+    try:
+        with relayed(show) as relay:
+            train(experiment, store, share, parent.place if parent else None, [relay])
+    except ray.train.TrainingFailedError:
+        with lease.held(experiment), open_run(experiment) as tracker:  # workers that were killed have not said so
+            tracker.finish("FAILED")
+        raise
     with lease.held(experiment):  # the training's is over, and another one would write to the same run
         checkpoint = checkpoints.select(experiment)
         print(f"evaluating {checkpoints.describe(checkpoint)}", flush=True)

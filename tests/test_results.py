@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import ray.train
 import torch
 from mlflow.tracking import MlflowClient
 from PIL import Image
@@ -349,6 +350,20 @@ def test_an_evaluation_leaves_a_running_training_alone(
     assert statuses == ["FAILED", "FINISHED", "RUNNING"]
     training.finish()
     assert replay(run_with_checkpoints) == 0
+
+
+def test_a_training_whose_workers_were_killed_does_not_seem_to_run(
+    run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object) -> None:
+        open_run(run_with_checkpoints).flush()  # as a worker does, which is killed then
+        raise ray.train.TrainingFailedError("3 workers died")
+
+    monkeypatch.setattr(results, "train", killed)
+    with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
+        results.train_and_show(run_with_checkpoints, SixFrames(tmp_path), Share(1, 0, 1))  # type: ignore[arg-type]
+    (run,) = MlflowClient(tracking_uri(run_with_checkpoints)).search_runs(["1"])
+    assert run.info.status == "FAILED"
 
 
 @pytest.mark.parametrize(

@@ -5,11 +5,11 @@ import os
 import sys
 
 import ray
-import ray.train
 from ray import tune
 
 from giffy_ray import cluster
 from giffy_ray.messages import redact_output
+from giffy_ray.tune import withhold_credentials
 
 
 def warn(who: str) -> None:
@@ -29,6 +29,7 @@ def main() -> None:
     known = ray.remote(lambda: os.environ.get("AWS_SECRET_ACCESS_KEY")).options(num_cpus=0).remote()
     print("passed on:", ray.get(known) == os.environ["AWS_SECRET_ACCESS_KEY"])
     warn("the driver")
+    withhold_credentials()
     tune.Tuner(
         tune.with_resources(lambda config: warn("a trial"), {"CPU": 0.1}),
         run_config=tune.RunConfig(storage_path=sys.argv[1], verbose=0),

@@ -16,6 +16,7 @@ from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
+from ray.tune.execution import class_cache  # no setting says what Tune passes on
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -106,8 +107,17 @@ def search_claimed(
     ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
     if ledger.unfinished() or not ledger.why_ended():
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
+        withhold_credentials()
         _tuner(experiment, store, share, parent, ledger).fit()
     return _study(ledger)
+
+
+def withhold_credentials() -> None:
+    """Keeps Ray Tune from giving trials the driver's AWS_* by a runtime environment, which Ray writes to its logs.
+
+    They have them already: `cluster.connect` passes them on.
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in name}
 
 
 def named(experiment: Experiment) -> Experiment:
