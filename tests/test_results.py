@@ -309,7 +309,8 @@ def test_after_a_training_the_network_that_is_shown_is_the_one_that_is_registere
     rows = list(csv.DictReader((tmp_path / "study" / "evaluation.csv").open()))
     client = MlflowClient(tracking_uri(run_with_checkpoints))
     version = client.get_model_version_by_alias("giffy_ray", "champion")
-    registered = client.download_artifacts(version.run_id, f"{version.source.rpartition('/')[2]}/checkpoint")
+    folder = str(version.source).rpartition("/")[2]
+    registered = client.download_artifacts(str(version.run_id), f"{folder}/checkpoint")
     learner, _ = checkpoints.load(registered)
     real = torch.from_numpy(store.gather(np.arange(4)))
     made = learner.generate(real[:, 0], real[:, -1], torch.zeros(4, learner.latent))

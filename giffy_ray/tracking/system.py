@@ -113,17 +113,23 @@ def _handle(number: int) -> Any:
 
 
 def _readers(gpu: Any) -> Mapping[str, Callable[[], float]]:
+    def memory() -> Any:
+        return pynvml.nvmlDeviceGetMemoryInfo(gpu)
+
     def memory_percentage() -> float:
-        memory: Any = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        return 100 * memory.used / memory.total
+        now = memory()
+        return 100 * now.used / now.total
+
+    def utilization() -> Any:
+        return pynvml.nvmlDeviceGetUtilizationRates(gpu)
 
     def power_watts() -> float:
         return pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
 
     return {
         "memory_usage_percentage": memory_percentage,
-        "memory_usage_megabytes": lambda: pynvml.nvmlDeviceGetMemoryInfo(gpu).used / 1e6,  # type: ignore[operator]
-        "utilization_percentage": lambda: pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
+        "memory_usage_megabytes": lambda: memory().used / 1e6,
+        "utilization_percentage": lambda: utilization().gpu,
         "power_usage_watts": power_watts,
         "power_usage_percentage": lambda: 100_000 * power_watts() / pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu),
     }
