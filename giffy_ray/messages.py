@@ -54,7 +54,11 @@ class MarkedHandler(logging.StreamHandler):
         self.setLevel(logging.WARNING)
 
     def format(self, record: logging.LogRecord) -> str:
-        return _MARK + json.dumps(without_secrets(super().format(record)))
+        return _marked(super().format(record))
+
+
+def _marked(text: str) -> str:
+    return _MARK + json.dumps(without_secrets(text))
 
 
 def mark_warnings() -> None:
@@ -62,6 +66,15 @@ def mark_warnings() -> None:
     logger = logging.getLogger("giffy_ray")
     logger.handlers = [MarkedHandler()]
     logger.propagate = False  # Ray Train's own handlers would write it to their files, credentials and all
+
+
+def say(text: str) -> None:
+    """Prints, also from a worker."""
+    if any(isinstance(handler, MarkedHandler) for handler in logging.getLogger("giffy_ray").handlers):
+        sys.stderr.write(_marked(text) + "\n")  # Ray Train replaces print in its workers
+        sys.stderr.flush()
+    else:
+        print(text, flush=True)
 
 
 def worker_setup(environment: Mapping[str, str]) -> Callable[[], None]:

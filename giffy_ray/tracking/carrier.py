@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giffy_ray.config import ConfigError
+from giffy_ray.messages import say
 from giffy_ray.storage import PARTIAL, join, read_text, without_secrets, write_text
 from giffy_ray.tracking.outbox import Letter, Outbox
 from giffy_ray.tracking.view import TAG, saved_view
@@ -76,11 +77,10 @@ class Carrier:
         self._thread.join(PATIENCE_S + 30)
         waiting = len(self.outbox.waiting())
         if waiting:
-            print(
+            say(
                 f"MLflow at {without_secrets(self.uri)} has not taken {waiting} of the things that were logged "
                 f"({self._failure}); they wait in {self.outbox.folder}, and are sent when the run is started again or "
-                "by jobs/replay_tracking.py",
-                flush=True,
+                "by jobs/replay_tracking.py"
             )
         return waiting
 
