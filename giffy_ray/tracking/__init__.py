@@ -127,7 +127,7 @@ class Tracker:
         `tracking.samples` is off.
 
         The grid plays `<name>+compressed.webp`, knows the step only from `<name>.webp`, and shows the latter when it
-        is clicked: that one is a still, a thirtieth of the size. The slider starts at step 0.
+        is clicked: that one is a still, 4 % of the size. The slider starts at step 0.
         """
         letter = f"animation-{key}-{step:09}"
         if self._outbox and self._samples and not self._outbox.has(letter):
