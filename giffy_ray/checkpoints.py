@@ -31,12 +31,14 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from giffy_ray import learners
-from giffy_ray.config import BetweenConfig, ConfigError, Experiment, from_yaml, override, to_yaml
+from giffy_ray.config import BetweenConfig, ConfigError, Experiment, flatten, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
 from giffy_ray.learners.descent import AVERAGE
 from giffy_ray.storage import filesystem_of, join, read_text, write_text
 
+METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smallest
 _MANIFEST = "manifest.json"
+_PUBLISHED = ("clip.", "model.", "train.seed")  # the fields of an experiment that clips are made with
 _CHUNK_BYTES = 2**24
 _log = logging.getLogger(__name__)
 
@@ -87,17 +89,17 @@ class Snapshot:
 
 def publish(location: str, folder: Path) -> None:
     """Writes what makes the clips of a checkpoint, half or a quarter of its size: the weights, which are their average
-    where there is one, and the experiment.
+    where there is one, and of the experiment the fields that make clips. All others are the defaults: they are nobody
+    else's business, and may hold passwords.
 
     `load` and `start_from` take the folder; a training cannot be resumed from it. Raises FileNotFoundError,
     DamagedCheckpoint; FileExistsError for a folder that is not empty.
     """
     trained, experiment = load(location)
-    changes: dict[str, Any] = {"optim.ema": 0.0, "storage": Experiment().storage}
-    changes |= dict.fromkeys(["data.root", "tracking.uri", "search.storage"])  # ours, and may hold a password
+    made_with = {name: value for name, value in flatten(experiment).items() if name.startswith(_PUBLISHED)}
     if isinstance(experiment.model, BetweenConfig):
-        changes["model.adversarial_weight"] = 0.0  # its discriminators stay behind
-    experiment = override(experiment, changes)
+        made_with["model.adversarial_weight"] = 0.0  # its discriminators stay behind
+    experiment = override(Experiment(), made_with)
     networks = dict(learners.build(experiment, torch.device("cpu")).networks)
     for name, network in networks.items():
         average = trained.networks.get(f"{name}{AVERAGE}")
@@ -240,12 +242,35 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     for location in _locations(experiment):
         metrics = position_of(location).get("metrics", {})
         known |= metrics.keys()
-        # Not one between validations, nor one of a network whose output was not finite.
-        if math.isfinite(metrics.get(metric, math.nan)):
+        if metric in metrics:  # and it is not one between validations
             measured[location] = metrics[metric]
     if known and not measured:
         raise ConfigError(f"{metric!r} was not measured at any; there are: {', '.join(sorted(known))}")
-    return _first_whole(experiment, sorted(measured, key=lambda place: measured[place], reverse=not smaller))
+    return _first_whole(experiment, _ranked(measured, smaller))
+
+
+def select(experiment: Experiment) -> str:
+    """Where the checkpoint lies that stands for a run: the whole one with the best validation, or the newest where
+    none was validated. It is the one that is evaluated, published and registered. Raises ConfigError."""
+    locations = _locations(experiment)
+    metrics = {location: position_of(location).get("metrics", {}) for location in locations}
+    validated = {location: measured[METRIC] for location, measured in metrics.items() if METRIC in measured}
+    others = [location for location in locations if location not in validated]
+    return _first_whole(experiment, [*_ranked(validated), *others])
+
+
+def describe(location: str) -> str:
+    """A checkpoint in words: what it was chosen by, and where it lies."""
+    position = position_of(location)
+    if METRIC not in position.get("metrics", {}):
+        return location
+    return f"{location} (epoch {position.get('epoch')}, {METRIC} {position['metrics'][METRIC]:.2f})"
+
+
+def _ranked(measured: Mapping[str, float], smaller: bool = True) -> list[str]:
+    """Locations by what was measured there, best first; NaN last, as it compares with nothing."""
+    sign = 1 if smaller else -1
+    return sorted(measured, key=lambda place: (math.isnan(measured[place]), sign * measured[place]))
 
 
 def reported(experiment: Experiment) -> dict[str, Any] | None:

@@ -14,6 +14,7 @@ from ray._private.state import state  # no public function tells what an autosca
 
 from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.head import AS_ANY_PROCESS, JOB_STOP_WAIT
+from giffy_ray.messages import show_worker_messages, worker_setup
 from giffy_ray.storage import is_local
 
 # Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
@@ -32,13 +33,19 @@ class Share:
 
 
 def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS or of this machine, or starts one. Ray's log lines stay in its files."""
+    """Joins the cluster of RAY_ADDRESS or of this machine, or starts one.
+
+    Workers get our environment's MLFLOW_*, AWS_* and GOOGLE_*, and what they warn of is printed here. Ray's log lines
+    stay in its files.
+    """
     if not ray.is_initialized():
         warning = stop_wait_warning(os.environ)
         if warning:
             print(warning, file=sys.stderr, flush=True)
         os.environ.update(AS_ANY_PROCESS | JOB_STOP_WAIT | os.environ)
-        ray.init(logging_level=logging.WARNING, log_to_driver=False)
+        setup = {"worker_process_setup_hook": worker_setup(os.environ)}
+        ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=setup)
+        show_worker_messages()
 
 
 def stop_wait_warning(environment: Mapping[str, str]) -> str | None:

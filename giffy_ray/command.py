@@ -8,6 +8,7 @@ from pathlib import Path
 
 from giffy_ray import cluster
 from giffy_ray.config import ConfigError, Experiment, load, override
+from giffy_ray.messages import redact_output
 from giffy_ray.storage import settle
 
 
@@ -16,6 +17,7 @@ def run(job: Callable[[Experiment], None], usage: str | None, default: Path) -> 
 
     Without an experiment file `default` is read. A mistake in the experiment ends with code 2 and one clear message.
     """
+    redact_output()
     words = _plain(sys.argv[1:])
     if {"-h", "--help"} & set(words):
         print(usage)

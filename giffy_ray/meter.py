@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import resource
 import tempfile
 import time
@@ -18,9 +19,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from giffy_ray import ranks
 from giffy_ray.transfer import Fetched
 
-# Of dense bfloat16 products (float16 where there is no bfloat16), from the makers' data sheets. By part of the name.
-_PEAK_TFLOPS = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "L40S": 362, "L4": 121}
-_PEAK_TFLOPS |= {"A10G": 70, "A10": 125, "V100": 125, "T4": 65}
+# Dense bfloat16 products (float16 where there is no bfloat16) in 10^12 operations a second, from the makers' data
+# sheets, by words of the name that NVML and torch give a device. The first entry whose words are all there counts.
+_PEAK_TFLOPS = {
+    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989},
+    **{"H800 PCIe": 756, "H800": 989, "H20": 148, "B200": 2250, "GB200": 2500},
+    **{"A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125, "A10G": 70},
+    **{"L40S": 362, "L40": 181, "L4": 121, "V100 PCIE": 112, "V100S": 130, "V100": 125, "T4": 65},
+}
+# A slice of a GPU: an instance of MIG, or a profile of vGPU (A10-24Q, A100-1-5C), which has a part of its peak.
+_SLICE = re.compile(r"MIG|\d+[ABCQ]")
 _TRACED = schedule(wait=5, warmup=2, active=5, repeat=1)  # steps
 
 
@@ -117,9 +125,11 @@ class Meter:
 
 
 def peak_tflops(device: str) -> float | None:
-    """The most that a GPU of this name can do, in 10^12 operations a second; None for one that is not known here."""
-    words = device.replace("-", " ")
-    return next((peak for name, peak in _PEAK_TFLOPS.items() if name in words), None)
+    """The peak of a GPU of this name, in 10^12 operations a second; None for one that is unknown, or a slice of one."""
+    words = set(re.split(r"[\s-]+", device))
+    if any(_SLICE.fullmatch(word) for word in words):
+        return None
+    return next((peak for name, peak in _PEAK_TFLOPS.items() if words.issuperset(name.split())), None)
 
 
 def profiler(wanted: bool, keep: Callable[[Path], None]) -> profile | Untraced:

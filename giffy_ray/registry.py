@@ -14,7 +14,7 @@ from giffy_ray.storage import join, read_text, without_secrets
 from giffy_ray.tracking import registry, tracking_uri
 from giffy_ray.tracking.registry import Version
 
-_METRIC = "val/l2_report"  # by which the best checkpoint is chosen, and the champion: smaller is better
+_METRIC = checkpoints.METRIC  # by which the champion is chosen, as a run's best checkpoint is: smaller is better
 # What has to be the same of two models for their metrics to be comparable.
 _CLIPS = ("data.fingerprint", "data.split", "clip")
 

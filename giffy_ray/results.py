@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray.train
 import torch
 from rich.console import Console
 
-from giffy_ray import checkpoints, perceptual, registry, render
+from giffy_ray import checkpoints, lease, perceptual, registry, render
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data.store import Store
@@ -33,7 +34,7 @@ from giffy_ray.learners import Learner
 from giffy_ray.page import chosen_rows, page
 from giffy_ray.perceived import Perceived
 from giffy_ray.reports import line_of, relayed
-from giffy_ray.storage import join, read_bytes, settle, write_bytes
+from giffy_ray.storage import join, read_bytes, settle, without_secrets, write_bytes
 from giffy_ray.study import Reel, study_page
 from giffy_ray.survey import measure, readable, sample, survey
 from giffy_ray.tables import (
@@ -97,10 +98,10 @@ def show_search(study: Experiment, found: Study, store: Store, tracker: Tracker)
     others = [trial for trial in found.trials if trial not in found.best and not trial.ended]
     for trial in [*found.best, *others][:_MOST_TRIALS]:
         try:
-            location = checkpoints.newest(experiment_of(study, trial.number, trial.values))
+            location = checkpoints.select(experiment_of(study, trial.number, trial.values))
             learner, trained = checkpoints.load(location)
         except ConfigError as error:  # it was removed since; the others are shown
-            reels.append(Reel(trial.name, (), str(error)))
+            reels.append(Reel(trial.name, (), without_secrets(str(error))))
             continue
         made = learner_method(learner, trained.train.seed)(real[:, 0], real[:, -1], ids)
         reels.append(Reel(trial.name, tuple(render.sprite(clip) for clip in made.numpy())))
@@ -111,9 +112,10 @@ def show_search(study: Experiment, found: Study, store: Store, tracker: Tracker)
 
 
 def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:
-    """Trains, then shows the trained model beside linear interpolation on the validation clips.
+    """Trains, then shows the trained model beside linear interpolation on the validation clips, and registers it.
 
-    Everything goes to the training's own MLflow run, and to `parent`, the search that it belongs to.
+    It is the checkpoint with the best validation in both cases. Everything goes to the training's own MLflow run, and
+    to `parent`, the search that it belongs to, which goes on.
     """
     baseline_methods(experiment.evaluate.baselines, store.clip)  # what cannot be shown is told before the training
     perceptual.require(experiment.evaluate.perceptual, experiment.evaluate.weights)
@@ -125,26 +127,32 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
         if "epoch" in metrics:  # and not only a checkpoint
             print(line_of(metrics, experiment.train.epochs), flush=True)
 
-    with relayed(show) as relay:
-        checkpoint = train(experiment, store, share, parent.place if parent else None, [relay])
-    trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
-    trackers = [open_run(experiment), *([parent] if parent else [])]
-    if parent is None:
-        log_data_set(store, trackers)
-    show_results(experiment, [trained], store, trackers)
-    for tracker in trackers:
-        tracker.finish()
-    print(f"  {checkpoint}")
-    registry.offer(experiment)
+    try:
+        with relayed(show) as relay:
+            train(experiment, store, share, parent.place if parent else None, [relay])
+    except ray.train.TrainingFailedError:
+        with lease.held(experiment), open_run(experiment) as tracker:  # workers that were killed have not said so
+            tracker.finish("FAILED")
+        raise
+    with lease.held(experiment):  # the training's is over, and another one would write to the same run
+        checkpoint = checkpoints.select(experiment)
+        print(f"evaluating {checkpoints.describe(checkpoint)}", flush=True)
+        trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
+        with open_run(experiment) as tracker:
+            if parent is None:
+                log_data_set(store, [tracker])
+            show_results(experiment, [trained], store, [tracker, *([parent] if parent else [])])
+        registry.offer(experiment)
 
 
 def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
-    """The learners of `evaluate.runs`, or of the experiment's own run; of each run its newest checkpoint.
+    """The learners of `evaluate.runs`, or of the experiment's own run; of each run the checkpoint that
+    `checkpoints.select` chooses, which is printed.
 
     Raises ConfigError where there is no such run, or where its clips are not of the size and length of `clip`.
     """
     if not experiment.evaluate.runs:
-        learner, trained = checkpoints.load(checkpoints.newest(experiment))
+        learner, trained = _selected(experiment)
         return [_fitting(Trained(trained.model.kind, learner, trained), "name", clip)]
     runs = [Trained(_short(run), *_loaded(experiment, run)) for run in experiment.evaluate.runs]
     names = Counter(run.name for run in runs)
@@ -161,10 +169,16 @@ def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
         if run.startswith(_REGISTERED):
             with tempfile.TemporaryDirectory() as folder:
                 return checkpoints.load(fetch(tracking_uri(experiment), run, Path(folder)))
-        location = settle(run) if "/" in run else checkpoints.newest(override(experiment, {"name": run}))
-        return checkpoints.load(location)
+        return checkpoints.load(settle(run)) if "/" in run else _selected(override(experiment, {"name": run}))
     except (ConfigError, FileNotFoundError, checkpoints.DamagedCheckpoint) as error:
         raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
+
+
+def _selected(experiment: Experiment) -> tuple[Learner, Experiment]:
+    location = checkpoints.select(experiment)
+    loaded = checkpoints.load(location)
+    print(f"evaluating {checkpoints.describe(location)}", flush=True)
+    return loaded
 
 
 def _short(run: str) -> str:

@@ -9,6 +9,17 @@ from pathlib import Path
 
 from pyarrow import fs
 
+# User and password of an address: up to the last @ of its host. A password may also hold what it should not, such as /:
+# where there is no port after a colon, it is hidden up to the last @ of the word, or of the next address.
+_USER_INFO = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))(?:(?!://)\S)*)@")
+# A value of a query whose name says that it is a credential (sig, X-Amz-Signature, access_key, sslpassword, ...), or of
+# a list of settings (password=... host=...).
+_NAME, _VALUE = r"""[^\s=&;?#'"]*""", r"""[^\s&;#'"<>]+?(?=[])},.:]*(?:[\s&;#'"<>]|$))"""
+_CREDENTIAL = re.compile(
+    rf"([?&;#]{_NAME}(?:pass|pwd|token|secret|sig|cred|(?<!viewStateShare)key|auth|jwt|sas|session|odbc_connect){_NAME}="
+    rf"|(?:^|\s){_NAME}(?:password|passwd|pwd|secret|token){_NAME}=){_VALUE}",
+    re.IGNORECASE,
+)
 PARTIAL = ".partial"  # how the name of a file ends that is still being written
 
 
@@ -38,8 +49,8 @@ def join(location: str, *names: str) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without what stands before the @ of addresses: a user and a password."""
-    return re.sub(r"(://)[^/@\s]+@", r"\1***@", text)
+    """Without the credentials in its addresses: what stands before the @, and values of a query such as token=..."""
+    return _CREDENTIAL.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
 def settle(location: str) -> str:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 from giffy_ray.head import local_head
+from giffy_ray.messages import redact_output
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 # What `ray job submit` says of itself; its errors are let through.
@@ -18,6 +19,7 @@ _RAY_SAYS = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+\s+)?(INFO|SUCC|WARNING) \S+\.p
 
 
 def main() -> int:
+    redact_output()
     began_s = time.monotonic()
     storage = _CHECKOUT / "runs"
     print("starting a local Ray head", flush=True)

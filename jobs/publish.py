@@ -1,7 +1,8 @@
 """Takes out of a run what makes clips: python jobs/publish.py [EXPERIMENT.yaml] [name=... storage=...]
 
-Of the checkpoint with the best validation. The folder that is written, published/NAME in a local `storage`, is a
-checkpoint that evaluate.runs and train.start_from take.
+Of the checkpoint with the best validation, or of the newest where none was validated: the weights, and of the
+experiment the fields that make clips (clip, model, train.seed). The folder that is written, published/NAME in a
+local `storage`, is a checkpoint that evaluate.runs and train.start_from take.
 """
 
 from pathlib import Path
@@ -15,7 +16,9 @@ def main(experiment: Experiment) -> None:
     if not is_local(experiment.storage):
         raise ConfigError(f"storage: publishing writes into a local folder (value {experiment.storage!r})")
     folder = Path(experiment.storage, "published", experiment.name)
-    checkpoints.publish(checkpoints.best(experiment, "val/l2_report"), folder)
+    location = checkpoints.select(experiment)
+    checkpoints.publish(location, folder)
+    print(f"publishing {checkpoints.describe(location)}")
     print(folder)
 
 

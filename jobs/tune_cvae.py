@@ -21,19 +21,21 @@ def main(experiment: Experiment) -> None:
     points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)
 
-    parent = open_run(study)
-    log_data_set(store, [parent])
-    print(f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True)
-    found = tune.search(study, store, share_of_trials, parent.place, points)
-    parent.close_children()
-    show_search(study, found, store, parent)
+    with tune.claim(study, store), open_run(study) as parent:
+        log_data_set(store, [parent])
+        print(
+            f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True
+        )
+        found = tune.search_claimed(study, store, share_of_trials, parent.place, points)
+        parent.close_children()
+        show_search(study, found, store, parent)
 
-    best = tune.trained_out(experiment, study, found)
-    where = join(study.storage, study.name, "best.yaml")
-    write_text(where, differences(best))
-    parent.log_text(differences(best), "best.yaml")
-    print(f"the best trial is {found.best[0].name}: {where}")
-    train_and_show(best, store, share, parent)
+        best = tune.trained_out(experiment, study, found)
+        where = join(study.storage, study.name, "best.yaml")
+        write_text(where, differences(best))
+        parent.log_text(differences(best), "best.yaml")
+        print(f"the best trial is {found.best[0].name}: {where}")
+        train_and_show(best, store, share, parent)
 
 
 if __name__ == "__main__":

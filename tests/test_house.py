@@ -13,7 +13,7 @@ PACKAGE = ROOT / "giffy_ray"
 # Each floor may import from itself and from those before it.
 FLOORS = [
     {"config", "shapes", "storage", "progress", "transfer"},
-    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "reports", "ranks", "lease"},
+    {"data", "models", "losses", "metrics", "perceptual", "render", "head", "messages", "reports", "ranks", "lease"},
     {"cluster", "learners", "tracking", "listen", "meter", "restarts", "ui"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
     {"loop", "pyfunc", "registry"},

@@ -223,6 +223,27 @@ def test_the_peak_of_a_gpu_is_found_by_its_name():
     assert peak_tflops("Some GPU") is None
 
 
+# As NVML and torch.cuda.get_device_name give them; GPUs whose peak is not in our table have none.
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        *(("NVIDIA A100-PCIE-40GB", 312), ("NVIDIA A100 80GB PCIe", 312), ("A100-SXM4-40GB", 312)),
+        *(("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989)),
+        *(("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250)),
+        *(("NVIDIA A10", 125), ("NVIDIA A30", 165), ("NVIDIA A40", 150), ("NVIDIA L4", 121), ("NVIDIA L40", 181)),
+        *(("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla V100S-PCIE-32GB", 130)),
+        *((name, None) for name in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA A100X", "NVIDIA A16", "NVIDIA A2")),
+        *((name, None) for name in ("NVIDIA T400", "NVIDIA T400 4GB", "NVIDIA T1000", "NVIDIA T4G", "NVIDIA L40G")),
+        *((name, None) for name in ("Tesla K80", "NVIDIA GeForce RTX 4090", "NVIDIA A10M", "Quadro T2000", "")),
+        # Slices, which have a part of the peak.
+        *((name, None) for name in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A10-24Q", "GRID T4-16C")),
+        *((name, None) for name in ("NVIDIA A100-1-5C", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA L4-4A")),
+    ],
+)
+def test_a_gpu_has_the_peak_of_its_own_name_alone(name: str, peak: float | None):
+    assert peak_tflops(name) == peak
+
+
 def test_a_trace_of_five_steps_is_kept():
     traces: list[str] = []
     profile = profiler(True, lambda path: traces.append(gzip.decompress(path.read_bytes()).decode()))

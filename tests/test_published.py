@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from giffy_ray import checkpoints, learners
-from giffy_ray.config import SyntheticConfig, load
+from giffy_ray.config import Experiment, SyntheticConfig, flatten, load
 from giffy_ray.data import synthetic
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.metrics import sharpness_ratio, skill, squared_error
@@ -36,6 +36,9 @@ def test_it_is_whole_and_beats_interpolation(folder: Path, real: torch.Tensor):
     learner, experiment = checkpoints.load(str(folder))
     assert not experiment.storage.startswith("/")
     assert experiment.data.root is None
+    default = flatten(Experiment())
+    for name, value in flatten(experiment).items():  # what makes clips, and no more
+        assert name.startswith(("clip.", "model.")) or name == "train.seed" or value == default[name], name
     start, end = real[:, 0], real[:, -1]
     made, faded = learner.generate(start, end, torch.zeros(VIDEOS, learner.latent)), linear(start, end, 30)
     gained = skill(squared_error(made, real), squared_error(faded, real))

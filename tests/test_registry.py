@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ from mlflow.models import get_model_info
 from mlflow.tracking import MlflowClient
 
 from giffy_ray import checkpoints, registry
-from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.config import ClipConfig, ConfigError, Experiment, flatten, from_yaml, override
 from giffy_ray.learners.noise import noise_at
 from giffy_ray.results import trained_runs
 from giffy_ray.storage import write_text
@@ -167,6 +168,18 @@ except mlflow.exceptions.MlflowException as refusal:
     assert signature.outputs.inputs[0].shape == (-1, 6, 16, 16, 3)
 
 
+def test_the_model_that_is_registered_is_the_one_that_is_evaluated(champion: Experiment, capsys):
+    """And published: the checkpoint with the best validation, of those in the folder the oldest."""
+    best = checkpoints.best(champion, "val/l2_report")
+    assert best.endswith("checkpoint_0")
+    assert checkpoints.newest(champion).endswith("checkpoint_2")
+    (run,) = trained_runs(champion, champion.clip)
+    assert f"evaluating {best} (epoch None, val/l2_report 50.00)" in capsys.readouterr().out
+    weights, _ = checkpoints.load(best)
+    for name, weight in weights.networks["cvae"].state_dict().items():
+        assert torch.equal(run.learner.networks["cvae"].state_dict()[name], weight)
+
+
 def test_the_champion_is_evaluated_by_its_name(champion: Experiment):
     asked = override(champion, {"evaluate.runs": ["models:/giffy_ray@champion", "models:/giffy_ray/1", "first"]})
     runs = trained_runs(asked, champion.clip)
@@ -211,6 +224,41 @@ def test_what_is_registered_is_asked_for_and_known(champion: Experiment, capsys:
         registry.register(override(champion, {"tracking.model": None}))
     with pytest.raises(ConfigError, match=r"name: MLflow has no run of .*nobody.*replay_tracking"):
         registry.register(override(champion, {"name": "nobody"}))
+
+
+PRIVATE = {
+    "name": "client-project",
+    "storage": "s3://me:secret@bucket/runs",
+    "data.root": "s3://me:secret@bucket/videos",
+    "data.categories": ["client"],
+    "data.caps": {"client": {"training": 3}},
+    "train.start_from": "s3://me:secret@bucket/checkpoint",
+    "tracking.uri": "http://me:secret@host",
+    "tracking.experiment": "client",
+    "tracking.model": "client",
+    "evaluate.runs": ["s3://me:secret@bucket/other"],
+    "evaluate.weights": {"lpips": "/home/me/secret"},
+    "search.storage": "postgresql://me:secret@host/optuna",
+    "search.enqueue": ["0123secret"],
+    "search.space": {"optim.lr": {"choice": [1e-3]}},
+    "optim.lr": 0.25,
+}
+
+
+@pytest.mark.parametrize("kind", ["cvae", "between"])
+def test_what_is_published_is_what_makes_clips_and_no_more(tmp_path: Path, kind: str):
+    shape = {name: value for name, value in TINY.items() if name.startswith("clip.")}
+    model = {name: value for name, value in TINY.items() if kind == "cvae" and name.startswith("model.")}
+    experiment = override(Experiment(), {"model.kind": kind, **shape, **model, "train.seed": 7, **PRIVATE})
+    (tmp_path / "trained").mkdir()
+    checkpoints.Snapshot(built(experiment), experiment, checkpoints.Position(0)).save(tmp_path / "trained")
+    checkpoints.publish(str(tmp_path / "trained"), tmp_path / "published")
+    text = (tmp_path / "published" / "experiment.yaml").read_text()
+    assert not re.search("secret|client|bucket", text)
+    published, trained, default = flatten(from_yaml(text)), flatten(experiment), flatten(Experiment())
+    for name, value in published.items():
+        kept = name.startswith(("clip.", "model.")) or name == "train.seed"
+        assert value == (trained if kept else default)[name], name
 
 
 def test_no_password_is_published(tiny: Experiment, tmp_path: Path):

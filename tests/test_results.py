@@ -1,20 +1,29 @@
+import contextlib
 import csv
+import importlib
 import io
+import math
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import ray.train
 import torch
+from mlflow.tracking import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from giffy_ray import checkpoints
+from giffy_ray import checkpoints, learners, metrics, results
+from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.evaluate import Score, summarise
 from giffy_ray.results import Trained, show_results, trained_runs
 from giffy_ray.tables import distance_table, measures_table, skill_table
+from giffy_ray.tracking import open_run, replay, tracking_uri
+from tests.conftest import ROOT
 from tests.test_perceived import Difference
 
 CLIP = ClipConfig(frames=4, fps=2.0, height=16, width=16)
@@ -242,3 +251,150 @@ def test_the_third_table_is_readable_however_long_the_names_are():
         assert "…" not in "".join(lines)
         row = next(line for line in lines if "20.2" in line and "33.5" in line)
         assert row.endswith("33.5")
+
+
+def job(name: str) -> Any:
+    """The module of jobs/NAME.py."""
+    sys.path.insert(0, str(ROOT / "jobs"))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(ROOT / "jobs"))
+
+
+class SixFrames(FakeStore):
+    """As many frames as a tiny CVAE can make."""
+
+    def __init__(self, folder: Path):
+        super().__init__(folder)
+        self.clip = ClipConfig(frames=6, fps=2.0, height=16, width=16)
+
+    def gather(self, rows: np.ndarray) -> np.ndarray:
+        return super().gather(rows)[:, [0, 1, 1, 2, 2, 3]]
+
+
+@pytest.fixture
+def run_with_checkpoints(tmp_path: Path, tiny: Experiment) -> Experiment:
+    """A run whose second checkpoint has the best validation, and the fourth none."""
+    asked = override(tiny, {"name": "study", "storage": str(tmp_path), "train.batch": 4, "evaluate.samples": 1})
+    for number, l2 in enumerate([math.nan, 20.0, 30.0, None]):
+        folder = tmp_path / "study" / f"checkpoint_{number}"
+        folder.mkdir(parents=True)
+        measured = {} if l2 is None else {"val/l2_report": l2}
+        position = checkpoints.Position(10 * number, measured, epoch=None if l2 is None else number)
+        learner = learners.build(override(asked, {"train.seed": number}), torch.device("cpu"))
+        checkpoints.Snapshot(learner, asked, position).save(folder)
+    return asked
+
+
+def test_of_a_run_the_best_validation_is_chosen_then_the_newest(run_with_checkpoints: Experiment):
+    folder = Path(run_with_checkpoints.storage, "study")
+    for chosen in (1, 2, 0, 3):  # NaN compares with nothing, and is better than nothing
+        assert checkpoints.select(run_with_checkpoints) == str(folder / f"checkpoint_{chosen}")
+        (folder / f"checkpoint_{chosen}" / "cvae.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match="no whole checkpoint in"):
+        checkpoints.select(run_with_checkpoints)
+
+
+def test_after_a_training_the_network_that_is_shown_is_the_one_that_is_registered(
+    run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    (tmp_path / "set").mkdir()
+    store: Any = SixFrames(tmp_path / "set")
+    monkeypatch.setattr(results, "train", lambda *_: checkpoints.newest(run_with_checkpoints))
+    monkeypatch.setattr(results, "log_data_set", lambda *_: None)
+    results.train_and_show(run_with_checkpoints, store, Share(1, 0, 1))
+    assert f"evaluating {tmp_path}/study/checkpoint_1 (epoch 1, val/l2_report 20.00)" in capsys.readouterr().out
+
+    rows = list(csv.DictReader((tmp_path / "study" / "evaluation.csv").open()))
+    client = MlflowClient(tracking_uri(run_with_checkpoints))
+    version = client.get_model_version_by_alias("giffy_ray", "champion")
+    folder = str(version.source).rpartition("/")[2]
+    registered = client.download_artifacts(str(version.run_id), f"{folder}/checkpoint")
+    learner, _ = checkpoints.load(registered)
+    real = torch.from_numpy(store.gather(np.arange(4)))
+    made = learner.generate(real[:, 0], real[:, -1], torch.zeros(4, learner.latent))
+    errors = [float(row["squared_error"]) for row in rows if row["method"] == "cvae"]
+    assert errors == pytest.approx(metrics.squared_error(made, real).tolist())
+    (run,) = client.search_runs(["1"])
+    assert run.info.status == "FINISHED"
+
+
+def test_an_evaluation_leaves_a_running_training_alone(
+    run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    evaluate, folder = job("evaluate"), tmp_path / "set"
+    folder.mkdir()
+    training = open_run(run_with_checkpoints)
+    training.log_metrics({"train/loss": 1.0}, 1)
+    training.flush()
+    letters = sorted(Path(training.place, "tracking").rglob("*"))
+    monkeypatch.setattr(evaluate.cluster, "share_of", lambda experiment: None)
+    monkeypatch.setattr(evaluate, "prepare", lambda experiment: SixFrames(folder))
+    evaluate.main(run_with_checkpoints)
+
+    client = MlflowClient(tracking_uri(run_with_checkpoints))
+    own, running = sorted(client.search_runs(["1"]), key=lambda run: run.info.status)
+    assert (running.info.run_id, running.info.status) == (training.run_id, "RUNNING")
+    assert "validation/cvae/psnr" not in running.data.metrics
+    assert (own.info.run_name, own.info.status) == ("study-evaluation", "FINISHED")
+    assert own.data.tags["mlflow.parentRunId"] == training.run_id
+    assert "validation/cvae/psnr" in own.data.metrics
+    assert {"evaluation.csv", "evaluation.html"} <= {item.path for item in client.list_artifacts(own.info.run_id)}
+    assert (tmp_path / "study" / "evaluation.csv").exists()
+    assert sorted(Path(training.place, "tracking").rglob("*")) == letters  # nobody else wrote there
+
+    monkeypatch.setattr(evaluate, "show_results", raising(RuntimeError("it broke")))
+    with pytest.raises(RuntimeError, match="it broke"):
+        evaluate.main(run_with_checkpoints)
+    statuses = sorted(run.info.status for run in client.search_runs(["1"]))
+    assert statuses == ["FAILED", "FINISHED", "RUNNING"]
+    training.finish()
+    assert replay(run_with_checkpoints) == 0
+
+
+def test_a_training_whose_workers_were_killed_does_not_seem_to_run(
+    run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def killed(*_: object) -> None:
+        open_run(run_with_checkpoints).flush()  # as a worker does, which is killed then
+        raise ray.train.TrainingFailedError("3 workers died")
+
+    monkeypatch.setattr(results, "train", killed)
+    with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
+        results.train_and_show(run_with_checkpoints, SixFrames(tmp_path), Share(1, 0, 1))  # type: ignore[arg-type]
+    (run,) = MlflowClient(tracking_uri(run_with_checkpoints)).search_runs(["1"])
+    assert run.info.status == "FAILED"
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(RuntimeError("none of 2 trials came to a value"), "FAILED"), (SystemExit(143), "KILLED")],
+)
+def test_a_search_that_raises_leaves_no_run_that_seems_to_run(
+    run_with_checkpoints: Experiment,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raised: BaseException,
+    status: str,
+):
+    tune_cvae = job("tune_cvae")
+    space = {"search.space": {"optim.lr": {"log_uniform": [1e-4, 1e-2]}}, "name": "tuned"}
+    searched = override(run_with_checkpoints, space)
+    monkeypatch.setattr(tune_cvae.cluster, "share_of", lambda experiment: Share(1, 0, 1))
+    monkeypatch.setattr(tune_cvae.cluster, "share_of_trials", lambda experiment: Share(1, 0, 1))
+    monkeypatch.setattr(tune_cvae, "prepare", lambda experiment: SixFrames(tmp_path))
+    monkeypatch.setattr(tune_cvae, "log_data_set", lambda *_: None)
+    monkeypatch.setattr(tune_cvae.tune, "claim", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(tune_cvae.tune, "search_claimed", raising(raised))
+    with pytest.raises(type(raised)):
+        tune_cvae.main(searched)
+    (run,) = MlflowClient(tracking_uri(searched)).search_runs(["1"])
+    assert (run.info.run_name, run.info.status) == ("tuned-study", status)
+
+
+def raising(error: BaseException) -> Any:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    return fail

@@ -16,6 +16,30 @@ from giffy_ray.config import Experiment, override
 from giffy_ray.tracking import open_run, system, tracking_uri
 
 GIGA = 10**9
+NVML = {  # of two GPUs
+    "nvmlInit": lambda: None,
+    "nvmlDeviceGetCount": lambda: 2,
+    "nvmlDeviceGetHandleByIndex": lambda number: number,
+    "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=(gpu + 1) * 10 * GIGA, total=80 * GIGA),
+    "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=40 + gpu),
+    "nvmlDeviceGetPowerUsage": lambda gpu: 350_000,
+    "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 700_000,
+}
+OF_A_GPU = {
+    *("memory_usage_percentage", "memory_usage_megabytes", "utilization_percentage"),
+    *("power_usage_watts", "power_usage_percentage"),
+}
+
+
+@pytest.fixture
+def nvml(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, answer in NVML.items():
+        monkeypatch.setattr(pynvml, name, answer)
+    system._warn_once.cache_clear()
+
+
+def refused(*_: object) -> None:
+    raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
 
 def of_mlflow(monitor) -> dict[str, float]:
@@ -30,23 +54,63 @@ def test_the_machine_is_read_as_mlflow_reads_it(monkeypatch: pytest.MonkeyPatch)
     assert system.machine()["system/system_memory_usage_percentage"] == 12.5
 
 
-def test_gpus_are_read_as_mlflow_reads_them(monkeypatch: pytest.MonkeyPatch):
+def test_gpus_are_read_as_mlflow_reads_them(nvml: None):
     """NVML is stood in for, as a machine without GPUs has none to ask; on one with an H100 they agreed too."""
-    answers = {
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetCount": lambda: 2,
-        "nvmlDeviceGetHandleByIndex": lambda number: number,
-        "nvmlDeviceGetMemoryInfo": lambda gpu: SimpleNamespace(used=(gpu + 1) * 10 * GIGA, total=80 * GIGA),
-        "nvmlDeviceGetUtilizationRates": lambda gpu: SimpleNamespace(gpu=40 + gpu),
-        "nvmlDeviceGetPowerUsage": lambda gpu: 350_000,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda gpu: 700_000,
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, answer)
     ours = system.of_gpus(system.gpus_here())
     assert ours == of_mlflow(GPUMonitor())
     assert ours["system/gpu_1_memory_usage_percentage"] == 25
     assert ours["system/gpu_0_power_usage_percentage"] == 50
+    assert ours.keys() == {f"system/gpu_{number}_{name}" for number in (0, 1) for name in OF_A_GPU}
+
+
+@pytest.mark.parametrize(
+    ("call", "missing"),
+    [
+        ("nvmlDeviceGetMemoryInfo", {"memory_usage_percentage", "memory_usage_megabytes"}),  # unified memory
+        ("nvmlDeviceGetUtilizationRates", {"utilization_percentage"}),  # MIG
+        ("nvmlDeviceGetPowerUsage", {"power_usage_watts", "power_usage_percentage"}),  # vGPU
+        ("nvmlDeviceGetEnforcedPowerLimit", {"power_usage_percentage"}),
+    ],
+)
+def test_a_value_that_a_gpu_lacks_costs_no_other_and_is_named_once(
+    nvml: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str, missing: set[str]
+):
+    monkeypatch.setattr(pynvml, call, lambda gpu: refused() if gpu == 0 else NVML[call](gpu))
+    for _ in range(2):
+        sampled = system.of_gpus(system.gpus_here())
+        assert sampled.keys() == {f"system/gpu_1_{name}" for name in OF_A_GPU} | {
+            f"system/gpu_0_{name}" for name in OF_A_GPU - missing
+        }
+    assert len(caplog.messages) == len(missing)
+    assert all(any(f"gpu_0_{name} " in said for said in caplog.messages) for name in missing)
+
+
+def test_a_limit_of_nothing_is_no_percentage(nvml: None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetEnforcedPowerLimit", lambda gpu: 0)
+    assert system.of_gpus([0]).keys() == {f"system/gpu_0_{name}" for name in OF_A_GPU - {"power_usage_percentage"}}
+
+
+def test_a_gpu_that_cannot_be_asked_leaves_the_others_their_numbers(nvml: None, monkeypatch: pytest.MonkeyPatch):
+    handle = lambda number: refused() if number == 0 else number  # noqa: E731
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetHandleByIndex", handle)
+    assert system.of_gpus(system.gpus_here()).keys() == {f"system/gpu_1_{name}" for name in OF_A_GPU}
+
+
+def test_what_a_run_costs_is_logged_whatever_cannot_be_read(
+    nvml: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def hidden(*_: object) -> None:
+        raise FileNotFoundError("/proc/stat")
+
+    for name in ("cpu_percent", "virtual_memory"):
+        monkeypatch.setattr(psutil, name, hidden)
+    for name in NVML.keys() - {"nvmlInit"}:
+        monkeypatch.setattr(pynvml, name, refused)
+    logged: list[dict[str, float]] = []
+    system.Sampler(lambda values, step: logged.append(values), str(tmp_path), cpus=2, gpus=1).end()
+    (sample,) = logged
+    assert sample.keys() == {"cost/cpu_hours", "cost/gpu_hours"}
+    assert sample["cost/cpu_hours"] == pytest.approx(2 * sample["cost/gpu_hours"])
 
 
 def test_a_machine_without_nvidias_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch):

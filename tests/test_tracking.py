@@ -1,5 +1,7 @@
 """Read back with MLflow's own client."""
 
+import contextlib
+import io
 import json
 import math
 import re
@@ -14,9 +16,11 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from mlflow.exceptions import BAD_REQUEST, MlflowException
 from mlflow.tracking import MlflowClient
+from PIL import Image
 
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
 from giffy_ray.head import free_port
@@ -150,9 +154,20 @@ def test_children_that_were_ended_from_outside_are_closed(experiment: Experiment
     assert client.get_run(cut.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
 
-def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Experiment, client: MlflowClient):
-    tracker = open_run(experiment)
-    for content in (b"webp", b"drawn again after an interruption"):
+def animated(frames: int = 9, size: int = 64) -> bytes:
+    """An animated WebP of noise, which hardly compresses."""
+    noise = np.random.default_rng(0).integers(0, 255, (frames, size, size, 3), np.uint8)
+    first, *others = [Image.fromarray(frame) for frame in noise]
+    out = io.BytesIO()
+    first.save(out, "WEBP", quality=80, save_all=True, append_images=others, duration=100, loop=0)
+    return out.getvalue()
+
+
+def test_an_animation_has_the_name_that_the_image_grid_looks_for(
+    experiment: Experiment, client: MlflowClient, tmp_path: Path
+):
+    tracker, picture = open_run(experiment), animated()
+    for content in (picture, b"drawn again after an interruption"):
         tracker.log_animation(lambda content=content: content, "validation", step=3)
     tracker.flush()
     # MLflow's page wants both, and finds the one by the name of the other.
@@ -161,6 +176,41 @@ def test_an_animation_has_the_name_that_the_image_grid_looks_for(experiment: Exp
     assert small.replace("+compressed", "") == image
     assert image.endswith(".webp")
     assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
+    # It plays the one, and opens the other: the animation itself is stored once.
+    assert Path(client.download_artifacts(tracker.run_id, small, str(tmp_path))).read_bytes() == picture
+    opened = Path(client.download_artifacts(tracker.run_id, image, str(tmp_path)))
+    with Image.open(opened) as still, Image.open(io.BytesIO(picture)) as playing:
+        assert getattr(still, "n_frames", 1) == 1
+        playing.seek(4)
+        middle = np.asarray(playing.convert("RGB")).astype(float)
+        assert np.abs(np.asarray(still.convert("RGB")) - middle).mean() < 20  # it is lossy, and frames differ by 85
+    assert opened.stat().st_size < len(picture) / 5
+
+
+def test_an_animation_can_be_turned_off(experiment: Experiment, client: MlflowClient):
+    tracker = open_run(override(experiment, {"tracking.samples": False}))
+    tracker.log_animation(lambda: pytest.fail("drawn for nobody"), "validation", step=3)
+    tracker.log_drawn(lambda: b"last", "samples.gif", 5)
+    tracker.finish()
+    assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["experiment.yaml", "samples.gif"]
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"),
+    [(None, "FINISHED"), (ValueError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")],
+)
+def test_how_a_block_ends_is_how_its_run_ended(
+    experiment: Experiment, client: MlflowClient, raised: type[BaseException] | None, status: str
+):
+    with contextlib.suppress(ValueError, SystemExit, KeyboardInterrupt), open_run(experiment) as tracker:
+        tracker.log_results({"data/clips": 1.0})
+        if raised:
+            raise raised
+    run = client.get_run(tracker.run_id)
+    assert (run.info.status, run.data.metrics) == (status, {"data/clips": 1.0})
+    with open_run(experiment) as again:
+        again.finish("KILLED")  # as a training that was stopped does
+    assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
 def test_a_picture_of_the_end_is_drawn_once_for_each_step_and_replaces_the_one_before(

@@ -166,6 +166,7 @@ class ClusterConfig(Strict):
 class TrackingConfig(Strict):
     uri: str | None = None  # none: an SQLite file in `storage`
     experiment: str = "giffy_ray"
+    samples: bool = True  # log an animation of a few clips at each validation; false: only those at the end
     # In MLflow's registry, of the best model of each training that ends; none: it is not registered.
     model: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = "giffy_ray"
 

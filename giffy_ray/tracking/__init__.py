@@ -9,18 +9,21 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import io
 import json
 import subprocess
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, distribution, distributions
 from pathlib import Path
 
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
+from giffy_ray.messages import say
 from giffy_ray.storage import filesystem_of, is_local, join, read_text, without_secrets
 from giffy_ray.tracking.address import check_address, check_experiment_name, sqlite_address
 from giffy_ray.tracking.carrier import Carrier, params_of
@@ -28,7 +31,16 @@ from giffy_ray.tracking.outbox import Outbox, has_waiting, kind_in
 from giffy_ray.tracking.system import Sampler
 from giffy_ray.tracking.view import colour
 
-__all__ = ["Tracker", "check_tracking", "open_run", "params_of", "replay", "sqlite_address", "tracking_uri"]
+__all__ = [
+    "Tracker",
+    "check_tracking",
+    "open_evaluation",
+    "open_run",
+    "params_of",
+    "replay",
+    "sqlite_address",
+    "tracking_uri",
+]
 
 _LONGEST_PARAM = 6000  # characters, of MLflow
 
@@ -40,7 +52,7 @@ def tracking_uri(experiment: Experiment) -> str:
     if not is_local(experiment.storage):
         raise ConfigError(
             f"tracking.uri: give the address of an MLflow server; without one runs are kept in an SQLite file, "
-            f"which cannot be on {experiment.storage!r}"
+            f"which cannot be on {without_secrets(experiment.storage)!r}"
         )
     Path(experiment.storage).mkdir(parents=True, exist_ok=True)
     return sqlite_address(join(experiment.storage, "mlflow.db"))
@@ -64,21 +76,25 @@ class Tracker:
         outbox: Outbox | None = None,
         carrier: Carrier | None = None,
         place: str = "",
+        samples: bool = True,
         send_trials: Callable[[], int] = lambda: 0,
     ):
         """`send_trials` sends what MLflow has not taken of the runs below this one."""
         self.place = place  # of the run: its folder, which is what others know it by
-        self._outbox, self._carrier, self._send_trials = outbox, carrier, send_trials
+        self._outbox, self._carrier, self._samples, self._send_trials = outbox, carrier, samples, send_trials
         self._unsent_of_trials = 0
         self._sampler: Sampler | None = None
+        self._finished = False
 
     def __enter__(self) -> Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What ends before it called `finish` was ended from outside, as trials are, or failed."""
-        if kind:
-            self.finish("KILLED" if issubclass(kind, SystemExit | KeyboardInterrupt) else "FAILED")
+        """Finishes the run unless `finish` was called: as KILLED where it was stopped from outside, as FAILED where
+        something else was raised."""
+        if not self._finished:
+            killed = kind is not None and issubclass(kind, SystemExit | KeyboardInterrupt)
+            self.finish("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
 
     @property
     def run_id(self) -> str:
@@ -123,7 +139,8 @@ class Tracker:
         self._metrics(results, 0)
 
     def log_text(self, text: str, name: str) -> None:
-        self._files([name], None, text.encode())
+        """Logs a text file, without the credentials of addresses."""
+        self._files([name], None, without_secrets(text).encode())
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         if self._outbox:
@@ -136,16 +153,19 @@ class Tracker:
             self._put({"kind": "files", "folder": None, "names": [name], "tags": {}}, draw(), letter)
 
     def log_animation(self, draw: Callable[[], bytes], key: str, step: int) -> None:
-        """Draws an animated WebP and logs it under the names that MLflow's image grid, with its step slider, wants.
+        """Draws an animated WebP and logs it for MLflow's image grid, with its step slider; not where
+        `tracking.samples` is off.
 
-        The slider stands at step 0 first; the small picture in the grid is the one called compressed.
+        The grid plays `<name>+compressed.webp`, knows the step only from `<name>.webp`, and shows the latter when it
+        is clicked: that one is a still, 4 % of the size. The slider starts at step 0.
         """
         letter = f"animation-{key}-{step:09}"
-        if self._outbox and not self._outbox.has(letter):
+        if self._outbox and self._samples and not self._outbox.has(letter):
             name = f"{key}+step+{step}+timestamp+{int(time.time() * 1000)}+{uuid.uuid4()}"
-            names = [f"{name}.webp", f"{name}+compressed.webp"]
-            head = {"kind": "files", "folder": "images", "names": names, "tags": {"mlflow.loggedImages": "True"}}
-            self._put(head, draw(), letter)
+            head = {"kind": "files", "folder": "images", "tags": {"mlflow.loggedImages": "True"}}
+            picture = draw()
+            self._put({**head, "names": [f"{name}.webp"]}, _still(picture))
+            self._put({**head, "names": [f"{name}+compressed.webp"]}, picture, letter)
 
     def close_children(self) -> None:
         """Marks the runs under this one that were ended from outside, by the search, as killed.
@@ -157,6 +177,7 @@ class Tracker:
 
     def finish(self, status: str = "FINISHED") -> None:
         """Ends the run, and waits a while for what MLflow has not taken yet; what is left is said, and kept."""
+        self._finished = True
         if self._sampler:
             self._sampler.end()
         self._put({"kind": "status", "status": status})
@@ -190,13 +211,53 @@ def open_run(
     if rank != 0:
         return Tracker()
     place = join(experiment.storage, experiment.name)
-    tracker = Tracker(*_connected(experiment, place), place, functools.partial(_send_trials, experiment))
+    send_trials = functools.partial(_send_trials, experiment)
+    return _opened(experiment, experiment.name, place, parent, tags or {}, send_trials)
+
+
+def open_evaluation(experiment: Experiment) -> Tracker:
+    """A new MLflow run, NAME-evaluation, shown under the run of the experiment's name where MLflow has that.
+
+    It has a folder of its own, below that of the run: a training may be writing to the run itself meanwhile.
+    """
+    place = join(experiment.storage, experiment.name)
+    evaluated = read_text(join(place, "mlflow_run"))
+    # The tag, not `parent`, for which it would wait: the run may be on another server.
+    tags = {"mlflow.parentRunId": evaluated} if evaluated else {}
+    own = join(place, f"evaluation_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
+    return _opened(experiment, f"{experiment.name}-evaluation", own, None, tags)
+
+
+def _opened(
+    experiment: Experiment,
+    name: str,
+    place: str,
+    parent: str | None,
+    tags: Mapping[str, str],
+    send_trials: Callable[[], int] = lambda: 0,
+) -> Tracker:
+    tracker = Tracker(*_connected(experiment, place), place, experiment.tracking.samples, send_trials)
     source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
-    own_tags = {**source, **colour(experiment.name), **_git(), "requirements.sha256": _lock_sha256(), **(tags or {})}
+    own_tags = {**source, **colour(name), **_git(), "requirements.sha256": _lock_sha256(), **tags}
+    own_tags = {tag: without_secrets(value) for tag, value in own_tags.items()}
     params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
-    begin = {"kind": "begin", "name": experiment.name, "parent": parent, "tags": own_tags, "params": params}
+    begin = {"kind": "begin", "name": name, "parent": parent, "tags": own_tags, "params": params}
     tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
     return tracker
+
+
+def _still(picture: bytes) -> bytes:
+    """The middle frame of an animated WebP; any other bytes as they are."""
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(io.BytesIO(picture)) as frames:
+            frames.seek(getattr(frames, "n_frames", 1) // 2)
+            out = io.BytesIO()
+            frames.convert("RGB").save(out, "WEBP", quality=80)
+    except UnidentifiedImageError:
+        return picture
+    return out.getvalue()
 
 
 def replay(experiment: Experiment) -> int:
@@ -228,7 +289,7 @@ def _send(experiment: Experiment, places: Sequence[str]) -> Iterator[int]:
     carrier = None
     for number, place in enumerate(places):
         if carrier and carrier.is_away():
-            print(f"MLflow still does not answer: what {len(places) - number} more runs have logged waits too")
+            say(f"MLflow still does not answer: what {len(places) - number} more runs have logged waits too")
             yield from (len(Outbox(join(each, "tracking")).waiting()) for each in places[number:])
             return
         if place != join(experiment.storage, experiment.name):

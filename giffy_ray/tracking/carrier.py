@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from giffy_ray.config import ConfigError
+from giffy_ray.messages import say
 from giffy_ray.storage import PARTIAL, join, read_text, without_secrets, write_text
 from giffy_ray.tracking.address import how_to_restore, sqlite_address, sqlite_path
 from giffy_ray.tracking.outbox import Letter, Outbox, kind_in
@@ -144,7 +145,7 @@ class Carrier:
         try:
             return self._report()
         except OSError as failure:
-            print(f"{self.outbox.folder} cannot be read: {without_secrets(str(failure))}", flush=True)
+            say(f"{self.outbox.folder} cannot be read: {without_secrets(str(failure))}")
             return 1
 
     def is_away(self) -> bool:
@@ -155,24 +156,20 @@ class Carrier:
         waiting, refused, unwritten = len(self.outbox.waiting()), self.outbox.refused(), self.outbox.unwritten
         where = f"MLflow at {without_secrets(self.uri)}"
         if waiting:
-            print(
+            say(
                 f"{where} has not taken {waiting} of the things that were logged ({self._failure}); they wait in "
-                f"{self.outbox.folder}, and are sent when the run is started again or by jobs/replay_tracking.py",
-                flush=True,
+                f"{self.outbox.folder}, and are sent when the run is started again or by jobs/replay_tracking.py"
             )
         if refused:
             shown = [f"  {self._refusal(name)}" for name in refused[:_SHOWN]]
             more = [f"  and {len(refused) - _SHOWN} more"] if len(refused) > _SHOWN else []
-            print(
+            head = (
                 f"{where} refused {len(refused)} of the things that were logged; they are kept in "
-                f"{join(self.outbox.folder, 'refused')}. Once the cause is fixed, jobs/replay_tracking.py sends them:",
-                *shown,
-                *more,
-                sep="\n",
-                flush=True,
+                f"{join(self.outbox.folder, 'refused')}. Once the cause is fixed, jobs/replay_tracking.py sends them:"
             )
+            say("\n".join([head, *shown, *more]))
         if unwritten:
-            print(f"{self.outbox.folder} could not be written: {unwritten} of the things that were logged are lost")
+            say(f"{self.outbox.folder} could not be written: {unwritten} of the things that were logged are lost")
         return waiting + len(refused) + unwritten
 
     def _refusal(self, name: str) -> str:
@@ -543,7 +540,7 @@ def params_of(uri: str, run_id: str) -> dict[str, str]:
         return client_of(uri).get_run(run_id).data.params
     except MlflowException as error:
         raise ConfigError(
-            f"search.enqueue: MLflow at {without_secrets(uri)} says: {error} (value {run_id!r})"
+            without_secrets(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})")
         ) from error
 
 

@@ -102,7 +102,7 @@ def fetch(uri: str, model: str, folder: Path) -> str:
         checkpoint = f"{_place(version.tags[_DIGEST])}/{CHECKPOINT}"
         return client.download_artifacts(version.run_id or "", checkpoint, str(folder))
     except MlflowException as error:
-        raise ConfigError(f"MLflow at {without_secrets(uri)} says: {error}") from error
+        raise ConfigError(without_secrets(f"MLflow at {uri} says: {error}")) from error
 
 
 def _place(digest: str) -> str:

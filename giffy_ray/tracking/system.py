@@ -6,11 +6,12 @@ monitor itself asks the server at each sample, and ends for good when one is not
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import psutil
@@ -42,7 +43,7 @@ class Sampler:
 
     def _run(self) -> None:
         gpus, ended, sampled_s = gpus_here(), False, time.monotonic()
-        psutil.cpu_percent()  # it tells of the time since it was last asked
+        machine()  # psutil measures CPU use since the previous call
         while not ended:
             ended = self._ended.wait(EVERY_S)
             now_s = time.monotonic()
@@ -52,7 +53,7 @@ class Sampler:
                 hours = {f"cost/{name}": used[name] for name in ("cpu_hours", "gpu_hours")}
                 self._log(machine() | of_gpus(gpus) | hours, used["samples"])
             except Exception as failure:  # a full disk, a bucket that is away: no training ends for want of a sample
-                _log.warning("this machine was not sampled: %r", failure)
+                _warn_once(f"this machine was not sampled: {failure!r}")
 
     def _used(self, seconds: float) -> dict[str, Any]:
         """What the run has used by now; in the file before it is logged, so no step is logged twice."""
@@ -66,35 +67,86 @@ class Sampler:
 
 
 def machine() -> dict[str, float]:
-    """CPU since this was last asked for, and memory now, of the whole machine."""
-    memory = psutil.virtual_memory()
-    return {
-        "system/cpu_utilization_percentage": psutil.cpu_percent(),
-        "system/system_memory_usage_megabytes": memory.used / 1e6,
-        "system/system_memory_usage_percentage": 100 * memory.used / memory.total,
-    }
+    """CPU use since the previous call, and memory now, of the whole machine; without what cannot be read."""
+
+    def memory_percentage() -> float:
+        memory = psutil.virtual_memory()
+        return 100 * memory.used / memory.total
+
+    return _readable(
+        {
+            "system/cpu_utilization_percentage": psutil.cpu_percent,
+            "system/system_memory_usage_megabytes": lambda: psutil.virtual_memory().used / 1e6,
+            "system/system_memory_usage_percentage": memory_percentage,
+        }
+    )
 
 
 def gpus_here() -> list[Any]:
-    """NVML's handles of the machine's GPUs, whoever uses them; none without NVIDIA's driver."""
+    """NVML's handles of the machine's GPUs, whoever uses them; none without NVIDIA's driver.
+
+    None stands for a GPU that cannot be asked, so that the others keep their numbers.
+    """
     try:
         pynvml.nvmlInit()
+        count = pynvml.nvmlDeviceGetCount()
     except pynvml.NVMLError:
         return []
-    return [pynvml.nvmlDeviceGetHandleByIndex(number) for number in range(pynvml.nvmlDeviceGetCount())]
+    return [_handle(number) for number in range(count)]
 
 
-def of_gpus(gpus: list[Any]) -> dict[str, float]:
-    named: dict[str, float] = {}
+def of_gpus(gpus: Sequence[Any]) -> dict[str, float]:
+    """What NVML says of each GPU; without the values that one lacks, as on MIG, vGPU or with unified memory."""
+    readers = {}
     for number, gpu in enumerate(gpus):
-        memory: Any = pynvml.nvmlDeviceGetMemoryInfo(gpu)
-        watts = pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
-        values = {
-            "memory_usage_percentage": 100 * memory.used / memory.total,
-            "memory_usage_megabytes": memory.used / 1e6,
-            "utilization_percentage": pynvml.nvmlDeviceGetUtilizationRates(gpu).gpu,
-            "power_usage_watts": watts,
-            "power_usage_percentage": 100_000 * watts / pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu),
-        }
-        named |= {f"system/gpu_{number}_{name}": float(value) for name, value in values.items()}
-    return named
+        if gpu is not None:
+            readers |= {f"system/gpu_{number}_{name}": read for name, read in _readers(gpu).items()}
+    return _readable(readers)
+
+
+def _handle(number: int) -> Any:
+    try:
+        return pynvml.nvmlDeviceGetHandleByIndex(number)
+    except pynvml.NVMLError as failure:  # it fell off the bus, or this user has no permission
+        _warn_once(f"GPU {number} cannot be sampled: {failure!r}")
+        return None
+
+
+def _readers(gpu: Any) -> Mapping[str, Callable[[], float]]:
+    def memory() -> Any:
+        return pynvml.nvmlDeviceGetMemoryInfo(gpu)
+
+    def memory_percentage() -> float:
+        now = memory()
+        return 100 * now.used / now.total
+
+    def utilization() -> Any:
+        return pynvml.nvmlDeviceGetUtilizationRates(gpu)
+
+    def power_watts() -> float:
+        return pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+
+    return {
+        "memory_usage_percentage": memory_percentage,
+        "memory_usage_megabytes": lambda: memory().used / 1e6,
+        "utilization_percentage": lambda: utilization().gpu,
+        "power_usage_watts": power_watts,
+        "power_usage_percentage": lambda: 100_000 * power_watts() / pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu),
+    }
+
+
+def _readable(readers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Reads each value by itself: one that cannot be read costs no other."""
+    values = {}
+    for name, read in readers.items():
+        try:
+            values[name] = float(read())
+        except Exception as failure:  # NotSupported, a power limit of 0 W, a /proc that a container hides
+            _warn_once(f"{name} cannot be sampled: {failure!r}")
+    return values
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    """Logs a warning once a process, as samples are taken every few seconds."""
+    _log.warning("%s", message)

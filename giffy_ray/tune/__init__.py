@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from optuna.trial import FrozenTrial, TrialState
 from ray import tune
+from ray.tune.execution import class_cache  # no setting says what Tune passes on
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
@@ -32,7 +34,18 @@ from giffy_ray.tune.population import check as check_population
 from giffy_ray.tune.space import Values, earlier_point, reports_point
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
 
-__all__ = ["Study", "Trial", "experiment_of", "first_points", "named", "objectives", "search", "trained_out"]
+__all__ = [
+    "Study",
+    "Trial",
+    "claim",
+    "experiment_of",
+    "first_points",
+    "named",
+    "objectives",
+    "search",
+    "search_claimed",
+    "trained_out",
+]
 
 # What may differ where a search goes on.
 _MAY_CHANGE = (
@@ -72,13 +85,39 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
     `points` are tried first. `share` is what a trial gets; `parent` is the place of the run that the trials are shown
     under. Raises ConfigError before anything starts, RuntimeError where every trial failed.
     """
+    with claim(experiment, store):
+        return search_claimed(experiment, store, share, parent, points)
+
+
+@contextmanager
+def claim(experiment: Experiment, store: Store) -> Iterator[None]:
+    """Inside, the search of the experiment's name is ours: nobody else writes to its folder and its MLflow run.
+
+    Raises ConfigError before anything starts.
+    """
     check(experiment_of(experiment, 0, {}), store)
     with claimed(experiment, store, _MAY_CHANGE):
-        ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
-        if ledger.unfinished() or not ledger.why_ended():
-            os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
-            _tuner(experiment, store, share, parent, ledger).fit()
-        return _study(ledger)
+        yield
+
+
+def search_claimed(
+    experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()
+) -> Study:
+    """As `search`, within `claim`."""
+    ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
+    if ledger.unfinished() or not ledger.why_ended():
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
+        withhold_credentials()
+        _tuner(experiment, store, share, parent, ledger).fit()
+    return _study(ledger)
+
+
+def withhold_credentials() -> None:
+    """Keeps Ray Tune from giving trials the driver's AWS_* by a runtime environment, which Ray writes to its logs.
+
+    They have them already: `cluster.connect` passes them on.
+    """
+    class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in name}
 
 
 def named(experiment: Experiment) -> Experiment:

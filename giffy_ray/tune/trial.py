@@ -17,7 +17,7 @@ from giffy_ray.checkpoints import Snapshot
 from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.data.store import Store
-from giffy_ray.storage import filesystem_of, join
+from giffy_ray.storage import filesystem_of, join, without_secrets
 from giffy_ray.tracking import open_run, tracking_uri
 from giffy_ray.train import MAY_CHANGE, claimed, train
 from giffy_ray.tune.space import Values
@@ -60,7 +60,7 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
         else:
             _alone(experiment, Store(store), parent)
     except Exception as failure:
-        tune.report({FAILED: f"{type(failure).__name__}: {failure}"})
+        tune.report({FAILED: without_secrets(f"{type(failure).__name__}: {failure}")})
 
 
 def _alone(experiment: Experiment, store: Store, parent: str) -> None:
