@@ -5,13 +5,16 @@ Started again with the same name=..., a run goes on from its last checkpoint.
 
 from pathlib import Path
 
-from giffy_ray import cluster, command
+from giffy_ray import command
 from giffy_ray.config import Experiment
-from giffy_ray.data.prepare import prepare
-from giffy_ray.results import train_and_show
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.results import train_and_show
+
     share = cluster.share_of(experiment)
     store = prepare(experiment)
     train_and_show(experiment, store, share)
