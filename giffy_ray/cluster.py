@@ -4,21 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import cast
 
+import grpc
 import ray
+from ray._private import services
+from ray._private.grpc_utils import init_grpc_channel
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state  # no public function tells what an autoscaler may add
+from ray.exceptions import RayError
 
 from giffy_ray.config import ConfigError, Experiment, override
-from giffy_ray.head import AS_ANY_PROCESS, JOB_STOP_WAIT
+from giffy_ray.head import AS_ANY_PROCESS, JOB_STOP_WAIT, refuse_long_folder
 from giffy_ray.messages import show_worker_messages, worker_setup
-from giffy_ray.storage import is_local
+from giffy_ray.storage import is_local, without_secrets
 
 # Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
 _DATA_CPUS = 1
+_ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
 _SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
 
@@ -33,19 +40,30 @@ class Share:
 
 
 def connect() -> None:
-    """Joins the cluster of RAY_ADDRESS or of this machine, or starts one.
+    """Joins the cluster of RAY_ADDRESS or of this machine, or starts one. Raises ConfigError where it does not answer.
 
     Workers get our environment's MLFLOW_*, AWS_* and GOOGLE_*, and what they warn of is printed here. Ray's log lines
     stay in its files.
     """
-    if not ray.is_initialized():
-        warning = stop_wait_warning(os.environ)
-        if warning:
-            print(warning, file=sys.stderr, flush=True)
-        os.environ.update(AS_ANY_PROCESS | JOB_STOP_WAIT | os.environ)
-        setup = {"worker_process_setup_hook": worker_setup(os.environ)}
+    if ray.is_initialized():
+        return
+    warning = stop_wait_warning(os.environ)
+    if warning:
+        print(warning, file=sys.stderr, flush=True)
+    address = _address()
+    if address is None:
+        folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"
+        refuse_long_folder(f"{folder.rstrip('/')}/ray", len(str(os.getpid())))
+    else:
+        _refuse_silent(address)
+    os.environ.update(AS_ANY_PROCESS | JOB_STOP_WAIT | os.environ)
+    setup = {"worker_process_setup_hook": worker_setup(os.environ)}
+    try:
         ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=setup)
-        show_worker_messages()
+    except (RuntimeError, ConnectionError, ValueError, RayError) as error:
+        where = f"join the cluster at {address}" if address else "start Ray"
+        raise ConfigError(f"RAY_ADDRESS: cannot {where}: {str(error).strip().partition(chr(10))[0]}") from error
+    show_worker_messages()
 
 
 def stop_wait_warning(environment: Mapping[str, str]) -> str | None:
@@ -61,6 +79,41 @@ def stop_wait_warning(environment: Mapping[str, str]) -> str | None:
         f"warning: `ray job stop` kills this job after {value} s ({name}), which may cut off its last checkpoint; "
         f"export {name}={JOB_STOP_WAIT[name]} before `ray start --head`, or set it in the job's runtime environment"
     )
+
+
+def _address() -> str | None:
+    """HOST:PORT of the cluster to join; None where one is to be started."""
+    given = os.environ.get("RAY_ADDRESS", "")
+    scheme, separator, _ = given.partition("://")
+    if separator:
+        kind = (
+            "Ray Client" if scheme == "ray" else "a dashboard" if scheme in ("http", "https") else "no address of Ray"
+        )
+        raise ConfigError(
+            f"RAY_ADDRESS: {scheme}:// is {kind}; submit the job with `ray job submit --address http://HOST:8265 -- "
+            f"python ...`, or unset RAY_ADDRESS to run it here (value {without_secrets(given)!r})"
+        )
+    try:
+        return services.canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
+    except (ValueError, ConnectionError, OSError) as error:
+        raise ConfigError(f"RAY_ADDRESS: {str(error).partition(chr(10))[0]} (value {given!r})") from error
+
+
+def _refuse_silent(address: str) -> None:
+    """Raises ConfigError where no Ray answers: ray.init would try for two minutes."""
+    host, _, port = address.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_ANSWER_S).close()
+        direct = [("grpc.enable_http_proxy", 0)]  # as Ray itself connects
+        with cast(grpc.Channel, init_grpc_channel(address, direct)) as channel:
+            grpc.channel_ready_future(channel).result(timeout=_ANSWER_S)
+    except (grpc.FutureTimeoutError, ValueError, OSError):
+        given = os.environ.get("RAY_ADDRESS")
+        source = f"value {given!r}" if given else "from ray_current_cluster, which `ray start` wrote"
+        raise ConfigError(
+            f"RAY_ADDRESS: no Ray answers at {address} ({source}); give the address of a running cluster, or "
+            "RAY_ADDRESS=local to start Ray here"
+        ) from None
 
 
 def share_of(experiment: Experiment) -> Share:

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import tenacity
 
+from giffy_ray.config import ConfigError
+
 # Only tables and positions pass through it; clips are read from memory maps.
 _OBJECT_STORE_BYTES = 256 * 2**20
 # For a Ray that is started with it: by default each worker stands back behind everything else on its machine (nice 15),
@@ -31,6 +33,22 @@ AS_ANY_PROCESS = {"RAY_worker_niceness": "0"}
 JOB_STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
 
+# Sockets of Unix have names of at most 107 bytes. Ray's longest is
+# FOLDER/session_2025-01-31_23-59-59_123456_PID/sockets/dash_TaskEventsHead.
+_LONGEST_SOCKET_BYTES = 107
+_SESSION_BYTES = len("/session_2025-01-31_23-59-59_123456_/sockets/dash_TaskEventsHead")
+
+
+def refuse_long_folder(folder: str, pid_digits: int = 7) -> None:
+    """Raises ConfigError where the names of Ray's sockets below its `folder` are too long for the system."""
+    most = _LONGEST_SOCKET_BYTES - _SESSION_BYTES - pid_digits
+    if len(os.fsencode(folder)) > most:
+        raise ConfigError(
+            f"TMPDIR: Ray's folder {folder} is too long for the sockets below it: at most {most} bytes; set "
+            f"RAY_TMPDIR=/tmp, or TMPDIR to a shorter path"
+        )
+
+
 @dataclass(frozen=True)
 class Head:
     dashboard: str  # also the address of the jobs API
@@ -39,8 +57,16 @@ class Head:
 
 @contextmanager
 def local_head(cpus: int | None = None) -> Iterator[Head]:
-    """A head with `cpus` CPUs (none: all of the machine's). Its logs are kept only where the block raises."""
+    """A head with `cpus` CPUs (none: all of the machine's). Its logs are kept only where the block raises.
+
+    Raises ConfigError where TMPDIR, below which it keeps its sockets, is too long.
+    """
     folder = Path(tempfile.mkdtemp(prefix="giffy_ray-"))
+    try:
+        refuse_long_folder(str(folder))
+    except ConfigError:
+        folder.rmdir()
+        raise
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)
     environment = (

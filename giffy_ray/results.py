@@ -14,9 +14,9 @@ import ray.train
 import torch
 from rich.console import Console
 
-from giffy_ray import checkpoints, lease, perceptual, registry, render
+from giffy_ray import checkpoints, learners, lease, perceptual, registry, render
 from giffy_ray.cluster import Share
-from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
     BASELINE,
@@ -149,7 +149,7 @@ def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
     """The learners of `evaluate.runs`, or of the experiment's own run; of each run the checkpoint that
     `checkpoints.select` chooses, which is printed.
 
-    Raises ConfigError where there is no such run, or where its clips are not of the size and length of `clip`.
+    Raises ConfigError where there is no such run, or where it cannot make clips of the size and length of `clip`.
     """
     if not experiment.evaluate.runs:
         learner, trained = _selected(experiment)
@@ -190,14 +190,30 @@ def _short(run: str) -> str:
 
 
 def _fitting(run: Trained, field: str, clip: ClipConfig) -> Trained:
+    """The run as it makes clips of the size and length of `clip`. Only `between` can make others than it learned."""
     ours = run.experiment.clip
-    for name in ("frames", "height", "width"):
-        if getattr(ours, name) != getattr(clip, name):
-            raise ConfigError(
-                f"{field}: {run.name} was trained with clip.{name}={getattr(ours, name)} and cannot make clips of "
-                f"clip.{name}={getattr(clip, name)}; evaluate it with an experiment that has its `clip` section"
-            )
+    others = [name for name in ("frames", "height", "width") if getattr(ours, name) != getattr(clip, name)]
+    if others and isinstance(run.experiment.model, BetweenConfig):
+        return _resized(run, field, clip)
+    for name in others:
+        raise ConfigError(
+            f"{field}: {run.name} was trained with clip.{name}={getattr(ours, name)} and cannot make clips of "
+            f"clip.{name}={getattr(clip, name)}; evaluate it with an experiment that has its `clip` section"
+        )
     return run
+
+
+def _resized(run: Trained, field: str, clip: ClipConfig) -> Trained:
+    """The same networks as the learner of an experiment with another clip; its discriminators stay behind."""
+    changes = {f"clip.{name}": getattr(clip, name) for name in ("frames", "height", "width")}
+    experiment = override(run.experiment, changes | {"model.adversarial_weight": 0.0})
+    try:
+        learner = learners.build(experiment, torch.device("cpu"))
+    except ConfigError as error:
+        raise ConfigError(f"{field}: {run.name} cannot make these clips: {error}") from error
+    for name, network in learner.networks.items():
+        network.load_state_dict(run.learner.networks[name].state_dict())
+    return Trained(run.name, learner, experiment)
 
 
 def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, trackers: Sequence[Tracker]) -> None:

@@ -10,28 +10,30 @@ import sys
 import time
 from pathlib import Path
 
+from giffy_ray import command
+from giffy_ray.config import ConfigError, load
 from giffy_ray.head import local_head
 from giffy_ray.messages import redact_output
+from giffy_ray.storage import settle
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
+_EXPERIMENT = "jobs/experiments/demo.yaml"
 # What `ray job submit` says of itself; its errors are let through.
 _RAY_SAYS = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+\s+)?(INFO|SUCC|WARNING) \S+\.py:\d+ -- |Running entrypoint")
 
 
-def main() -> int:
+def main(arguments: command.Arguments) -> int:
     redact_output()
+    if arguments.path is not None:
+        raise ConfigError(f"{arguments.path!r}: the demo has its own experiment file, {_EXPERIMENT}")
+    words = [f"storage={_CHECKOUT / 'runs'}", *arguments.words]
+    # The storage is given in full because Ray runs the job in a copy of this folder.
+    words.append(f"storage={settle(load(_CHECKOUT / _EXPERIMENT, words).storage)}")
+    words += ["--debug"] if arguments.debug else []
     began_s = time.monotonic()
-    storage = _CHECKOUT / "runs"
     print("starting a local Ray head", flush=True)
     with local_head() as head:
-        # The storage is given in full because Ray runs the job in a copy of this folder.
-        job = [
-            "python",
-            "jobs/tune_cvae.py",
-            "jobs/experiments/demo.yaml",
-            f"storage={storage}",
-            *sys.argv[1:],
-        ]
+        job = ["python", "jobs/tune_cvae.py", _EXPERIMENT, *words]
         submit = ["ray", "job", "submit", "--log-color=false", "--working-dir=.", "--", *job]
         print(f"{' '.join(submit)}\n  dashboard: {head.dashboard}", flush=True)
         code = _stream(submit, head.environment)
@@ -41,9 +43,9 @@ def main() -> int:
     return code
 
 
-def _stream(command: list[str], environment: dict[str, str]) -> int:
+def _stream(submit: list[str], environment: dict[str, str]) -> int:
     with subprocess.Popen(
-        command, cwd=_CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        submit, cwd=_CHECKOUT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     ) as process:
         assert process.stdout
         for line in process.stdout:
@@ -53,4 +55,6 @@ def _stream(command: list[str], environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    given = command.parse(__doc__, sys.argv[1:])
+    with command.one_line_errors(given.debug):
+        sys.exit(main(given))

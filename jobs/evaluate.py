@@ -1,22 +1,30 @@
-"""Compares trained runs with baselines: python jobs/evaluate.py [EXPERIMENT.yaml] [name=... evaluate.runs=[a, b]]
+"""Compares trained runs with baselines: python jobs/evaluate.py EXPERIMENT.yaml | name=RUN [evaluate.runs=[a, b]]
 
 Without evaluate.runs it is the run of the experiment's `storage` and `name`; of each run the checkpoint with the
 best validation is used, or the newest where none was validated.
+Without an experiment file, the run `name` is evaluated as it was trained; where there is no such run, evaluate.runs are
+evaluated as the demo is, and the results go to the folder `name`.
+Models make clips of the size and length that they were trained on; `between` makes those of the experiment.
 What is given with a slash, such as published/between or s3://bucket/checkpoint, is where a checkpoint lies. Writes
 evaluation.csv, one row per method and clip, evaluation.html, in which all clips play side by side, a contact sheet and
 an animation into the experiment's folder and into an MLflow run of its own, NAME-evaluation, under that of the run.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
-from giffy_ray import cluster, command
-from giffy_ray.config import Experiment
-from giffy_ray.data.prepare import prepare
-from giffy_ray.results import show_results, trained_runs
-from giffy_ray.tracking import check_tracking, open_evaluation
+from giffy_ray import command
+from giffy_ray.config import ConfigError, Experiment, from_yaml, override
+from giffy_ray.storage import join, read_text
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.results import show_results, trained_runs
+    from giffy_ray.tracking import check_tracking, open_evaluation
+
     cluster.share_of(experiment)
     check_tracking(experiment)
     runs = trained_runs(experiment, experiment.clip)
@@ -25,5 +33,22 @@ def main(experiment: Experiment) -> None:
         show_results(experiment, runs, store, [tracker])
 
 
+def without_file(experiment: Experiment, words: Sequence[str]) -> Experiment:
+    """The experiment of the run `name`, with the overrides, or `experiment` where there is no such run.
+
+    Raises ConfigError where nothing says what to evaluate: results would replace those of a run that nobody named.
+    """
+    if not any(word.startswith("name=") for word in words):
+        raise ConfigError(
+            "say what to evaluate: an experiment file, name=RUN for a run as it was trained, or evaluate.runs=[a, b] "
+            "with name=NAME for the results; see --help"
+        )
+    text = read_text(join(experiment.storage, experiment.name, "experiment.yaml"))
+    if text is None:
+        return experiment
+    return override(from_yaml(text, words), {"storage": experiment.storage})
+
+
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
+    demo = Path(__file__).parent / "experiments" / "demo.yaml"
+    command.run(main, __doc__, demo, without_file=without_file)

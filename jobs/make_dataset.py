@@ -9,12 +9,14 @@ from pathlib import Path
 
 from giffy_ray import command
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.data.prepare import catalog_of
 
 
 def main(experiment: Experiment) -> None:
     if experiment.data.root is not None:
         raise ConfigError(f"data.root: is for videos that are there already (value {experiment.data.root!r})")
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray.data.prepare import catalog_of
+
     began_s = time.perf_counter()
     catalog = catalog_of(experiment)
     took_s = time.perf_counter() - began_s

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from giffy_ray import command
 from giffy_ray.config import Experiment
-from giffy_ray.data.prepare import prepare
-from giffy_ray.results import show_data_set
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.results import show_data_set
+
     show_data_set(prepare(experiment, again=True))
 
 

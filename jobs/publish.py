@@ -7,7 +7,7 @@ local `storage`, is a checkpoint that evaluate.runs and train.start_from take.
 
 from pathlib import Path
 
-from giffy_ray import checkpoints, command
+from giffy_ray import command
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.storage import is_local
 
@@ -15,6 +15,9 @@ from giffy_ray.storage import is_local
 def main(experiment: Experiment) -> None:
     if not is_local(experiment.storage):
         raise ConfigError(f"storage: publishing writes into a local folder (value {experiment.storage!r})")
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import checkpoints
+
     folder = Path(experiment.storage, "published", experiment.name)
     location = checkpoints.select(experiment)
     checkpoints.publish(location, folder)
@@ -23,4 +26,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml", needs_data=False)

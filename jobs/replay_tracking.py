@@ -7,14 +7,17 @@ when the cause is fixed. Exit code 1 while MLflow does not have all of it. No jo
 import sys
 from pathlib import Path
 
-from giffy_ray import command, tracking
+from giffy_ray import command
 from giffy_ray.config import Experiment
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import tracking
+
     if tracking.replay(experiment):
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", needs_data=False)

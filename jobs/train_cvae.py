@@ -5,14 +5,17 @@ Started again with the same name=..., a run goes on from its last checkpoint.
 
 from pathlib import Path
 
-from giffy_ray import cluster, command
+from giffy_ray import command
 from giffy_ray.config import Experiment
-from giffy_ray.data.prepare import prepare
-from giffy_ray.results import train_and_show
-from giffy_ray.tracking import check_tracking
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.results import train_and_show
+    from giffy_ray.tracking import check_tracking
+
     share = cluster.share_of(experiment)
     check_tracking(experiment)
     store = prepare(experiment)

@@ -6,15 +6,18 @@ never: a new one; must: or nothing). Its trials, and the training of the best, a
 
 from pathlib import Path
 
-from giffy_ray import cluster, command, tune
+from giffy_ray import command
 from giffy_ray.config import Experiment, differences
-from giffy_ray.data.prepare import prepare
-from giffy_ray.results import log_data_set, show_search, train_and_show
 from giffy_ray.storage import join, write_text
-from giffy_ray.tracking import check_tracking, open_run
 
 
 def main(experiment: Experiment) -> None:
+    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster, tune
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.results import log_data_set, show_search, train_and_show
+    from giffy_ray.tracking import check_tracking, open_run
+
     study = tune.named(experiment)
     check_tracking(study)
     share, share_of_trials = cluster.share_of(study), cluster.share_of_trials(study)

@@ -20,6 +20,7 @@ from giffy_ray import checkpoints, learners, metrics, results
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.evaluate import Score, summarise
+from giffy_ray.models.baselines import linear
 from giffy_ray.results import Trained, show_results, trained_runs
 from giffy_ray.tables import distance_table, measures_table, skill_table
 from giffy_ray.tracking import open_run, replay, tracking_uri
@@ -170,6 +171,31 @@ def test_runs_that_cannot_be_compared_are_refused(
     stored[checkpoint_of(tmp_path, "longer")] = override(experiment(), {"clip.frames": 30})
     with pytest.raises(ConfigError, match=message):
         trained_runs(experiment(tmp_path, runs=runs), CLIP)
+
+
+@pytest.mark.parametrize("size", [{"clip.height": 32}, {"clip.frames": 30}, {"clip.frames": 3, "clip.width": 24}])
+def test_between_makes_clips_of_the_size_and_length_that_are_asked_for(
+    size: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    model = {"model.kind": "between", "model.widths": (2, 2, 2), "model.adversarial_weight": 0.1, "optim.ema": 0.5}
+    trained = override(experiment(), model | {"model.discriminator_widths": (2, 2, 2)})
+    learner = learners.build(trained, torch.device("cpu"))
+    for weight in learner.networks["between_average"].parameters():
+        torch.nn.init.normal_(weight, std=0.3)
+    monkeypatch.setattr(checkpoints, "load", lambda _: (learner, trained))
+    asked = override(experiment(tmp_path, runs=("published/mine",)), size)
+    (run,) = trained_runs(asked, asked.clip)
+    clip = asked.clip
+    start, end = torch.randint(0, 256, (2, 2, clip.height, clip.width, 3), dtype=torch.uint8)
+    made = run.learner.generate(start, end, torch.zeros(2, run.learner.latent))
+    assert made.shape == (2, clip.frames, clip.height, clip.width, 3)
+    assert torch.equal(made, learner.generate(start, end, torch.zeros(2, learner.latent), frames=clip.frames))
+    assert (made[:, 1:-1].float() - linear(start, end, clip.frames)[:, 1:-1].float()).abs().max() > 1  # by the weights
+    odd = override(asked, {"clip.height": 20})
+    with pytest.raises(
+        ConfigError, match=r"evaluate\.runs: mine cannot make these clips: clip\.height: .*multiple of 8"
+    ):
+        trained_runs(odd, odd.clip)
 
 
 def printed(*categories: str, method: str = "cvae-as-coded, best of 8") -> list[list[str]]:

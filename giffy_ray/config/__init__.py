@@ -3,7 +3,8 @@
 A YAML file holds what differs from the defaults below; words such as `optim.lr=3e-4` hold what differs from the
 file. `override` is the one door for changes (command line, Ray Tune, tests), so every Experiment that exists has
 been checked: an unknown section or field, a value of the wrong type or another model's field is a `ConfigError`
-that names the dotted field, the value and the nearest name that exists. The sections are in `sections` and `models`.
+that names the dotted field, the value and the nearest name that exists. The sections are in `sections` and `models`;
+`reading` turns text into values.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from giffy_ray.config import reading
 from giffy_ray.config.models import (
     AdvancedCVAEConfig,
     Adversarial,
@@ -45,8 +47,10 @@ from giffy_ray.config.sections import (
     SyntheticConfig,
 )
 from giffy_ray.config.values import ConfigError
+from giffy_ray.storage import SecretInAddress, without_secrets
 
 __all__ = [
+    "MISSING",
     "SPLITS",
     "AdvancedCVAEConfig",
     "Adversarial",
@@ -76,6 +80,7 @@ __all__ = [
     "from_yaml",
     "load",
     "override",
+    "refuse_missing",
     "to_yaml",
 ]
 
@@ -83,25 +88,31 @@ _EXPERIMENT = TypeAdapter(Experiment)
 # Fields whose names the user chooses: values, not sections.
 _OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")
 _KIND = "model.kind"
+MISSING = "???"  # the value of a text field in an experiment file that the user must give
 
 
 def load(path: str | Path | None = None, words: Iterable[str] = ()) -> Experiment:
-    """Reads an experiment file and applies `section.field=value` words to it.
+    """Reads an experiment file and applies `section.field=value` overrides to it.
 
-    Without a path the experiment is the defaults. Values are YAML: `data.categories=[erupting, skiing]`.
-    Raises ConfigError.
+    Without a path the experiment is the defaults. The type of the field decides how `value` is read: text as it is
+    typed, lists as `[a, b]` or `a,b`, none as `null`. Of several overrides of a field the last counts. Raises
+    ConfigError.
     """
-    tree: Any = {}
-    if path is not None:
-        try:
-            tree = yaml.safe_load(Path(path).read_text()) or {}
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such experiment file") from None
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path}: not a YAML file: {error}") from None
-        if not isinstance(tree, dict):
-            raise ConfigError(f"{path}: expected sections such as 'optim:', found {tree!r}")
-    return override(_validate(tree), dict(_parse_word(word) for word in words))
+    tree = {} if path is None else reading.read_file(path, Experiment)
+    return _with_overrides(_validate(tree), words)
+
+
+def from_yaml(text: str, words: Iterable[str] = ()) -> Experiment:
+    """The inverse of `to_yaml`, then overridden as `load` does. Raises ConfigError."""
+    return _with_overrides(_validate(reading.read_text(text, Experiment, "experiment")), words)
+
+
+def refuse_missing(experiment: Experiment) -> None:
+    """Raises ConfigError where a field is still `???`: its experiment file leaves it to the user."""
+    missing = [name for name, value in flatten(experiment).items() if value == MISSING]
+    if missing:
+        hint = "=/path/to/videos" if missing == ["data.root"] else "=VALUE"
+        raise ConfigError(f"{missing[0]}: this experiment needs a value of your own; give {missing[0]}{hint}")
 
 
 def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
@@ -118,9 +129,9 @@ def override(experiment: Experiment, changes: Mapping[str, Any]) -> Experiment:
         for section in sections:
             node = node.setdefault(section, {}) if isinstance(node, dict) else None
         if not isinstance(node, dict):
-            raise ConfigError(f"{dotted}: no such field (value {value!r}){_suggest(dotted)}")
+            raise ConfigError(f"{dotted}: no such field (value {_shown(value)}){_suggest(dotted)}")
         if isinstance(node.get(name), dict) and not isinstance(value, Mapping):
-            raise ConfigError(f"{dotted}: is a section, not a field; give {dotted}.FIELD=value (got {value!r})")
+            raise ConfigError(f"{dotted}: is a section, not a field; give {dotted}.FIELD=value (got {_shown(value)})")
         node[name] = value
     return _validate(tree)
 
@@ -150,11 +161,6 @@ def differences(experiment: Experiment) -> str:
     return yaml.safe_dump(plain, sort_keys=False, default_flow_style=None, width=110)
 
 
-def from_yaml(text: str) -> Experiment:
-    """The inverse of `to_yaml`. Raises ConfigError."""
-    return _validate(yaml.safe_load(text))
-
-
 def _defaults(kind: str) -> dict[str, Any]:
     """{"section.field": value} of an experiment that only says which kind of model it trains."""
     return flatten(_EXPERIMENT.validate_python({"model": {"kind": kind}}))
@@ -172,14 +178,22 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield prefix + name, value
 
 
-def _parse_word(word: str) -> tuple[str, Any]:
-    dotted, equals, text = word.partition("=")
-    if not equals or not dotted:
-        raise ConfigError(f"{word!r}: expected section.field=value, such as optim.lr=3e-4")
-    try:
-        return dotted, yaml.safe_load(text)
-    except yaml.YAMLError:
-        return dotted, text  # a path or address that YAML has another reading of
+def _with_overrides(experiment: Experiment, words: Iterable[str]) -> Experiment:
+    """The last of several overrides of one field counts, so that a script may put its own before those of its user."""
+    texts: list[tuple[str, str]] = []
+    for word in words:
+        dotted, equals, text = word.partition("=")
+        if not equals or not dotted:
+            raise ConfigError(f"{word!r}: expected section.field=value, such as optim.lr=3e-4")
+        texts.append((dotted, text))
+    kind = dict(texts).get(_KIND, experiment.model.kind)
+    changes: dict[str, Any] = {}
+    for dotted, text in texts:
+        value = reading.read_override(dotted, text, Experiment, kind)
+        # A section as a whole, optim={lr: 1e-3}, changes the fields that it names, as a file does.
+        section = isinstance(value, dict) and reading.is_section(reading.hint_of(Experiment, dotted, kind))
+        changes |= dict(_leaves(value, f"{dotted}.")) if section else {dotted: value}
+    return override(experiment, changes)
 
 
 def _validate(tree: Mapping[str, Any]) -> Experiment:
@@ -196,15 +210,27 @@ def _explain(error: Any) -> str:
     path, value, kind = list(error["loc"]), error["input"], Experiment().model.kind
     if error["type"] == "union_tag_invalid":
         return f"{_KIND}: must be one of {error['ctx']['expected_tags']} (value {error['ctx']['tag']!r})"
-    if path[0] == "model" and len(path) > 1:
+    if path[:1] == ["model"] and len(path) > 1:
         kind = path.pop(1)
     dotted = ".".join(str(part) for part in path)
     if error["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
-        return f"{dotted}: {error['msg']} (value {value!r})"
+        message = error["msg"].removeprefix("Value error, ")
+        if isinstance(error.get("ctx", {}).get("error"), SecretInAddress):
+            return f"{dotted}: {message}"
+        return f"{dotted}: {message} (value {_shown(value)})"
+    if len(path) == 1 and "." in dotted and dotted in _defaults(kind):
+        section, _, name = dotted.partition(".")
+        return f"{dotted}: a file has sections; write {section}: {{{name}: {_shown(value)}}}"
     while isinstance(value, Mapping) and value:  # a misspelt section: name the field that was meant in it
         name, value = next(iter(value.items()))
         dotted += f".{name}"
-    return f"{dotted}: no such field (value {value!r}){_suggest(dotted, kind)}"
+    return f"{dotted}: no such field (value {_shown(value)}){_suggest(dotted, kind)}"
+
+
+def _shown(value: Any) -> str:
+    """For a message: no secrets of addresses, and not more than a line."""
+    text = without_secrets(repr(value))
+    return text if len(text) <= reading.LONGEST_SHOWN else f"{text[: reading.LONGEST_SHOWN]}..."
 
 
 def _suggest(dotted: str, kind: str = "cvae") -> str:

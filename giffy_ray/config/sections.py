@@ -8,7 +8,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
-from giffy_ray.config.values import Positive, Share, Strict, Weight
+from giffy_ray.config.values import LocalPath, Location, Positive, Run, Share, Strict, TrackingUri, Weight
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
@@ -71,8 +71,8 @@ class AugmentConfig(Strict):
 
 @dataclass(frozen=True)
 class DataConfig(Strict):
-    # A folder of videos, or a list of them (.csv, .parquet); none: the built-in data set.
-    root: str | None = None
+    # A folder of videos, or a list of them (.csv, .parquet); none: the built-in data set; ???: the user must say.
+    root: Location | None = None
     categories: tuple[str, ...] = ()  # empty: all that there are
     # The most videos of a category ('*': of each other one) in a split: {skiing: {training: 1800, validation: 81}}.
     caps: dict[str, dict[Split, Positive]] = field(default_factory=dict)
@@ -123,7 +123,7 @@ class TrainConfig(Strict):
     validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
     checkpoint_every: Annotated[int, Field(ge=0)] = 0  # steps between further checkpoints; 0: none
     keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
-    start_from: str | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
+    start_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
     most_skipped: Annotated[int, Field(ge=0)] = 10  # steps without a finite gradient before a run is stopped
     seed: Annotated[int, Field(ge=0)] = 0
 
@@ -164,7 +164,7 @@ class ClusterConfig(Strict):
 
 @dataclass(frozen=True)
 class TrackingConfig(Strict):
-    uri: str | None = None  # none: an SQLite file in `storage`
+    uri: TrackingUri | None = None  # none: an SQLite file in `storage`
     experiment: str = "giffy_ray"
     samples: bool = True  # log an animation of a few clips at each validation; false: only those at the end
     # In MLflow's registry, of the best model of each training that ends; none: it is not registered.
@@ -175,10 +175,10 @@ class TrackingConfig(Strict):
 class EvaluateConfig(Strict):
     split: Literal["validation", "test", "shifted"] = "validation"
     # Names of runs in `storage`, locations of checkpoints, models:/NAME@champion; empty: the run `name`.
-    runs: tuple[str, ...] = ()
+    runs: tuple[Run, ...] = ()
     baselines: tuple[Baseline, ...] = get_args(Baseline)  # linear is always there: the others are measured against it
     perceptual: tuple[PerceptualMetric, ...] = ()  # docs/metrics.md; the first three need the extra `perceptual`
-    weights: dict[Supplied, str] = field(default_factory=dict)  # TorchScript files of these
+    weights: dict[Supplied, LocalPath] = field(default_factory=dict)  # TorchScript files of these
     samples: Positive = 8  # of a model that makes several clips of the same ends, the best of which is shown too
 
 
@@ -202,7 +202,9 @@ class SearchConfig(Strict):
     workers: Positive = 1  # of a trial; one trains in the trial's own process
     gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0  # less than 1: so many trials share a GPU
     resume: Literal["auto", "never", "must"] = "auto"  # a search of this name that is there
-    storage: str | None = None  # of Optuna: postgresql://..., a journal file /path/NAME.log; else SQLite in the folder
+    storage: LocalPath | None = (
+        None  # of Optuna: postgresql://..., a journal file /path/NAME.log; else SQLite in the folder
+    )
     enqueue: tuple[str, ...] = ()  # MLflow's ids of runs whose values are tried after the report's
     space: dict[str, dict[Distribution, tuple[SearchValue, ...]]] = field(default_factory=dict)
 
@@ -210,7 +212,7 @@ class SearchConfig(Strict):
 @dataclass(frozen=True)
 class Experiment(Strict):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "default"
-    storage: str = "runs/"  # where runs, stores and results are written: a folder, s3://... or gs://...
+    storage: Location = "runs/"  # where runs, stores and results are written: a folder, s3://... or gs://...
     data: DataConfig = field(default_factory=DataConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)
     model: ModelConfig = field(default_factory=CVAEConfig)
