@@ -16,7 +16,7 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from giffy_ray import checkpoints, learners, metrics, results
+from giffy_ray import checkpoints, cluster, data, learners, metrics, results, tune
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.evaluate import Score, summarise
@@ -355,8 +355,8 @@ def test_an_evaluation_leaves_a_running_training_alone(
     training.log_metrics({"train/loss": 1.0}, 1)
     training.flush()
     letters = sorted(Path(training.place, "tracking").rglob("*"))
-    monkeypatch.setattr(evaluate.cluster, "share_of", lambda experiment: None)
-    monkeypatch.setattr(evaluate, "prepare", lambda experiment: SixFrames(folder))
+    monkeypatch.setattr(cluster, "share_of", lambda experiment: None)
+    monkeypatch.setattr(data.prepare, "prepare", lambda experiment: SixFrames(folder))
     evaluate.main(run_with_checkpoints)
 
     client = MlflowClient(tracking_uri(run_with_checkpoints))
@@ -370,7 +370,7 @@ def test_an_evaluation_leaves_a_running_training_alone(
     assert (tmp_path / "study" / "evaluation.csv").exists()
     assert sorted(Path(training.place, "tracking").rglob("*")) == letters  # nobody else wrote there
 
-    monkeypatch.setattr(evaluate, "show_results", raising(RuntimeError("it broke")))
+    monkeypatch.setattr(results, "show_results", raising(RuntimeError("it broke")))
     with pytest.raises(RuntimeError, match="it broke"):
         evaluate.main(run_with_checkpoints)
     statuses = sorted(run.info.status for run in client.search_runs(["1"]))
@@ -407,12 +407,12 @@ def test_a_search_that_raises_leaves_no_run_that_seems_to_run(
     tune_cvae = job("tune_cvae")
     space = {"search.space": {"optim.lr": {"log_uniform": [1e-4, 1e-2]}}, "name": "tuned"}
     searched = override(run_with_checkpoints, space)
-    monkeypatch.setattr(tune_cvae.cluster, "share_of", lambda experiment: Share(1, 0, 1))
-    monkeypatch.setattr(tune_cvae.cluster, "share_of_trials", lambda experiment: Share(1, 0, 1))
-    monkeypatch.setattr(tune_cvae, "prepare", lambda experiment: SixFrames(tmp_path))
-    monkeypatch.setattr(tune_cvae, "log_data_set", lambda *_: None)
-    monkeypatch.setattr(tune_cvae.tune, "claim", lambda *_: contextlib.nullcontext())
-    monkeypatch.setattr(tune_cvae.tune, "search_claimed", raising(raised))
+    monkeypatch.setattr(cluster, "share_of", lambda experiment: Share(1, 0, 1))
+    monkeypatch.setattr(cluster, "share_of_trials", lambda experiment: Share(1, 0, 1))
+    monkeypatch.setattr(data.prepare, "prepare", lambda experiment: SixFrames(tmp_path))
+    monkeypatch.setattr(results, "log_data_set", lambda *_: None)
+    monkeypatch.setattr(tune, "claim", lambda *_: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "search_claimed", raising(raised))
     with pytest.raises(type(raised)):
         tune_cvae.main(searched)
     (run,) = MlflowClient(tracking_uri(searched)).search_runs(["1"])

@@ -356,11 +356,12 @@ def test_a_data_set_that_another_run_names_at_the_same_moment_is_named_all_the_s
 
 
 def test_no_password_of_an_address_is_logged(experiment: Experiment, client: MlflowClient, tmp_path: Path):
-    tracker = open_run(override(experiment, {"data.root": "https://me:secret@host/videos"}))
+    storage = "postgresql://me:secret@host/optuna"
+    tracker = open_run(override(experiment, {"search.storage": storage}))
     tracker.flush()
-    assert client.get_run(tracker.run_id).data.params["data.root"] == "https://***@host/videos"
+    assert client.get_run(tracker.run_id).data.params["search.storage"] == "postgresql://***@host/optuna"
     yaml = Path(client.download_artifacts(tracker.run_id, "experiment.yaml", str(tmp_path))).read_text()
-    assert "secret" not in yaml and "https://***@host/videos" in yaml
+    assert "secret" not in yaml and "postgresql://***@host/optuna" in yaml
 
 
 def test_passwords_are_taken_out_of_every_address_of_a_text():
@@ -817,12 +818,6 @@ def test_the_end_of_a_search_sends_what_its_trials_could_not(experiment: Experim
 
 
 WRONG = {
-    "127.0.0.1:5000": "no address with a scheme",
-    "http://": "names no host",
-    "http://host:port": "Port could not be cast",
-    "ftp://host/mlflow": "does not know addresses with ftp://",
-    "file:///runs": "a folder of files",
-    "/runs/mlruns": "no address with a scheme",
     "mysql+nothing://me:secret@host/mlflow": "SQLAlchemy says",
     "mssql+pyodbc://me:secret@host/mlflow": "not installed",
     "sqlite:///{folder}": "is a folder, not an SQLite file",

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import sqlite3
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from giffy_ray.config import ConfigError
 from giffy_ray.storage import without_secrets
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")  # of MLflow
 _LONGEST_EXPERIMENT = 256  # characters, of the column in MLflow's database
 _SQLITE_HEADER = b"SQLite format 3\0"
-_EXAMPLES = "such as http://127.0.0.1:5000, postgresql://user@host/mlflow or sqlite:////path/to/mlflow.db"
 
 
 def sqlite_address(path: str | Path) -> str:
@@ -35,19 +33,12 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def check_address(uri: str) -> None:
-    """Raises ConfigError if MLflow can never be reached at `uri`. Asks no server: one may be away for a while."""
-    scheme, separator, _ = uri.partition("://")
-    scheme = scheme.partition("+")[0].lower()
-    if scheme in _DATABASES and separator:
+    """Raises ConfigError if `uri` is a database that can never be used. Asks no server: one may be away for a while.
+
+    `config` has checked the spelling of the address.
+    """
+    if uri.partition("://")[0].partition("+")[0].lower() in _DATABASES:
         _check_database(uri)
-    elif scheme in ("http", "https") and separator:
-        _check_server(uri)
-    elif scheme == "file" or "://" not in uri:
-        kind = "a folder of files, which MLflow 3 no longer writes" if scheme == "file" else "no address with a scheme"
-        if scheme not in _plugins() and not (scheme == "file" and os.environ.get("MLFLOW_ALLOW_FILE_STORE")):
-            raise _wrong(uri, f"this is {kind}; give one {_EXAMPLES}")
-    elif scheme not in _plugins():
-        raise _wrong(uri, f"MLflow does not know addresses with {scheme}://; give one {_EXAMPLES}")
 
 
 def check_experiment_name(uri: str, name: str) -> None:
@@ -74,16 +65,6 @@ def how_to_restore(name: str, experiment_id: str, uri: str) -> str:
         f"the experiment {name!r} was deleted in MLflow, which keeps its name; restore it ({restore}), or give another "
         "tracking.experiment"
     )
-
-
-def _check_server(uri: str) -> None:
-    try:
-        parts = urlsplit(uri)
-        host, _ = parts.hostname, parts.port
-    except ValueError as error:
-        raise _wrong(uri, str(error)) from error
-    if not host:
-        raise _wrong(uri, "the address names no host")
 
 
 def _check_database(uri: str) -> None:
@@ -137,11 +118,6 @@ def _parsed(uri: str) -> URL:
     import sqlalchemy
 
     return sqlalchemy.make_url(uri)
-
-
-def _plugins() -> set[str]:
-    """Schemes of tracking stores that other packages add to MLflow, and those of Databricks."""
-    return {"databricks", *(point.name for point in entry_points(group="mlflow.tracking_store"))}
 
 
 def _wrong(uri: str, why: str) -> ConfigError:
