@@ -14,11 +14,12 @@ import ray.train
 import torch
 from ray.train.torch import TorchTrainer
 
-from giffy_ray import checkpoints, learners, lease, listen
+from giffy_ray import checkpoints, learners, listen
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
-from giffy_ray.loop import SCORE, train_loop
+from giffy_ray.lease import Lease, LeaseLost, held
+from giffy_ray.loop import train_loop
 from giffy_ray.storage import join, read_text, write_text
 
 # What may differ when a run is started again under its name.
@@ -58,27 +59,44 @@ def train(
     checkpoint; then SystemExit is raised.
     """
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
-    with claimed(experiment, store), _ended_by_signals(experiment) as signals, ThreadPoolExecutor(1) as aside:
-        aside.submit(_trainer(experiment, store, share, parent, callbacks).fit).result()
+    with (
+        claimed(experiment, store) as lease,
+        _ended_by_signals(experiment) as signals,
+        ThreadPoolExecutor(1) as aside,
+    ):
+        checkpoints.forget_reported(experiment)
+        training = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit)
+        try:
+            training.result()
+        except ray.train.TrainingFailedError as error:
+            if lease.lost:  # which the workers have ended for
+                raise LeaseLost(lease.lost) from error
+            raise
     if signals:
         raise SystemExit(128 + signals[0])
     return checkpoints.newest(experiment)
 
 
 @contextmanager
-def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[None]:
+def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[Lease]:
     """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
 
-    `may_change`: what may differ from before, fields, and sections that end with a point.
+    LeaseLost at the end of the block where it was lost. `may_change`: what may differ from before, fields, and sections
+    that end with a point.
     """
     check(experiment, store)
-    with lease.held(experiment):
+    with held(experiment) as lease:
         _claim(experiment, store, may_change)
-        yield
+        yield lease
 
 
 def _trainer(
-    experiment: Experiment, store: Store, share: Share, parent: str | None, callbacks: Sequence[ray.train.UserCallback]
+    experiment: Experiment,
+    store: Store,
+    share: Share,
+    parent: str | None,
+    callbacks: Sequence[ray.train.UserCallback],
+    holder: str,
 ) -> TorchTrainer:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # train.start_from may be a path from where the job was started
@@ -88,7 +106,12 @@ def _trainer(
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
     return TorchTrainer(
         train_loop,
-        train_loop_config={"experiment": to_yaml(experiment), "store": store.location, "parent": parent},
+        train_loop_config={
+            "experiment": to_yaml(experiment),
+            "store": store.location,
+            "parent": parent,
+            "holder": holder,
+        },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,
@@ -100,10 +123,8 @@ def _trainer(
             storage_path=experiment.storage,
             worker_runtime_env={"env_vars": KEEP_MEMORY},
             callbacks=list(callbacks),
-            # One more than the best: where the newest is among them, another has to be there if it is damaged.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=experiment.train.keep + 1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
-            ),
+            # All: rank 0 removes those that are not kept, as Ray Train keeps only the newest besides the best.
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=_STARTS_SPOILED * max(1, cluster.max_failures),

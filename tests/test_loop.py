@@ -2,9 +2,13 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
+import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +17,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import fs
 
-from giffy_ray import checkpoints, learners, loop
+from giffy_ray import checkpoints, learners, lease, listen, loop
 from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
+from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.meter import Meter, peak_tflops, profiler
+from giffy_ray.storage import write_text
 from tests.test_checkpoints import assert_equal_weights, built, step
+from tests.test_experiments import moving_squares
 from tests.test_results import FakeStore
 
 CPU = torch.device("cpu")
@@ -173,3 +181,87 @@ def test_a_trace_of_five_steps_is_kept():
     (trace,) = traces
     events = json.loads(trace)["traceEvents"]
     assert sum(event["name"] == "aten::mm" for event in events) == 5
+
+
+class Silent:
+    """A tracker that logs nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
+
+
+def start(monkeypatch: pytest.MonkeyPatch, tiny: Experiment, folder: Path, tell, watch: Watch | None = None) -> None:
+    """`loop.run` of three steps with a validation after each, without Ray and without clips."""
+    experiment = override(tiny, {"storage": str(folder), "name": "run", "train.batch": 4, "train.epochs": 3})
+    store: Any = SimpleNamespace(rows_of=lambda split: range(4))
+    clips = moving_squares(tiny.clip.frames, tiny.clip.height, tiny.clip.width)
+    times = torch.linspace(0, 1, tiny.clip.frames).expand(len(clips), -1)
+    batch = SimpleNamespace(clips=clips, times=times, positions=torch.arange(len(clips)))
+    monkeypatch.setattr(loop.stream, "batches", lambda *_: itertools.repeat(batch))
+    monkeypatch.setattr(loop, "introduce", lambda *_: None)
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/l2_report": 1.0})
+    loop.run(experiment, store, Silent(), CPU, tell, watch=watch)  # type: ignore[arg-type]
+
+
+def test_trials_that_are_cut_leave_no_threads(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def cut(*_: object) -> None:
+        assert any(thread.name == "listener" for thread in threading.enumerate())
+        raise SystemExit  # as Ray Tune ends a trial, in its report
+
+    before = threading.active_count()
+    for _ in range(12):
+        with pytest.raises(SystemExit):
+            start(monkeypatch, tiny, tmp_path, cut)
+    assert threading.active_count() == before
+
+
+def test_a_run_that_another_process_has_taken_ends_without_a_checkpoint(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(listen, "_LOOK_S", 0.01)
+    monkeypatch.setattr(listen, "_ASK_S", 0.01)
+    run = override(tiny, {"storage": str(tmp_path), "name": "run"})
+    write_text(lease.location_of(run), '{"holder": "we"}')
+    reports = []
+
+    def tell(named: dict[str, Any], take: Any) -> None:
+        reports.append(named["steps_done"])
+        write_text(lease.location_of(run), '{"holder": "they", "pid": 7, "host": "there"}')
+        time.sleep(0.3)
+
+    with pytest.raises(LeaseLost, match="process 7 on there has taken the run"):
+        start(monkeypatch, tiny, tmp_path, tell, Watch(run, "we"))
+    assert reports == [1]
+    with pytest.raises(LeaseLost):
+        loop.check_lease(Watch(run, "we"))
+
+
+def test_a_worker_keeps_the_promise_about_its_checkpoints(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray Train is stood in for: it calls what uploads a checkpoint with the name that it gave it."""
+    run = override(tiny, {"storage": str(tmp_path), "name": "run", "train.keep": 2})
+    write_text(lease.location_of(run), '{"holder": "we"}')
+    learner, names, errors = built(run), itertools.count(), []
+
+    def report(named: dict[str, Any], nothing: Any, checkpoint_upload_fn: Any, **_: object) -> None:
+        try:
+            checkpoint_upload_fn(nothing, f"checkpoint_{next(names)}")
+        except LeaseLost as error:
+            errors.append(error)
+
+    storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem(), experiment_fs_path=str(tmp_path / "run"))
+    monkeypatch.setattr(loop.ray.train, "report", report)
+    monkeypatch.setattr(loop.ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+    tell = loop.ToRayTrain(run, Watch(run, "we"))
+    for steps, l2 in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
+        loop.report(learner, run, checkpoints.Position(steps, {"val/l2_report": l2}, epoch=steps), tell)
+    folders = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert folders == ["checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
+    assert checkpoints.best(run, "val/l2_report").endswith("checkpoint_1")
+
+    write_text(lease.location_of(run), '{"holder": "they"}')
+    loop.report(learner, run, checkpoints.Position(5, {"val/l2_report": 0.0}, epoch=5), tell)
+    assert len(errors) == 1
+    assert checkpoints.newest(run).endswith("checkpoint_4")
+    assert folders == sorted(path.name for path in (tmp_path / "run").glob("checkpoint_[0-4]"))

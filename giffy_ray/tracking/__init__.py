@@ -19,6 +19,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
+from giffy_ray.lease import LeaseLost
 from giffy_ray.storage import filesystem_of, is_local, join, without_secrets
 from giffy_ray.tracking.carrier import Carrier, params_of
 from giffy_ray.tracking.outbox import Outbox
@@ -55,8 +56,16 @@ class Tracker:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """What ends before it called `finish` was ended from outside, as trials are, or failed."""
-        if kind:
+        """What ends before it called `finish` was ended from outside, as trials are, or failed.
+
+        Where another process has taken the run, its status is that process's to tell.
+        """
+        if kind and issubclass(kind, LeaseLost):
+            if self._sampler:
+                self._sampler.end(sample=False)
+            if self._carrier:
+                self._carrier.end()
+        elif kind:
             self.finish("KILLED" if issubclass(kind, SystemExit | KeyboardInterrupt) else "FAILED")
 
     @property
@@ -134,9 +143,11 @@ class Tracker:
         """Ends the run, and waits a while for what MLflow has not taken yet; what is left is said, and kept."""
         if self._sampler:
             self._sampler.end()
-        self._put({"kind": "status", "status": status})
-        if self._carrier:
-            self._carrier.end()
+        try:
+            self._put({"kind": "status", "status": status})
+        finally:  # whatever the storage says: the thread ends with the run
+            if self._carrier:
+                self._carrier.end()
 
     def _metrics(self, metrics: Mapping[str, float], step: int, key: str = "") -> None:
         values = {name: float(value) for name, value in metrics.items()}

@@ -22,6 +22,7 @@ from giffy_ray import checkpoints
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.store import Store
+from giffy_ray.lease import Lease
 from giffy_ray.reports import line_of
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
@@ -73,11 +74,12 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
     under. Raises ConfigError before anything starts, RuntimeError where every trial failed.
     """
     check(experiment_of(experiment, 0, {}), store)
-    with claimed(experiment, store, _MAY_CHANGE):
+    with claimed(experiment, store, _MAY_CHANGE) as lease:
         ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
         if ledger.unfinished() or not ledger.why_ended():
             os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
-            _tuner(experiment, store, share, parent, ledger).fit()
+            _tuner(experiment, store, share, parent, ledger, lease).fit()
+            lease.check()
         return _study(ledger)
 
 
@@ -114,7 +116,7 @@ def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Expe
     return override(experiment, changes)
 
 
-def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger) -> tune.Tuner:
+def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger, lease: Lease) -> tune.Tuner:
     yaml = to_yaml(experiment)
     run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent)
     return tune.Tuner(
@@ -133,9 +135,27 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             storage_path=join(experiment.storage, experiment.name),
             failure_config=tune.FailureConfig(max_failures=experiment.cluster.max_failures),
             verbose=0,
+            stop=_WhenLost(lease),
             callbacks=[_Tells(experiment)],
         ),
     )
+
+
+class _WhenLost(tune.Stopper):
+    """Ends the trials of a search that another process goes on with."""
+
+    def __init__(self, lease: Lease):
+        self.lease = lease
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.lease.lost)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a file that Ray Tune writes and we never read: a lease has a thread."""
+        return {}
 
 
 def _known_as(one: Any) -> str:
