@@ -262,7 +262,7 @@ class _S3Object:
         self._bucket, _, self._key = location.partition("://")[2].partition("/")
         # By default a request is tried for minutes, and the lease expires meanwhile.
         patience = Config(connect_timeout=_PATIENCE_S, read_timeout=_PATIENCE_S, retries={"total_max_attempts": 2})
-        self._client: Any = boto3.session.Session().client("s3", config=patience)
+        self._client: Any = boto3.Session().client("s3", config=patience)
 
     def read(self) -> _Seen:
         try:

@@ -209,7 +209,7 @@ def test_trials_that_are_cut_leave_no_threads(tiny: Experiment, tmp_path: Path, 
         raise SystemExit  # as Ray Tune ends a trial, in its report
 
     before = threading.active_count()
-    for _ in range(12):
+    for _ in range(3):
         with pytest.raises(SystemExit):
             start(monkeypatch, tiny, tmp_path, cut)
     assert threading.active_count() == before
