@@ -56,7 +56,7 @@ def held(experiment: Experiment) -> Iterator[Lease]:
         finally:
             lease.release()
     except Exception as error:
-        if lease.lost:
+        if lease.lost and not isinstance(error, LeaseLost):
             error.add_note(lease.lost)
         raise
     lease.check()
