@@ -17,7 +17,7 @@ import json
 import logging
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -34,13 +34,16 @@ from giffy_ray import learners
 from giffy_ray.config import BetweenConfig, ConfigError, Experiment, flatten, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
 from giffy_ray.learners.descent import AVERAGE
-from giffy_ray.storage import filesystem_of, join, read_text, write_text
+from giffy_ray.storage import filesystem_of, join, read_bytes, read_text, write_text
 
 METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smallest
 _MANIFEST = "manifest.json"
 _PUBLISHED = ("clip.", "model.", "train.seed")  # the fields of an experiment that clips are made with
 _CHUNK_BYTES = 2**24
+_RAY_TRAINS_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
+
+Positions = Mapping[str, Mapping[str, Any]]  # of checkpoints, by where they lie; empty where it cannot be told
 
 
 class DamagedCheckpoint(Exception):
@@ -67,24 +70,29 @@ class Snapshot:
         tensors, self.numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
         self.tensors = _kept(tensors)
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, before_manifest: Callable[[], None] = lambda: None) -> None:
         """Writes it into a local folder, its manifest last."""
         for name, weights in self.networks.items():
             save_file(weights, folder / f"{name}.safetensors")
         save_file(self.tensors, folder / "optimizers.safetensors")
         (folder / "experiment.yaml").write_text(to_yaml(self.experiment))
         (folder / "position.json").write_text(json.dumps({**vars(self.position), "optimizers": self.numbers}, indent=1))
-        _seal(folder)
+        _seal(folder, before_manifest)
 
-    def write(self, filesystem: fs.FileSystem, place: str) -> Checkpoint:
-        """The same wherever `place` is: to a bucket its files are copied, the manifest last."""
+    def write(
+        self, filesystem: fs.FileSystem, place: str, before_manifest: Callable[[], None] = lambda: None
+    ) -> Checkpoint:
+        """The same wherever `place` is: to a bucket its files are copied, the manifest last.
+
+        `before_manifest` is called when all else is there: what it raises leaves an unfinished checkpoint.
+        """
         if isinstance(filesystem, fs.LocalFileSystem):
             Path(place).mkdir(parents=True)
-            self.save(Path(place))
+            self.save(Path(place), before_manifest)
             return Checkpoint(place, filesystem)
         with tempfile.TemporaryDirectory(prefix="giffy_ray-checkpoint-") as folder:
             self.save(Path(folder))
-            return copied(Path(folder), filesystem, place)
+            return copied(Path(folder), filesystem, place, before_manifest)
 
 
 def publish(location: str, folder: Path) -> None:
@@ -123,15 +131,20 @@ def _kept(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: tensor.to("cpu", copy=True) for name, tensor in tensors.items()}
 
 
-def _seal(folder: Path) -> None:
+def _seal(folder: Path, before_manifest: Callable[[], None] = lambda: None) -> None:
     files = {path.name: _fingerprint(str(path)) for path in sorted(folder.iterdir())}
+    before_manifest()
     write_text(str(folder / _MANIFEST), json.dumps({"files": files}, indent=1))
 
 
-def copied(folder: Path, filesystem: fs.FileSystem, place: str) -> Checkpoint:
+def copied(
+    folder: Path, filesystem: fs.FileSystem, place: str, before_manifest: Callable[[], None] = lambda: None
+) -> Checkpoint:
     filesystem.create_dir(place)
     names = sorted(path.name for path in folder.iterdir() if path.name != _MANIFEST)
     for name in (*names, _MANIFEST):
+        if name == _MANIFEST:
+            before_manifest()
         fs.copy_files(str(folder / name), f"{place}/{name}", fs.LocalFileSystem(), filesystem)
     return Checkpoint(place, filesystem)
 
@@ -213,37 +226,43 @@ def verify(location: str) -> None:
 
 
 def newest(experiment: Experiment) -> str:
-    """Where the newest whole checkpoint of the run of the experiment's name lies. Raises ConfigError.
+    """Where the whole checkpoint with most steps of the run of the experiment's name lies. Raises ConfigError.
 
     Damaged ones are told of and passed over.
     """
-    return _first_whole(experiment, _locations(experiment))
+    return _first_whole(experiment, list(_positions(experiment)))
 
 
 def to_resume(experiment: Experiment) -> str | None:
     """The newest whole checkpoint, or none where the run has not finished any. Raises ConfigError if all are damaged.
 
-    Those whose writing was cut off are removed: it is called where nobody writes any.
+    To be called by the holder of the run's lease, where nobody writes a checkpoint: those whose writing was cut off are
+    removed, and damaged ones that a whole one is used in place of. So none is left that has more steps.
     """
     finished = []
-    for location in _locations(experiment):
-        filesystem, place = filesystem_of(location)
+    for location in _positions(experiment):
         if read_text(join(location, _MANIFEST)) is None:
             _log.warning("%s: its writing was cut off; it is removed", location)
-            filesystem.delete_dir(place)
+            _remove(location)
         else:
             finished.append(location)
-    return _first_whole(experiment, finished) if finished else None
+    if not finished:
+        return None
+    chosen = _first_whole(experiment, finished)
+    for location in finished[: finished.index(chosen)]:
+        _log.warning("%s: it is damaged, and removed: the run goes on from %s", location, chosen)
+        _remove(location)
+    return chosen
 
 
 def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
-    """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError."""
-    measured, known = {}, set[str]()
-    for location in _locations(experiment):
-        metrics = position_of(location).get("metrics", {})
-        known |= metrics.keys()
-        if metric in metrics:  # and it is not one between validations
-            measured[location] = metrics[metric]
+    """Where the whole checkpoint lies that had the best `metric` when it was written. Raises ConfigError.
+
+    Of equal ones the newest; one whose metric is NaN only where all are.
+    """
+    metrics = {location: position.get("metrics", {}) for location, position in _positions(experiment).items()}
+    measured = {location: named[metric] for location, named in metrics.items() if metric in named}
+    known = {name for named in metrics.values() for name in named}
     if known and not measured:
         raise ConfigError(f"{metric!r} was not measured at any; there are: {', '.join(sorted(known))}")
     return _first_whole(experiment, _ranked(measured, smaller))
@@ -252,10 +271,10 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
 def select(experiment: Experiment) -> str:
     """Where the checkpoint lies that stands for a run: the whole one with the best validation, or the newest where
     none was validated. It is the one that is evaluated, published and registered. Raises ConfigError."""
-    locations = _locations(experiment)
-    metrics = {location: position_of(location).get("metrics", {}) for location in locations}
+    positions = _positions(experiment)
+    metrics = {location: position.get("metrics", {}) for location, position in positions.items()}
     validated = {location: measured[METRIC] for location, measured in metrics.items() if METRIC in measured}
-    others = [location for location in locations if location not in validated]
+    others = [location for location in positions if location not in validated]
     return _first_whole(experiment, [*_ranked(validated), *others])
 
 
@@ -268,13 +287,20 @@ def describe(location: str) -> str:
 
 
 def _ranked(measured: Mapping[str, float], smaller: bool = True) -> list[str]:
-    """Locations by what was measured there, best first; NaN last, as it compares with nothing."""
-    sign = 1 if smaller else -1
-    return sorted(measured, key=lambda place: (math.isnan(measured[place]), sign * measured[place]))
+    """Locations by what was measured there, best first."""
+    return sorted(measured, key=lambda place: _rank(measured[place], smaller))
+
+
+def _rank(value: float, smaller: bool = True) -> tuple[bool, float]:
+    """Sorts the best value first and NaN, which compares with nothing, last."""
+    return math.isnan(value), value if smaller else -value
 
 
 def reported(experiment: Experiment) -> dict[str, Any] | None:
-    """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was."""
+    """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was.
+
+    To be called by the holder of the run's lease, as `to_resume`.
+    """
     location = to_resume(experiment)
     position = position_of(location) if location else {}
     if position.get("epoch") is None:
@@ -282,28 +308,83 @@ def reported(experiment: Experiment) -> dict[str, Any] | None:
     return {"steps_done": position["steps_done"], "epoch": position["epoch"], **position["metrics"]}
 
 
+def remove_superseded(experiment: Experiment) -> None:
+    """All finished checkpoints of the run but the newest two and those of the `train.keep` best validations.
+
+    To be called by whoever writes the run's checkpoints, after each. A storage that fails is told of: the next call
+    tries again.
+    """
+
+    def kept(positions: Positions) -> list[str]:
+        metric = "val/l2_report"
+        scores = {place: position["metrics"].get(metric, math.nan) for place, position in positions.items()}
+        validated = sorted(
+            (place for place in scores if not math.isnan(scores[place])), key=lambda place: scores[place]
+        )
+        return [*list(positions)[:2], *validated[: experiment.train.keep]]
+
+    _remove_all_but(experiment, kept)
+
+
 def remove_older(experiment: Experiment, epochs: int = 0) -> None:
-    """All checkpoints of the run but the newest, and the newest of so many epochs."""
-    newest, *others = _locations(experiment)
-    ended = [location for location in (newest, *others) if position_of(location).get("epoch") is not None][:epochs]
-    for location in others:
-        if location not in ended:
-            filesystem, place = filesystem_of(location)
-            filesystem.delete_dir(place)
+    """All finished checkpoints of the run but the newest, and the newest of so many epochs. As `remove_superseded`."""
+
+    def kept(positions: Positions) -> list[str]:
+        ended = [place for place, position in positions.items() if position.get("epoch") is not None]
+        return [*list(positions)[:1], *ended[:epochs]]
+
+    _remove_all_but(experiment, kept)
+
+
+def _remove_all_but(experiment: Experiment, choose: Callable[[Positions], list[str]]) -> None:
+    """`choose` gets the finished checkpoints and returns those that are to stay.
+
+    What is not finished is left alone, as it may be being written.
+    """
+    try:
+        finished = {location: position for location, position in _positions(experiment).items() if position}
+        for location in finished.keys() - choose(finished):
+            _remove(location)
+    except OSError as failure:
+        folder = join(experiment.storage, experiment.name)
+        _log.warning("%s: older checkpoints could not be removed (%r)", folder, failure)
+
+
+def _remove(location: str) -> None:
+    """The manifest first: a removal that is cut off leaves an unfinished checkpoint, and not a damaged one."""
+    filesystem, place = filesystem_of(location)
+    with contextlib.suppress(FileNotFoundError):
+        filesystem.delete_file(f"{place}/{_MANIFEST}")
+    filesystem.delete_dir(place)
 
 
 def take_over(experiment: Experiment, other: Experiment, epoch: int) -> None:
     """Makes what `other` was at the end of `epoch` the newest checkpoint of the experiment's run.
 
-    Unless that is past it: then this was done before. Raises ConfigError where there is no such checkpoint.
+    Unless that is past it: then this was done before. Raises ConfigError where there is no such checkpoint. To be
+    called by the holder of the run's lease.
     """
-    found = [location for location in _locations(other) if position_of(location).get("epoch") == epoch]
-    source = _first_whole(other, found)
-    own = to_resume(experiment)
-    if own and position_of(own)["steps_done"] > position_of(source)["steps_done"]:
+    found = _positions(other)
+    source = _first_whole(other, [location for location, position in found.items() if position.get("epoch") == epoch])
+    own, steps_done = to_resume(experiment), found[source]["steps_done"]
+    if own and position_of(own)["steps_done"] > steps_done:
         return
+    place = place_of_new(experiment)
     with _fetched(source, None) as folder:
-        copied(folder, *filesystem_of(place_of_new(experiment)))
+        copied(folder, *filesystem_of(place))
+    for location, position in _positions(experiment).items():
+        if location != place and position.get("steps_done") == steps_done:  # its name may be the later one
+            _remove(location)
+
+
+def forget_reported(experiment: Experiment) -> None:
+    """Removes Ray Train's own list of checkpoints, which it reads at the start of a run and takes to be complete.
+
+    We choose and remove checkpoints ourselves; Ray Train refuses a run of which one is missing.
+    """
+    filesystem, place = filesystem_of(join(experiment.storage, experiment.name, _RAY_TRAINS_LIST))
+    if filesystem.get_file_info(place).type == fs.FileType.File:
+        filesystem.delete_file(place)
 
 
 def place_of_new(experiment: Experiment) -> str:
@@ -313,10 +394,10 @@ def place_of_new(experiment: Experiment) -> str:
 
 def manifest(location: str) -> dict[str, dict[str, Any]]:
     """Bytes and sha256 by the name of the file. Raises DamagedCheckpoint."""
-    text = read_text(join(location, _MANIFEST))
-    if text is None:
-        raise DamagedCheckpoint(f"{location}: it has no {_MANIFEST}, so its writing was cut off")
     try:
+        text = read_text(join(location, _MANIFEST))
+        if text is None:
+            raise DamagedCheckpoint(f"{location}: it has no {_MANIFEST}, so its writing was cut off")
         files = json.loads(text)["files"]
         sound = all("/" not in name and {"bytes", "sha256"} <= wanted.keys() for name, wanted in files.items())
     except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -327,17 +408,31 @@ def manifest(location: str) -> dict[str, dict[str, Any]]:
 
 
 def position_of(location: str) -> dict[str, Any]:
-    """What a checkpoint's position.json says; empty where it has none."""
-    return json.loads(read_text(join(location, "position.json")) or "{}")
+    """What a checkpoint's position.json says; empty where that is missing, or not the one that its manifest names."""
+    filesystem, place = filesystem_of(join(location, "position.json"))
+    try:
+        wanted = manifest(location).get("position.json")
+        if wanted is None or filesystem.get_file_info(place).type != fs.FileType.File:
+            return {}
+        content = read_bytes(join(location, "position.json"))
+    except (DamagedCheckpoint, FileNotFoundError):  # or it is being removed
+        return {}
+    return json.loads(content) if hashlib.sha256(content).hexdigest() == wanted["sha256"] else {}
 
 
-def _locations(experiment: Experiment) -> list[str]:
-    """The checkpoint folders of a run, newest first: Ray Train names them after the moment."""
+def _positions(experiment: Experiment) -> Positions:
+    """The checkpoint folders of a run with their positions, newest first: most steps, and of as many the later name.
+
+    Names are moments of some machine's clock, which may have been set back since. Those whose steps are not known come
+    first: they are unfinished or damaged, and whoever looks for a whole one has to tell of them.
+    """
     folder = join(experiment.storage, experiment.name)
     filesystem, base = filesystem_of(folder)
     infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
-    names = (info.base_name for info in infos if info.type == fs.FileType.Directory)
-    return [join(folder, name) for name in sorted(names, reverse=True) if name.startswith("checkpoint_")]
+    names = [info.base_name for info in infos if info.type == fs.FileType.Directory]
+    found = [join(folder, name) for name in sorted(names, reverse=True) if name.startswith("checkpoint_")]
+    positions = {location: position_of(location) for location in found}
+    return dict(sorted(positions.items(), key=lambda item: -item[1].get("steps_done", math.inf)))
 
 
 def _first_whole(experiment: Experiment, locations: list[str]) -> str:
@@ -345,7 +440,7 @@ def _first_whole(experiment: Experiment, locations: list[str]) -> str:
     for location in locations:
         try:
             verify(location)
-        except DamagedCheckpoint as damage:
+        except (DamagedCheckpoint, FileNotFoundError) as damage:  # which a training that goes on may have removed
             _log.warning("%s; it is not used", damage)
             damages.append(str(damage))
         else:

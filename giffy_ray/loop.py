@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import math
 import tempfile
 import threading
@@ -25,6 +27,7 @@ from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import Method, learner_method
 from giffy_ray.learners import Learner
+from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.listen import Listener
 from giffy_ray.meter import Meter, profiler
 from giffy_ray.models import baselines
@@ -32,9 +35,7 @@ from giffy_ray.shapes import NonFiniteOutput
 from giffy_ray.storage import join, write_text
 from giffy_ray.tracking import Tracker, open_run
 
-# Of a checkpoint that was not validated: Ray Train's memory of a run cannot hold NaN or infinity.
-_UNSCORED = 1e30
-SCORE = "score"  # of a checkpoint: the smaller, the longer it is kept
+_log = logging.getLogger(__name__)
 _SAMPLES = 4  # clips, by two or three rows: about a square, as MLflow's page gives pictures one
 
 
@@ -52,16 +53,20 @@ def train_loop(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train runs.
 
     `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
-    and the place of the run that this one is shown under.
+    the place of the run that this one is shown under, and who holds the lease of the run.
     """
     experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
-    tags = {"data.fingerprint": store.fingerprint}
+    watch, tags = Watch(experiment, settings["holder"]), {"data.fingerprint": store.fingerprint}
     try:
+        check_lease(watch)
         _check_clips(store, settings["fingerprint"])
         with open_run(experiment, ranks.rank(), settings["parent"], tags) as tracker:
-            run(experiment, store, tracker, ray.train.torch.get_device(), ToRayTrain(), ray.train.get_preemption_info)
+            tell = ToRayTrain(experiment, watch)
+            run(experiment, store, tracker, ray.train.torch.get_device(), tell, ray.train.get_preemption_info, watch)
+    # Not raised here: Ray Train would start the workers again, to fail in the same way.
+    except LeaseLost as lost:
+        _log.error("%s", lost)  # `train` finds the same
     except RunFailure as failure:
-        # Not raised here: Ray Train would start the workers again, to fail in the same way.
         if ranks.rank() == 0:
             write_text(join(experiment.storage, experiment.name, FAILURE), str(failure))
 
@@ -81,10 +86,12 @@ def run(
     device: torch.device,
     tell: Tell,
     notice: Callable[[], Any] = lambda: None,
+    watch: Watch | None = None,
 ) -> None:
     """Trains to the end, or to where it is told to stop.
 
-    `notice` returns something new when a machine of the training is about to be taken away.
+    `notice` returns something new when a machine of the training is about to be taken away. `watch` follows the lease
+    of the run; LeaseLost is raised where it is lost.
     """
     set_precision(experiment.speed)
     torch.backends.cudnn.benchmark = True  # batches are all of one shape; its first guesses for 3D are slow ones
@@ -98,44 +105,47 @@ def run(
     steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device, position.skipped)
     steps = range(steps_done, last)
     batches = stream.batches(store, experiment.data, train.seed, train.batch, rank, ranks.count(), steps)
-    listener = Listener(experiment, rank, device, notice)
     introduce(tracker, store)
     draw = functools.partial(samples, learner, make, store)
     if steps_done == 0:
         tracker.log_animation(functools.partial(draw, "webp"), "validation", step=0)
 
-    # ---------------------------------------------------------------------------------- the training
-    stopped, profile = False, profiler(experiment.speed.profile and rank == 0, tracker.log_file)
-    while steps_done < last and not stopped:
-        asked_s = time.perf_counter()
-        dealt = next(batches)
-        meter.waited(time.perf_counter() - asked_s)
-        with meter.at_first_counting_flops():
-            named = learner.update(dealt.clips, dealt.times, dealt.positions)
-        profile.step()
-        meter.add(steps_done, named, len(dealt.clips))
-        steps_done += 1
+    stopped = False
+    with (
+        contextlib.ExitStack() as leaving
+    ):  # threads end however the loop is left: a trial that is cut raises SystemExit
+        listener = leaving.enter_context(Listener(experiment, rank, device, notice, watch))
+        profile = profiler(experiment.speed.profile and rank == 0, tracker.log_file)
+        leaving.callback(profile.stop)
+        # ------------------------------------------------------------------------------ the training
+        while steps_done < last and not stopped:
+            asked_s = time.perf_counter()
+            dealt = next(batches)
+            meter.waited(time.perf_counter() - asked_s)
+            with meter.at_first_counting_flops():
+                named = learner.update(dealt.clips, dealt.times, dealt.positions)
+            profile.step()
+            meter.add(steps_done, named, len(dealt.clips))
+            steps_done += 1
 
-        stopped, warned = listener.heard()
-        due = train.checkpoint_every and steps_done % train.checkpoint_every == 0
-        epoch, measured = validated.get(steps_done), {}
-        if epoch is not None:
-            ranks.share_buffers(learner.networks.values())
-            measured = meter.means() | validate(make, store, train.batch // ranks.count(), device)
-            tracker.log_metrics(measured, step=epoch)
-            tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
-        if epoch is not None or due or stopped or warned:
-            sums = meter.sums()
-            report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
-        if meter.skipped > train.most_skipped:
-            raise RunFailure(too_many_skipped(meter, store, experiment))
-        if warned and steps_done < last and not stopped:
-            restarts.wait_for_restart()
-        if epoch is not None:
-            meter.start()
-    # ----------------------------------------------------------------------------------
-    listener.end()
-    profile.stop()
+            stopped, warned = listener.heard()
+            due = train.checkpoint_every and steps_done % train.checkpoint_every == 0
+            epoch, measured = validated.get(steps_done), {}
+            if epoch is not None:
+                ranks.share_buffers(learner.networks.values())
+                measured = meter.means() | validate(make, store, train.batch // ranks.count(), device)
+                tracker.log_metrics(measured, step=epoch)
+                tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
+            if epoch is not None or due or stopped or warned:
+                sums = meter.sums()
+                report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
+            if meter.skipped > train.most_skipped:
+                raise RunFailure(too_many_skipped(meter, store, experiment))
+            if warned and steps_done < last and not stopped:
+                restarts.wait_for_restart()
+            if epoch is not None:
+                meter.start()
+        # ------------------------------------------------------------------------------
     tracker.log_drawn(functools.partial(draw, "mp4"), "samples.mp4", steps_done)
     tracker.log_drawn(functools.partial(draw, "gif"), "samples.gif", steps_done)
     tracker.finish("KILLED" if stopped else "FINISHED")
@@ -177,12 +187,18 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     return Position(0)
 
 
+def check_lease(watch: Watch) -> None:
+    """Raises LeaseLost on all workers where rank 0 finds the lease of the run to be lost."""
+    lost = ranks.from_first([watch.look() if ranks.rank() == 0 else ""])[0]
+    if lost:
+        raise LeaseLost(lost)
+
+
 def report(
     learner: Learner, experiment: Experiment, position: Position, tell: Tell, before_restart: bool = False
 ) -> None:
-    """Tells of the metrics, with a checkpoint. One between validations has no score: it is kept while it is newest."""
-    l2 = position.metrics.get("val/l2_report", _UNSCORED)
-    named: dict[str, Any] = {"steps_done": position.steps_done, SCORE: l2 if math.isfinite(l2) else _UNSCORED}
+    """Tells of the metrics, with a checkpoint."""
+    named: dict[str, Any] = {"steps_done": position.steps_done}
     if position.epoch is not None:
         named |= {"epoch": position.epoch, **position.metrics}
     if before_restart:
@@ -191,9 +207,13 @@ def report(
 
 
 class ToRayTrain:
-    """Reports to Ray Train. A checkpoint is written while the training goes on, one at a time: it takes memory."""
+    """Reports to Ray Train. A checkpoint is written while the training goes on, one at a time: it takes memory.
 
-    def __init__(self) -> None:
+    Which checkpoints are kept is decided here too, when one is complete: Ray Train is told to keep all.
+    """
+
+    def __init__(self, experiment: Experiment, watch: Watch) -> None:
+        self._experiment, self._watch = experiment, watch
         self._idle = threading.Semaphore()
 
     def __call__(self, named: dict[str, Any], take: Callable[[], Snapshot] | None) -> None:
@@ -206,7 +226,9 @@ class ToRayTrain:
 
         def write(_: Checkpoint, name: str) -> Checkpoint:
             try:
-                written = snapshot.write(storage.storage_filesystem, f"{storage.experiment_fs_path}/{name}")
+                place = f"{storage.experiment_fs_path}/{name}"
+                written = snapshot.write(storage.storage_filesystem, place, self._watch.check)
+                checkpoints.remove_superseded(self._experiment)
                 named[restarts.CHECKPOINT_S] = time.perf_counter() - began_s
                 return written
             finally:

@@ -6,12 +6,13 @@ import logging
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Client, Listener
 from typing import Any
 
 from ray.train import UserCallback
 
+_PAUSE_S = 0.1  # after a failure, which may be one that lasts
 _log = logging.getLogger(__name__)
 
 
@@ -23,11 +24,23 @@ class Relay(UserCallback):
     """
 
     def __init__(self, address: str):
-        self.address = address
+        self.address, self._fails = address, False
 
     def after_report(self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any) -> None:
-        with Client(self.address, family="AF_UNIX") as connection:
-            connection.send(metrics[0])
+        """A report that cannot be sent is logged: Ray Train would end the training for what a callback raises."""
+        try:
+            _send(self.address, metrics[0])
+        except OSError as failure:
+            if not self._fails:
+                _log.warning("%s: a report could not be sent (%r)", self.address, failure)
+            self._fails = True
+        else:
+            self._fails = False
+
+
+def _send(address: str, metrics: Mapping[str, Any] | None) -> None:
+    with Client(address, family="AF_UNIX") as connection:
+        connection.send(metrics)
 
 
 @contextmanager
@@ -36,29 +49,39 @@ def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
 
     What `show` raises is logged and ends nothing: the controller waits until a report was taken, with the training.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        listener = Listener(f"{folder}/reports", family="AF_UNIX")
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        listener, ended = Listener(f"{folder}/reports", family="AF_UNIX"), threading.Event()
+        address = str(listener.address)
 
         def receive() -> None:
-            while True:
-                with listener.accept() as connection:
-                    metrics = connection.recv()
-                if metrics is None:
-                    return
+            fails = False
+            while not ended.is_set():
                 try:
+                    with listener.accept() as connection:
+                        metrics = connection.recv()
+                    if metrics is None:
+                        return
                     show(metrics)
-                except Exception:  # nobody may read any more what is printed, as behind `| head`
-                    _log.exception("a report could not be shown")
+                    fails = False
+                except Exception:  # nobody may read any more what is printed, as behind `| head`; a sender was killed
+                    if not fails:
+                        _log.exception("a report could not be shown")
+                    fails = True
+                    ended.wait(_PAUSE_S)
 
-        thread = threading.Thread(target=receive, daemon=True)
+        thread = threading.Thread(target=receive, name="reports", daemon=True)
         thread.start()
         try:
-            yield Relay(listener.address)  # type: ignore[arg-type]
+            yield Relay(address)
         finally:
-            with Client(listener.address, family="AF_UNIX") as connection:
-                connection.send(None)
-            thread.join()
-            listener.close()
+            try:
+                _send(address, None)  # after the last report
+                thread.join()
+            except OSError as failure:  # such as of a socket that a cleaner of temporary folders has removed
+                _log.warning("%s: cannot be reached (%r)", address, failure)
+            ended.set()
+            with suppress(FileNotFoundError):
+                listener.close()
 
 
 def line_of(metrics: Mapping[str, Any], epochs: int) -> str:

@@ -16,11 +16,12 @@ import torch
 from ray._private.state import state  # the public list of actors needs the dashboard
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from giffy_ray import checkpoints, learners, lease, listen, restarts
+from giffy_ray import checkpoints, learners, listen, restarts
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
-from giffy_ray.loop import FAILURE, SCORE, RunFailure, train_loop
+from giffy_ray.lease import Lease, LeaseLost, Watch, held
+from giffy_ray.loop import FAILURE, RunFailure, train_loop
 from giffy_ray.storage import delete_file, join, read_text, write_text
 
 _WORKER = RayTrainWorker.__name__
@@ -67,14 +68,15 @@ def train(
     failure = join(experiment.storage, experiment.name, FAILURE)
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
     aside = ThreadPoolExecutor(1)
-    with claimed(experiment, store), _ended_by_signals(experiment) as signals:
+    with claimed(experiment, store) as lease, _ended_by_signals(experiment) as signals:
         delete_file(failure)
-        training, looks = aside.submit(_trainer(experiment, store, share, parent, callbacks).fit), 0
+        checkpoints.forget_reported(experiment)
+        training, looks = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit), 0
         aside.shutdown(wait=False)  # its thread ends with the training
         while wait([training], _LOOK_S).not_done and looks < _LOOKS_WITHOUT_WORKERS:
             looks = looks + 1 if signals and not _worker_runs() else 0
         if training.done():
-            training.result()
+            _end(training, Watch(experiment, lease.holder))
     if not training.done():
         print("no worker runs, so there is nothing to save", flush=True)
         os._exit(128 + signals[0])  # while Ray waits for machines, `fit` cannot be interrupted
@@ -86,20 +88,40 @@ def train(
     return checkpoints.newest(experiment)
 
 
+def _end(training: Future, watch: Watch) -> None:
+    """Raises what `fit` raised, or LeaseLost where its workers have ended because another process has the run."""
+    try:
+        training.result()
+    except ray.train.TrainingFailedError as error:
+        lost = watch.look()
+        if lost:
+            raise LeaseLost(lost) from error
+        raise
+    lost = watch.look()
+    if lost:
+        raise LeaseLost(lost)
+
+
 @contextmanager
-def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[None]:
+def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[Lease]:
     """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
 
-    `may_change`: what may differ from before, fields, and sections that end with a point.
+    LeaseLost at the end of the block where it was lost. `may_change`: what may differ from before, fields, and sections
+    that end with a point.
     """
     check(experiment, store)
-    with lease.held(experiment):
+    with held(experiment) as lease:
         _claim(experiment, store, may_change)
-        yield
+        yield lease
 
 
 def _trainer(
-    experiment: Experiment, store: Store, share: Share, parent: str | None, callbacks: Sequence[ray.train.UserCallback]
+    experiment: Experiment,
+    store: Store,
+    share: Share,
+    parent: str | None,
+    callbacks: Sequence[ray.train.UserCallback],
+    holder: str,
 ) -> restarts.Trainer:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
     os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(restarts.POLL_DRAINS_S))
@@ -115,6 +137,7 @@ def _trainer(
             "store": store.location,
             "fingerprint": store.fingerprint,
             "parent": parent,
+            "holder": holder,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
@@ -128,10 +151,8 @@ def _trainer(
             worker_runtime_env={"env_vars": KEEP_MEMORY},
             # Ray takes its controller's own kind of callbacks here too.
             callbacks=[*callbacks, restarts.CheckpointBeforePreemption()],  # type: ignore[list-item]
-            # One more than the best: where the newest is among them, another has to be there if it is damaged.
-            checkpoint_config=ray.train.CheckpointConfig(
-                num_to_keep=experiment.train.keep + 1, checkpoint_score_attribute=SCORE, checkpoint_score_order="min"
-            ),
+            # All: rank 0 removes those that are not kept, as Ray Train keeps only the newest besides the best.
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=_STARTS_SPOILED * max(1, cluster.max_failures),

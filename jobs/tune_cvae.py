@@ -24,12 +24,12 @@ def main(experiment: Experiment) -> None:
     points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)
 
-    with tune.claim(study, store), open_run(study) as parent:
+    with tune.claim(study, store) as lease, open_run(study) as parent:
         log_data_set(store, [parent])
         print(
             f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True
         )
-        found = tune.search_claimed(study, store, share_of_trials, parent.place, points)
+        found = tune.search_claimed(study, store, share_of_trials, parent.place, points, lease)
         parent.close_children()
         show_search(study, found, store, parent)
 

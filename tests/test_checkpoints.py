@@ -1,6 +1,7 @@
 """Checkpoints come back bit by bit, or are refused by name."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from giffy_ray import checkpoints, learners, loop
 from giffy_ray.checkpoints import DamagedCheckpoint, Position
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.learners import Learner
+from giffy_ray.lease import LeaseLost
 from giffy_ray.storage import filesystem_of
 from tests.test_experiments import BATCH, EXPERIMENTS, TINY, moving_squares
 
@@ -310,3 +312,158 @@ def test_what_is_published_makes_the_same_clips_and_is_smaller(path: Path, tmp_p
     weights = nn.utils.parameters_to_vector(followed.networks[next(iter(learner.networks))].parameters())
     (average,) = (network for name, network in learner.networks.items() if name.endswith("_average"))
     assert torch.equal(weights, nn.utils.parameters_to_vector(average.parameters()))
+
+
+def saved(run: Experiment, name: str, steps: int, l2: float | None = None, epoch: int | None = None) -> Path:
+    """A small whole checkpoint; one that has an epoch is of a validation."""
+    place = Path(run.storage, run.name, name)
+    place.mkdir(parents=True)
+    metrics = {} if l2 is None else {"val/l2_report": l2}
+    position = Position(steps, metrics, epoch=steps if l2 is not None and epoch is None else epoch)
+    checkpoints.Snapshot(Bare(torch.optim.SGD, lr=0.1), run, position).save(place)  # type: ignore[arg-type]
+    return place
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Experiment:
+    return override(Experiment(), {"storage": str(tmp_path), "name": "run"})
+
+
+def names_in(run: Experiment) -> set[str]:
+    return {path.name.removeprefix("checkpoint_") for path in Path(run.storage, run.name).glob("checkpoint_*")}
+
+
+def test_a_clock_that_steps_back_changes_neither_what_is_resumed_nor_what_is_removed(run: Experiment):
+    for steps, hour in ((10, 12), (20, 13), (30, 11), (40, 10)):
+        saved(run, f"checkpoint_2026-11-28_{hour}-00-00.000000", steps, l2=100.0 - steps)
+    newest = f"{run.storage}/run/checkpoint_2026-11-28_10-00-00.000000"
+    assert checkpoints.newest(run) == checkpoints.to_resume(run) == newest
+    assert checkpoints.reported(run) == {"steps_done": 40, "epoch": 40, "val/l2_report": 60.0}
+    checkpoints.remove_superseded(run)
+    assert names_in(run) == {"2026-11-28_11-00-00.000000", "2026-11-28_10-00-00.000000"}
+    checkpoints.remove_older(run)
+    assert names_in(run) == {"2026-11-28_10-00-00.000000"}
+
+
+def test_of_as_many_steps_the_later_name_is_newest(run: Experiment):
+    for name in ("b", "c", "a"):
+        saved(run, f"checkpoint_{name}", 10)
+    assert checkpoints.newest(run).endswith("checkpoint_c")
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_best_validations_and_the_newest_two_are_kept(keep: int, run: Experiment):
+    run = override(run, {"train.keep": keep})
+    # Steps, and the metric of those that were validated; the best are of 30, 10, 50.
+    for steps, l2 in ((10, 2.0), (20, None), (30, 1.0), (40, math.nan), (50, 3.0), (60, 4.0), (70, None), (80, None)):
+        saved(run, f"checkpoint_{steps}", steps, l2)
+        checkpoints.remove_superseded(run)
+    assert names_in(run) == {"70", "80", *["30", "10", "50"][:keep]}
+    saved(run, "checkpoint_90", 90, 9.0)
+    checkpoints.remove_superseded(run)
+    assert names_in(run) == {"80", "90", *["30", "10", "50"][:keep]}
+
+
+def test_what_is_being_written_is_neither_removed_nor_counted(run: Experiment):
+    for steps in (10, 20, 30):
+        saved(run, f"checkpoint_{steps}", steps)
+    (saved(run, "checkpoint_15", 15) / "manifest.json").unlink()
+    (saved(run, "checkpoint_40", 40) / "manifest.json").unlink()
+    checkpoints.remove_superseded(run)
+    assert names_in(run) == {"15", "20", "30", "40"}
+    checkpoints.remove_older(run)
+    assert names_in(run) == {"15", "30", "40"}
+    assert checkpoints.to_resume(run) == f"{run.storage}/run/checkpoint_30"
+    assert names_in(run) == {"30"}
+
+
+@pytest.mark.parametrize("name", ["net.safetensors", "position.json", "manifest.json"])
+@pytest.mark.parametrize("damage", [truncate, flip_a_bit])
+def test_damaged_checkpoints_do_not_push_out_whole_ones(damage, name: str, run: Experiment):
+    for steps in (10, 20, 30, 40):
+        place = saved(run, f"checkpoint_{steps}", steps)
+        if steps > 20:
+            damage(place / name)
+    assert checkpoints.newest(run).endswith("checkpoint_20")
+    assert names_in(run) == {"10", "20", "30", "40"}  # whoever only reads removes nothing
+    assert str(checkpoints.to_resume(run)).endswith("checkpoint_20")
+    for steps, kept in ((25, {"20", "25"}), (30, {"25", "30"}), (35, {"30", "35"})):
+        saved(run, f"checkpoint_{steps}", steps)
+        checkpoints.remove_superseded(run)
+        assert names_in(run) == kept
+
+
+def test_a_digit_that_was_changed_in_its_position_makes_no_checkpoint_newer(run: Experiment):
+    place = saved(run, "checkpoint_1", 10)
+    saved(run, "checkpoint_2", 20)
+    position = place / "position.json"
+    position.write_text(position.read_text().replace('"steps_done": 10', '"steps_done": 90'))
+    assert checkpoints.position_of(str(place)) == {}
+    assert checkpoints.newest(run).endswith("checkpoint_2")
+
+
+def test_a_removal_that_is_cut_off_leaves_an_unfinished_checkpoint(run: Experiment, monkeypatch: pytest.MonkeyPatch):
+    for steps in (10, 20, 30):
+        saved(run, f"checkpoint_{steps}", steps)
+
+    class Failing:
+        def __init__(self, filesystem: fs.FileSystem):
+            self.filesystem = filesystem
+
+        def __getattr__(self, name: str):
+            return getattr(self.filesystem, name)
+
+        def delete_dir(self, path: str) -> None:
+            raise OSError("Input/output error")
+
+    with monkeypatch.context() as away:
+        away.setattr(checkpoints, "filesystem_of", lambda place: (Failing(filesystem_of(place)[0]), place))
+        checkpoints.remove_superseded(run)  # a training does not end for it
+    assert names_in(run) == {"10", "20", "30"}
+    with pytest.raises(DamagedCheckpoint, match="cut off"):
+        checkpoints.verify(f"{run.storage}/run/checkpoint_10")
+    assert checkpoints.to_resume(run) == f"{run.storage}/run/checkpoint_30"
+    assert names_in(run) == {"20", "30"}
+
+
+def test_what_was_taken_over_is_newest_whatever_its_name_says(run: Experiment, monkeypatch: pytest.MonkeyPatch):
+    other = override(run, {"name": "other"})
+    saved(other, "checkpoint_1", 20, 1.0, epoch=2)
+    saved(run, "checkpoint_3", 20, 2.0, epoch=2)  # of a clock that was set back since
+    saved(run, "checkpoint_2", 10, 3.0, epoch=1)
+    monkeypatch.setattr(checkpoints, "place_of_new", lambda run: f"{run.storage}/{run.name}/checkpoint_0")
+    checkpoints.take_over(run, other, 2)
+    assert checkpoints.newest(run).endswith("run/checkpoint_0")
+    assert checkpoints.reported(run) == {"steps_done": 20, "epoch": 2, "val/l2_report": 1.0}
+    assert names_in(run) == {"0", "2"}
+
+
+@pytest.mark.parametrize("smaller", [True, False])
+def test_a_metric_that_is_nan_is_never_the_best(smaller: bool, run: Experiment):
+    for steps, l2 in ((10, math.nan), (20, 2.0), (30, math.nan), (40, 1.0), (50, 1.0), (60, 2.0), (70, math.nan)):
+        saved(run, f"checkpoint_{steps}", steps, l2)
+    assert checkpoints.best(run, "val/l2_report", smaller).endswith("checkpoint_50" if smaller else "checkpoint_60")
+
+
+def test_a_checkpoint_of_a_run_that_was_lost_is_never_finished(run: Experiment, bucket: str):
+    def lost() -> None:
+        raise LeaseLost("it is another's")
+
+    snapshot = checkpoints.Snapshot(Bare(torch.optim.SGD, lr=0.1), run, Position(1))  # type: ignore[arg-type]
+    for place in (f"{run.storage}/run/checkpoint_1", f"{bucket}/lost/checkpoint_1"):
+        with pytest.raises(LeaseLost):
+            snapshot.write(*filesystem_of(place), lost)
+        with pytest.raises(DamagedCheckpoint, match="cut off"):
+            checkpoints.verify(place)
+
+
+def test_ray_trains_list_of_checkpoints_is_forgotten(run: Experiment):
+    """It refuses a run of which a checkpoint in it is missing."""
+    from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+
+    checkpoints.forget_reported(run)  # of a new run there is none
+    listed = Path(run.storage, run.name, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME)
+    listed.parent.mkdir()
+    listed.write_text("{}")
+    checkpoints.forget_reported(run)
+    assert not listed.exists()

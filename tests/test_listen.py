@@ -1,14 +1,17 @@
 """What a running training hears."""
 
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from giffy_ray import listen, restarts
+from giffy_ray import lease, listen, restarts
 from giffy_ray.config import Experiment, override
+from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.listen import Listener, ask_to_stop, forget_stop
+from giffy_ray.storage import write_text
 
 
 @pytest.fixture
@@ -70,3 +73,50 @@ def test_other_ranks_do_not_look(experiment: Experiment):
     listener = Listener(experiment, 1, torch.device("cpu"), nothing)
     time.sleep(0.1)
     assert listener.heard() == (False, False)
+
+
+def alive() -> int:
+    return sum(thread.name == "listener" for thread in threading.enumerate())
+
+
+def test_a_storage_that_fails_for_a_moment_does_not_make_it_deaf(
+    experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def fail(location: str) -> None:
+        raise OSError("Input/output error")
+
+    notices = [None]
+    with Listener(experiment, 0, torch.device("cpu"), lambda: notices[0]) as listener:
+        with monkeypatch.context() as away:
+            away.setattr(listen, "read_text", fail)
+            time.sleep(0.2)  # ten looks
+            notices[0] = "node a goes away"  # type: ignore[call-overload]
+            assert until(lambda: listener.heard()[1])  # Ray is asked all the same
+        ask_to_stop(experiment)
+        assert until(lambda: listener.heard()[0])
+    told = [record.message for record in caplog.records]
+    assert len(told) == 2 and "Input/output error" in told[0] and "can be read again" in told[1]
+
+
+@pytest.mark.parametrize("error", [SystemExit, ValueError, KeyboardInterrupt])
+def test_its_thread_ends_however_the_block_is_left(error: type[BaseException], experiment: Experiment):
+    def leave() -> None:
+        with Listener(experiment, 0, torch.device("cpu"), nothing) as listener:
+            listener._any_of_each._asked = "a question that nobody answers"  # type: ignore[assignment]
+            assert alive() == 1
+            raise error
+
+    with pytest.raises(error):
+        leave()
+    assert alive() == 0
+
+
+def test_a_training_whose_lease_is_lost_ends(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+    location = lease.location_of(experiment)
+    write_text(location, '{"holder": "we"}')
+    with Listener(experiment, 0, torch.device("cpu"), nothing, Watch(experiment, "we")) as listener:
+        time.sleep(0.2)
+        assert listener.heard() == (False, False)
+        write_text(location, '{"holder": "they", "pid": 7, "host": "there"}')
+        with pytest.raises(LeaseLost, match=r"'run' is lost .*process 7 on there"):
+            until(lambda: listener.heard()[0])

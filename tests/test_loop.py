@@ -2,8 +2,11 @@
 
 import gzip
 import io
+import itertools
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -14,16 +17,19 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from pyarrow import fs
 
-from giffy_ray import checkpoints, learners, loop, train
+from giffy_ray import checkpoints, learners, lease, listen, loop, train
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, SpeedConfig, override, to_yaml
 from giffy_ray.data.deal import rows_at, slice_of
 from giffy_ray.learners import Learner
+from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.meter import Meter, peak_tflops, profiler
 from giffy_ray.shapes import NonFiniteOutput
-from tests.conftest import TINY
+from giffy_ray.storage import write_text
 from tests.test_checkpoints import assert_equal_weights, built, step
+from tests.test_experiments import moving_squares
 from tests.test_results import FakeStore
 
 CPU = torch.device("cpu")
@@ -171,10 +177,6 @@ def test_output_that_is_not_finite_gives_metrics_that_are_nan_and_no_picture_of_
     assert all(math.isnan(value) for value in measured.values())
     drawn = loop.samples(Mirror(False), make, store, "gif")  # type: ignore[arg-type]
     assert Image.open(io.BytesIO(drawn)).height == 2 * 14 + 128  # the real clips alone
-    told: list[dict] = []
-    position = checkpoints.Position(3, measured, {}, 1)
-    loop.report(built(override(Experiment(), TINY)), Experiment(), position, lambda named, take: told.append(named))
-    assert math.isfinite(told[0][loop.SCORE])
 
 
 def test_precision_float32_turns_tf32_off_for_products_and_convolutions():
@@ -266,8 +268,8 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
         fingerprint, location = "abc", "the-store"
         statuses: ClassVar[list[object]] = []
 
-        def __init__(self, location: str = ""):
-            self.location = location
+        def __init__(self, location: str = "", holder: str = ""):
+            self.location, self.holder = location, holder
 
         def rows_of(self, split: str) -> np.ndarray:
             return np.arange(30)
@@ -280,7 +282,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
 
         def fit(self) -> None:
             settings = {"experiment": to_yaml(experiment), "store": "the-store", "parent": None}
-            loop.train_loop(settings | {"fingerprint": "abc"})
+            loop.train_loop(settings | {"fingerprint": "abc", "holder": self.holder})
 
     def diverge(*_: object) -> None:
         raise loop.RunFailure("11 steps")
@@ -289,7 +291,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
     monkeypatch.setattr(loop, "open_run", lambda *_, **__: Ended())
     monkeypatch.setattr(loop, "run", diverge)
     monkeypatch.setattr(loop.ray.train.torch, "get_device", lambda: CPU)
-    monkeypatch.setattr(train, "_trainer", lambda *_, **__: Ended())
+    monkeypatch.setattr(train, "_trainer", lambda *settings: Ended("the-store", settings[-1]))
     for _ in range(2):  # what an earlier start left does not count
         with pytest.raises(loop.RunFailure, match="11 steps"):
             train.train(experiment, Ended(), Share(1, 0, 1))  # type: ignore[arg-type]
@@ -319,7 +321,92 @@ def test_a_worker_that_starts_again_on_other_clips_says_so(monkeypatch: pytest.M
     monkeypatch.setattr(loop, "Store", lambda location: store)
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
     settings = {"experiment": to_yaml(experiment), "store": "here/sets/abc", "fingerprint": "before", "parent": None}
-    loop.train_loop(settings)  # without an error, at which Ray Train would start it again
+    write_text(lease.location_of(experiment), '{"holder": "we"}')
+    loop.train_loop(settings | {"holder": "we"})  # without an error, at which Ray Train would start it again
     why = (tmp_path / "mine" / loop.FAILURE).read_text()
     assert why.startswith("here/sets/abc: its clips have changed")
     assert "(fingerprint now, not before)" in why
+
+
+class Silent:
+    """A tracker that logs nothing."""
+
+    def __getattr__(self, name: str):
+        return lambda *_, **__: None
+
+
+def start(monkeypatch: pytest.MonkeyPatch, tiny: Experiment, folder: Path, tell, watch: Watch | None = None) -> None:
+    """`loop.run` of three steps with a validation after each, without Ray and without clips."""
+    experiment = override(tiny, {"storage": str(folder), "name": "run", "train.batch": 4, "train.epochs": 3})
+    store: Any = SimpleNamespace(rows_of=lambda split: range(4))
+    clips = moving_squares(tiny.clip.frames, tiny.clip.height, tiny.clip.width)
+    times = torch.linspace(0, 1, tiny.clip.frames).expand(len(clips), -1)
+    batch = SimpleNamespace(clips=clips, times=times, positions=torch.arange(len(clips)))
+    monkeypatch.setattr(loop.stream, "batches", lambda *_: itertools.repeat(batch))
+    monkeypatch.setattr(loop, "introduce", lambda *_: None)
+    monkeypatch.setattr(loop, "validate", lambda *_: {"val/l2_report": 1.0})
+    loop.run(experiment, store, Silent(), CPU, tell, watch=watch)  # type: ignore[arg-type]
+
+
+def test_trials_that_are_cut_leave_no_threads(tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    def cut(*_: object) -> None:
+        assert any(thread.name == "listener" for thread in threading.enumerate())
+        raise SystemExit  # as Ray Tune ends a trial, in its report
+
+    before = threading.active_count()
+    for _ in range(3):
+        with pytest.raises(SystemExit):
+            start(monkeypatch, tiny, tmp_path, cut)
+    assert threading.active_count() == before
+
+
+def test_a_run_that_another_process_has_taken_ends_without_a_checkpoint(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(listen, "_LOOK_S", 0.01)
+    monkeypatch.setattr(listen, "_ASK_S", 0.01)
+    run = override(tiny, {"storage": str(tmp_path), "name": "run"})
+    write_text(lease.location_of(run), '{"holder": "we"}')
+    reports = []
+
+    def tell(named: dict[str, Any], take: Any) -> None:
+        reports.append(named["steps_done"])
+        write_text(lease.location_of(run), '{"holder": "they", "pid": 7, "host": "there"}')
+        time.sleep(0.3)
+
+    with pytest.raises(LeaseLost, match="process 7 on there has taken the run"):
+        start(monkeypatch, tiny, tmp_path, tell, Watch(run, "we"))
+    assert reports == [1]
+    with pytest.raises(LeaseLost):
+        loop.check_lease(Watch(run, "we"))
+
+
+def test_a_worker_keeps_the_promise_about_its_checkpoints(
+    tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Ray Train is stood in for: it calls what uploads a checkpoint with the name that it gave it."""
+    run = override(tiny, {"storage": str(tmp_path), "name": "run", "train.keep": 2})
+    write_text(lease.location_of(run), '{"holder": "we"}')
+    learner, names, errors = built(run), itertools.count(), []
+
+    def report(named: dict[str, Any], nothing: Any, checkpoint_upload_fn: Any, **_: object) -> None:
+        try:
+            checkpoint_upload_fn(nothing, f"checkpoint_{next(names)}")
+        except LeaseLost as error:
+            errors.append(error)
+
+    storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem(), experiment_fs_path=str(tmp_path / "run"))
+    monkeypatch.setattr(loop.ray.train, "report", report)
+    monkeypatch.setattr(loop.ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
+    tell = loop.ToRayTrain(run, Watch(run, "we"))
+    for steps, l2 in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
+        loop.report(learner, run, checkpoints.Position(steps, {"val/l2_report": l2}, epoch=steps), tell)
+    folders = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
+    assert folders == ["checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
+    assert checkpoints.best(run, "val/l2_report").endswith("checkpoint_1")
+
+    write_text(lease.location_of(run), '{"holder": "they"}')
+    loop.report(learner, run, checkpoints.Position(5, {"val/l2_report": 0.0}, epoch=5), tell)
+    assert len(errors) == 1
+    assert checkpoints.newest(run).endswith("checkpoint_4")
+    assert folders == sorted(path.name for path in (tmp_path / "run").glob("checkpoint_[0-4]"))

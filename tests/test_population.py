@@ -9,12 +9,14 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from giffy_ray import checkpoints, train, tune
+from giffy_ray import checkpoints, lease, train, tune
 from giffy_ray.checkpoints import Position
+from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.learners import Learner
 from giffy_ray.tune.ledger import ENDED, WORST
 from giffy_ray.tune.population import Population, check, moves
+from giffy_ray.tune.trial import _alone, _turn
 from tests.test_checkpoints import BATCH, built, step
 
 EPOCHS = 6
@@ -289,3 +291,27 @@ def test_a_turn_may_change_what_is_searched_and_nothing_else(tiny: Experiment, t
     other = override(changed, {"optim.beta1": 0.5})
     with pytest.raises(ConfigError, match=r"optim\.beta1: the run 'run'"), train.claimed(other, store, may):
         pass
+
+
+def test_a_trial_touches_no_checkpoint_of_a_run_that_another_process_trains(tiny: Experiment, tmp_path: Path):
+    class Clips:
+        fingerprint, location = "f", "here"
+
+        def rows_of(self, split: str) -> list[int]:
+            return [0]
+
+    run = override(tiny, {"storage": str(tmp_path), "name": "run"})
+    store: Any = Clips()
+    saved(run, "checkpoint_1", built(run), 1, 1)
+    saved(run, "checkpoint_2", built(run), 2, 2)
+    being_written = tmp_path / "run" / "checkpoint_2"
+    (being_written / "manifest.json").unlink()
+    with lease.held(run):
+        for start in (
+            lambda: _alone(run, store, ""),
+            lambda: _turn(run, run, store, "", 2, None),
+            lambda: train.train(run, store, Share(1, 0, 1)),
+        ):
+            with pytest.raises(ConfigError, match="'run' is being trained by process"):
+                start()
+    assert being_written.exists()

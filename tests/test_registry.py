@@ -228,15 +228,15 @@ def test_what_is_registered_is_asked_for_and_known(champion: Experiment, capsys:
 
 PRIVATE = {
     "name": "client-project",
-    "storage": "s3://me:secret@bucket/runs",
-    "data.root": "s3://me:secret@bucket/videos",
+    "storage": "s3://bucket/secret/runs",
+    "data.root": "s3://bucket/secret/videos",
     "data.categories": ["client"],
     "data.caps": {"client": {"training": 3}},
-    "train.start_from": "s3://me:secret@bucket/checkpoint",
+    "train.start_from": "s3://bucket/secret/checkpoint",
     "tracking.uri": "http://me:secret@host",
     "tracking.experiment": "client",
     "tracking.model": "client",
-    "evaluate.runs": ["s3://me:secret@bucket/other"],
+    "evaluate.runs": ["s3://bucket/secret/other"],
     "evaluate.weights": {"lpips": "/home/me/secret"},
     "search.storage": "postgresql://me:secret@host/optuna",
     "search.enqueue": ["0123secret"],
@@ -263,7 +263,7 @@ def test_what_is_published_is_what_makes_clips_and_no_more(tmp_path: Path, kind:
 
 def test_no_password_is_published(tiny: Experiment, tmp_path: Path):
     secret = {"tracking.uri": "http://me:secret@host", "search.storage": "postgresql://me:secret@host/optuna"}
-    experiment = override(tiny, secret | {"data.root": "s3://me:secret@bucket/videos"})
+    experiment = override(tiny, secret | {"data.root": "s3://bucket/secret/videos"})
     (tmp_path / "trained").mkdir()
     checkpoints.Snapshot(built(experiment), experiment, checkpoints.Position(0)).save(tmp_path / "trained")
     checkpoints.publish(str(tmp_path / "trained"), tmp_path / "published")

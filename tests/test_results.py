@@ -16,9 +16,10 @@ from mlflow.tracking import MlflowClient
 from PIL import Image
 from rich.console import Console
 
-from giffy_ray import checkpoints, cluster, data, learners, metrics, results, tune
+from giffy_ray import checkpoints, cluster, learners, metrics, results, tune
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.data import prepare as preparing
 from giffy_ray.evaluate import Score, summarise
 from giffy_ray.models.baselines import linear
 from giffy_ray.results import Trained, show_results, trained_runs
@@ -356,7 +357,7 @@ def test_an_evaluation_leaves_a_running_training_alone(
     training.flush()
     letters = sorted(Path(training.place, "tracking").rglob("*"))
     monkeypatch.setattr(cluster, "share_of", lambda experiment: None)
-    monkeypatch.setattr(data.prepare, "prepare", lambda experiment: SixFrames(folder))
+    monkeypatch.setattr(preparing, "prepare", lambda experiment: SixFrames(folder))
     evaluate.main(run_with_checkpoints)
 
     client = MlflowClient(tracking_uri(run_with_checkpoints))
@@ -409,7 +410,7 @@ def test_a_search_that_raises_leaves_no_run_that_seems_to_run(
     searched = override(run_with_checkpoints, space)
     monkeypatch.setattr(cluster, "share_of", lambda experiment: Share(1, 0, 1))
     monkeypatch.setattr(cluster, "share_of_trials", lambda experiment: Share(1, 0, 1))
-    monkeypatch.setattr(data.prepare, "prepare", lambda experiment: SixFrames(tmp_path))
+    monkeypatch.setattr(preparing, "prepare", lambda experiment: SixFrames(tmp_path))
     monkeypatch.setattr(results, "log_data_set", lambda *_: None)
     monkeypatch.setattr(tune, "claim", lambda *_: contextlib.nullcontext())
     monkeypatch.setattr(tune, "search_claimed", raising(raised))

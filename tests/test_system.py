@@ -169,3 +169,21 @@ def test_a_sample_that_fails_ends_nothing_and_its_time_is_counted_by_the_next(
     took_s = time.monotonic() - began_s
     assert "no space left" in caplog.text
     assert logged[-1]["cost/cpu_hours"] == pytest.approx(took_s / 3600, rel=0.05)
+
+
+def test_a_log_that_fails_is_told_of_once_and_the_thread_ends_with_its_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    monkeypatch.setattr(system, "EVERY_S", 0.02)
+    attempts = []
+
+    def log(values: dict[str, float], step: int) -> None:
+        attempts.append(step)
+        raise OSError(f"No space left on device, attempt {step}")
+
+    sampler = system.Sampler(log, str(tmp_path), cpus=1, gpus=0)
+    while len(attempts) < 4:
+        time.sleep(0.01)
+    sampler.end(sample=False)
+    assert not sampler._thread.is_alive()
+    assert sum("was not sampled" in record.message for record in caplog.records) == 1

@@ -178,7 +178,7 @@ def test_a_job_that_ray_would_kill_too_soon_is_warned():
 def test_preemptions_are_bounded_and_counted_apart_from_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     changes = {"storage": str(tmp_path), "cluster.max_failures": 2, "cluster.max_preemptions": 7}
-    trainer = _trainer(override(Experiment(), changes), Store(5, 5), Share(1, 0, 1), None, ())  # type: ignore[arg-type]
+    trainer = _trainer(override(Experiment(), changes), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert os.environ[PREEMPTION_POLL_INTERVAL_S_ENV_VAR] == "1.0"
     failures = trainer.run_config.failure_config
     assert (failures.max_failures, failures.max_preemption_failures) == (2, 7)
@@ -200,6 +200,6 @@ def test_workers_of_a_ray_that_we_start_do_not_stand_back_behind_other_processes
 
 
 def test_workers_are_given_the_fingerprint_of_the_clips_that_they_are_to_see():
-    trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, ())  # type: ignore[arg-type]
+    trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert trainer.train_loop_config is not None
     assert trainer.train_loop_config["fingerprint"] == Store.fingerprint

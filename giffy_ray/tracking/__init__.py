@@ -23,6 +23,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
+from giffy_ray.lease import LeaseLost
 from giffy_ray.messages import say
 from giffy_ray.storage import filesystem_of, is_local, join, read_text, without_secrets
 from giffy_ray.tracking.address import check_address, check_experiment_name, sqlite_address
@@ -91,8 +92,14 @@ class Tracker:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Finishes the run unless `finish` was called: as KILLED where it was stopped from outside, as FAILED where
-        something else was raised."""
-        if not self._finished:
+        something else was raised. Where another process has taken the run, its status is that process's to tell.
+        """
+        if kind and issubclass(kind, LeaseLost):
+            if self._sampler:
+                self._sampler.end(sample=False)
+            if self._carrier:
+                self._carrier.end()
+        elif not self._finished:
             killed = kind is not None and issubclass(kind, SystemExit | KeyboardInterrupt)
             self.finish("FINISHED" if kind is None else "KILLED" if killed else "FAILED")
 
@@ -180,9 +187,11 @@ class Tracker:
         self._finished = True
         if self._sampler:
             self._sampler.end()
-        self._put({"kind": "status", "status": status})
-        if self._carrier:
-            self._carrier.end()
+        try:
+            self._put({"kind": "status", "status": status})
+        finally:  # whatever the storage says: the thread ends with the run
+            if self._carrier:
+                self._carrier.end()
         if self._unsent_of_trials:
             self._unsent_of_trials = self._send_trials()
 

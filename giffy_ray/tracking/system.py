@@ -33,27 +33,37 @@ class Sampler:
 
     def __init__(self, log: Callable[[dict[str, float], int], None], place: str, cpus: float, gpus: float):
         self._log, self._file, self._held = log, join(place, "tracking", "used.json"), (cpus, gpus)
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._ended, self._sample_at_end = threading.Event(), True
+        self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
         self._thread.start()
 
-    def end(self) -> None:
+    def end(self, sample: bool = True) -> None:
+        """`sample`: once more."""
+        self._sample_at_end = sample
         self._ended.set()
         self._thread.join()
 
     def _run(self) -> None:
-        gpus, ended, sampled_s = gpus_here(), False, time.monotonic()
+        gpus: list[Any] | None = None
+        ended, fails, sampled_s = False, False, time.monotonic()
         machine()  # psutil measures CPU use since the previous call
         while not ended:
             ended = self._ended.wait(EVERY_S)
+            if ended and not self._sample_at_end:
+                return
             now_s = time.monotonic()
             try:
+                gpus = gpus_here() if gpus is None else gpus
                 used = self._used(now_s - sampled_s)
                 sampled_s = now_s
                 hours = {f"cost/{name}": used[name] for name in ("cpu_hours", "gpu_hours")}
                 self._log(machine() | of_gpus(gpus) | hours, used["samples"])
             except Exception as failure:  # a full disk, a bucket that is away: no training ends for want of a sample
-                _warn_once(f"this machine was not sampled: {failure!r}")
+                if not fails:
+                    _log.warning("this machine was not sampled: %r; trying again", failure)
+                fails = True
+            else:
+                fails = False
 
     def _used(self, seconds: float) -> dict[str, Any]:
         """What the run has used by now; in the file before it is logged, so no step is logged twice."""

@@ -24,6 +24,7 @@ from giffy_ray import checkpoints
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.store import Store
+from giffy_ray.lease import Lease
 from giffy_ray.reports import line_of
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
@@ -85,30 +86,31 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
     `points` are tried first. `share` is what a trial gets; `parent` is the place of the run that the trials are shown
     under. Raises ConfigError before anything starts, RuntimeError where every trial failed.
     """
-    with claim(experiment, store):
-        return search_claimed(experiment, store, share, parent, points)
+    with claim(experiment, store) as lease:
+        return search_claimed(experiment, store, share, parent, points, lease)
 
 
 @contextmanager
-def claim(experiment: Experiment, store: Store) -> Iterator[None]:
+def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
     """Inside, the search of the experiment's name is ours: nobody else writes to its folder and its MLflow run.
 
     Raises ConfigError before anything starts.
     """
     check(experiment_of(experiment, 0, {}), store)
-    with claimed(experiment, store, _MAY_CHANGE):
-        yield
+    with claimed(experiment, store, _MAY_CHANGE) as lease:
+        yield lease
 
 
 def search_claimed(
-    experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()
+    experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values], lease: Lease
 ) -> Study:
-    """As `search`, within `claim`."""
+    """As `search`, within `claim`, whose lease is given."""
     ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
     if ledger.unfinished() or not ledger.why_ended():
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
         withhold_credentials()
-        _tuner(experiment, store, share, parent, ledger).fit()
+        _tuner(experiment, store, share, parent, ledger, lease).fit()
+        lease.check()
     return _study(ledger)
 
 
@@ -153,7 +155,7 @@ def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Expe
     return override(experiment, changes)
 
 
-def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger) -> tune.Tuner:
+def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger, lease: Lease) -> tune.Tuner:
     yaml = to_yaml(experiment)
     run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent)
     return tune.Tuner(
@@ -172,9 +174,27 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             storage_path=join(experiment.storage, experiment.name),
             failure_config=tune.FailureConfig(max_failures=experiment.cluster.max_failures),
             verbose=0,
+            stop=_WhenLost(lease),
             callbacks=[_Tells(experiment)],
         ),
     )
+
+
+class _WhenLost(tune.Stopper):
+    """Ends the trials of a search that another process goes on with."""
+
+    def __init__(self, lease: Lease):
+        self.lease = lease
+
+    def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
+        return False
+
+    def stop_all(self) -> bool:
+        return bool(self.lease.lost)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Of a file that Ray Tune writes and we never read: a lease has a thread."""
+        return {}
 
 
 def _known_as(one: Any) -> str:

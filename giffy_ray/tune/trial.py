@@ -17,6 +17,7 @@ from giffy_ray.checkpoints import Snapshot
 from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.data.store import Store
+from giffy_ray.lease import Watch
 from giffy_ray.storage import filesystem_of, join, without_secrets
 from giffy_ray.tracking import open_run, tracking_uri
 from giffy_ray.train import MAY_CHANGE, claimed, train
@@ -65,14 +66,17 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
 
 def _alone(experiment: Experiment, store: Store, parent: str) -> None:
     """The training in this process: neither a worker group nor Ray Train's reports, which take seconds."""
-    done = checkpoints.reported(experiment)
-    if done:  # it may have been cut before the search took it down
-        tune.report(done)
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_LEAVE_S)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tags = {"data.fingerprint": store.fingerprint}
-    with claimed(experiment, store), open_run(experiment, parent=parent, tags=tags) as tracker:
-        loop.run(experiment, store, tracker, device, functools.partial(_report, experiment))
+    with claimed(experiment, store) as lease:
+        done = checkpoints.reported(experiment)
+        if done:  # it may have been cut before the search took it down
+            tune.report(done)
+        watch = Watch(experiment, lease.holder)
+        with open_run(experiment, parent=parent, tags=tags) as tracker:
+            tell = functools.partial(_report, experiment, watch)
+            loop.run(experiment, store, tracker, device, tell, watch=watch)
 
 
 class _TurnIsOver(SystemExit):
@@ -88,7 +92,8 @@ def _turn(
     """
     tags = {"data.fingerprint": store.fingerprint}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with claimed(experiment, store, (*MAY_CHANGE, *study.search.space)), contextlib.suppress(_TurnIsOver):
+    with claimed(experiment, store, (*MAY_CHANGE, *study.search.space)) as lease, contextlib.suppress(_TurnIsOver):
+        watch = Watch(experiment, lease.holder)
         if take:
             checkpoints.take_over(experiment, override(experiment, {"name": name_of(take[1])}), take[0])
         done = checkpoints.reported(experiment)
@@ -99,19 +104,20 @@ def _turn(
         with open_run(experiment, parent=parent, tags=tags) as tracker:
             values = flatten(experiment)
             tracker.log_metrics({f"searched/{name}": values[name] for name in study.search.space}, until, "searched")
-            loop.run(experiment, store, tracker, device, functools.partial(_report_turn, experiment, until))
+            tell = functools.partial(_report_turn, experiment, watch, until)
+            loop.run(experiment, store, tracker, device, tell, watch=watch)
 
 
-def _report_turn(experiment: Experiment, until: int, named: dict[str, Any], take: Take) -> None:
-    _report(experiment, named, take, epochs=2)  # others may still take over the one before
+def _report_turn(experiment: Experiment, watch: Watch, until: int, named: dict[str, Any], take: Take) -> None:
+    _report(experiment, watch, named, take, epochs=2)  # others may still take over the one before
     if named.get("epoch") == until < experiment.train.epochs:
         raise _TurnIsOver
 
 
-def _report(experiment: Experiment, named: dict[str, Any], take: Take, epochs: int = 0) -> None:
+def _report(experiment: Experiment, watch: Watch, named: dict[str, Any], take: Take, epochs: int = 0) -> None:
     """The checkpoint first: what was reported need not be done again. Only the newest is kept, and of `epochs`."""
     assert take
-    take().write(*filesystem_of(checkpoints.place_of_new(experiment)))
+    take().write(*filesystem_of(checkpoints.place_of_new(experiment)), watch.check)
     checkpoints.remove_older(experiment, epochs)
     if "epoch" in named:
         tune.report(named)
