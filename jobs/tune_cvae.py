@@ -22,7 +22,9 @@ def main(experiment: Experiment) -> None:
 
     parent = open_run(study)
     log_data_set(store, [parent])
-    print(f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True)
+    print(
+        f"searching {study.name}: {tune.most_trials(study)} trials, {share_of_trials.trainings} at a time", flush=True
+    )
     found = tune.search(study, store, share_of_trials, parent.place, points)
     parent.close_children()
     show_search(study, found, store, parent)

@@ -1,0 +1,78 @@
+"""Where Optuna keeps a search: `search.storage`, or an SQLite file in the search's folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages.journal import JournalFileBackend
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+
+from giffy_ray.config import ConfigError, Experiment
+from giffy_ray.storage import is_local, join, settle, without_secrets
+
+_CONNECT_S = 10  # a server that does not answer in this time is not there
+_DRIVERS = {"postgresql": "psycopg[binary]", "mysql": "mysqlclient"}  # pip packages that SQLAlchemy loads by default
+_KINDS = "postgresql://USER@HOST/DATABASE, or a journal file on a disk that is shared, /path/NAME.log"
+
+
+def address(experiment: Experiment) -> str:
+    """`search.storage`, or an SQLite file in the search's folder. Raises ConfigError where that is not on a disk."""
+    if experiment.search.storage:
+        where, sqlite = experiment.search.storage, "sqlite:///"
+        if where.startswith(sqlite) and ":memory:" not in where:
+            return f"{sqlite}{settle(where.removeprefix(sqlite))}"
+        return where if "://" in where else settle(where)
+    if not is_local(experiment.storage):
+        raise ConfigError(f"search.storage: give Optuna a database, {_KINDS}; {experiment.storage!r} can hold neither")
+    folder = join(experiment.storage, experiment.name)
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{join(folder, 'optuna.db')}"
+
+
+def opened(experiment: Experiment) -> BaseStorage:
+    """Connects to Optuna's storage, and creates its tables or file. Raises ConfigError, without passwords."""
+    where, url = address(experiment), None
+    try:
+        url = make_url(where) if "://" in where else None
+        storage = JournalStorage(JournalFileBackend(where)) if url is None else _database(url)
+        storage.get_all_studies()  # a journal is read here
+    except Exception as error:  # of any of the many database drivers
+        why = _why(error, where, url)
+        raise ConfigError(f"search.storage: {why} (value {without_secrets(where)!r})") from None
+    return storage
+
+
+def _database(url: URL) -> RDBStorage:
+    if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
+        raise ValueError("a database in memory ends with the process; give a file, sqlite:////path/NAME.db")
+    engine: dict[str, Any] = {}
+    if url.get_backend_name() != "sqlite":
+        engine["pool_pre_ping"] = True  # the server may have been restarted since the last report
+        if url.get_backend_name() in _DRIVERS and "connect_timeout" not in url.query:
+            engine["connect_args"] = {"connect_timeout": _CONNECT_S}
+    return RDBStorage(url.render_as_string(hide_password=False), engine)
+
+
+def _why(error: Exception, where: str, url: URL | None) -> str:
+    """One line on what is wrong, and what to do. `url` is None where it is not one."""
+    if isinstance(error, NoSuchModuleError | ArgumentError):
+        return f"SQLAlchemy knows no such database; give {_KINDS}"
+    if isinstance(error, ImportError) and url is not None:
+        package = _DRIVERS.get(url.drivername)
+        todo = f"pip install '{package}'" if package else "install it"
+        return f"the driver of {url.drivername} is missing ({error.__cause__ or error}); {todo}"
+    local = url is None and "://" not in where
+    if local or (url is not None and url.get_backend_name() == "sqlite" and url.database):
+        path = Path(where if local else str(url and url.database))
+        if path.is_dir():
+            return "is a folder; give a file in it"
+        if not path.parent.is_dir():
+            return f"there is no folder {str(path.parent)!r}; create it"
+        if local and not isinstance(error, OSError):
+            return f"is not a journal of Optuna ({type(error).__name__}); give another file"
+    lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
+    said = without_secrets(lines[0])
+    return said.replace(str(url.password), "***") if url is not None and url.password else said
