@@ -2,6 +2,7 @@
 
 import math
 import socket
+import sqlite3
 from pathlib import Path
 
 import optuna
@@ -233,6 +234,32 @@ def test_a_postgresql_server_that_is_not_there_is_told_in_one_line(tmp_path: Pat
             opened(experiment(tmp_path, f"search.storage={where}"))
     assert "hush" not in str(caught.value)
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("storage", "tracking"),
+    [
+        ("postgresql://me:hush@host/db", "postgresql://you@host/db"),
+        ("postgresql+psycopg://me:hush@host:1/db?connect_timeout=3", "postgresql://host:1/db"),
+        ("sqlite:///{}/mlflow.db", None),
+    ],
+)
+def test_optuna_and_mlflow_cannot_share_a_database(tmp_path: Path, storage: str, tracking: str | None):
+    """Both call the table of their version alembic_version: tried on a server in test_chaos.py."""
+    asked = override(experiment(tmp_path), {"search.storage": storage.format(tmp_path), "tracking.uri": tracking})
+    with pytest.raises(ConfigError, match=r"search\.storage: is the database of tracking\.uri") as caught:
+        tune.first_points(asked)
+    assert "hush" not in str(caught.value)
+
+
+def test_a_database_of_others_is_told_as_such(tmp_path: Path):
+    where = f"sqlite:///{tmp_path}/other.db"
+    with sqlite3.connect(tmp_path / "other.db") as other:
+        other.execute("create table alembic_version (version_num varchar(32))")
+        other.execute("insert into alembic_version values ('867495a8f9d4')")
+    other.close()
+    with pytest.raises(ConfigError, match=r"search\.storage: its tables are of another version of Optuna, or MLflow's"):
+        tune.first_points(override(experiment(tmp_path), {"search.storage": where}))
 
 
 def test_a_relative_file_is_found_again_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -31,7 +31,7 @@ from giffy_ray.tune.metrics import check_metrics, objectives
 from giffy_ray.tune.population import Population
 from giffy_ray.tune.population import check as check_population
 from giffy_ray.tune.space import Values, combinations, distributions, earlier_point, reports_point
-from giffy_ray.tune.stored import opened
+from giffy_ray.tune.stored import opened, refuse_database_of
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
 
 __all__ = [
@@ -130,10 +130,11 @@ def first_points(experiment: Experiment) -> list[Values]:
     Raises ConfigError, also where `search.storage` cannot be opened.
     """
     check_search(experiment)
+    uri = tracking_uri(experiment)
     if experiment.search.storage:
+        refuse_database_of(uri, experiment)
         opened(experiment).remove_session()
     report = reports_point(experiment)
-    uri = tracking_uri(experiment)
     earlier = [earlier_point(experiment, run, params_of(uri, run)) for run in experiment.search.enqueue]
     return [*([report] if report else []), *earlier]
 

@@ -8,7 +8,8 @@ from typing import Any
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, ProgrammingError
+from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random
 
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.storage import is_local, join, settle, without_secrets
@@ -45,6 +46,38 @@ def opened(experiment: Experiment) -> BaseStorage:
     return storage
 
 
+def refuse_database_of(tracking_uri: str, experiment: Experiment) -> None:
+    """Raises ConfigError where `search.storage` is the database of MLflow's runs.
+
+    Both keep the version of their tables in one named alembic_version, and neither opens a database with the other's.
+    """
+    where = address(experiment)
+    if "://" not in where or "://" not in tracking_uri:
+        return
+    try:
+        ours, theirs = make_url(where), make_url(tracking_uri)
+    except (ArgumentError, ValueError):  # `opened` says what is wrong with it
+        return
+    if _place(ours) == _place(theirs):
+        raise ConfigError(
+            "search.storage: is the database of tracking.uri, and Optuna and MLflow cannot share one; create another "
+            f"on the same server (value {without_secrets(where)!r})"
+        )
+
+
+def _place(url: URL) -> tuple[Any, ...]:
+    if url.get_backend_name() == "sqlite":
+        return "sqlite", str(Path(url.database or "").absolute())
+    return url.drivername.partition("+")[0], url.host, url.port, url.database
+
+
+# Two searches that are the first to use a server create the tables at once, and one of them fails.
+@retry(
+    retry=retry_if_exception_type((IntegrityError, ProgrammingError)),
+    stop=stop_after_attempt(5),
+    wait=wait_random(0.2, 1),
+    reraise=True,
+)
 def _database(url: URL) -> RDBStorage:
     if url.get_backend_name() == "sqlite" and url.database in (None, "", ":memory:"):
         raise ValueError("a database in memory ends with the process; give a file, sqlite:////path/NAME.db")
@@ -73,6 +106,8 @@ def _why(error: Exception, where: str, url: URL | None) -> str:
             return f"there is no folder {str(path.parent)!r}; create it"
         if local and not isinstance(error, OSError):
             return f"is not a journal of Optuna ({type(error).__name__}); give another file"
+    if isinstance(error, RuntimeError) and "table schema" in str(error):
+        return "its tables are of another version of Optuna, or MLflow's; give an empty database"
     lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
     said = without_secrets(lines[0])
     return said.replace(str(url.password), "***") if url is not None and url.password else said
