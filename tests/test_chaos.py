@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -25,13 +26,14 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.tune
 import sqlalchemy.exc
 import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
-from giffy_ray import checkpoints, train
+from giffy_ray import checkpoints, train, tune
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.data.prepare import prepare
@@ -466,3 +468,41 @@ def test_mlflow_keeps_runs_in_postgresql_in_a_database_that_is_not_optunas(postg
     assert client.get_run(run.info.run_id).data.metrics == {"val/psnr": 21.0}
     with pytest.raises(ConfigError, match=r"search\.storage: its tables are of another version of Optuna, or MLflow's"):
         opened(searching(where, tmp_path, "any"))
+
+
+def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
+    tiny: Experiment, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+):
+    """An error of CUDA stays in the process that it came up in, and would fail every later trial there."""
+    words = {"search.space": {"optim.lr": {"uniform": [0.1, 1]}}, "search.trials": 4, "search.epochs": 1}
+    asked = override(tiny, {**words, "name": "study", "storage": str(tmp_path / "runs")})
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
+    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
+        def alone(*_: Any) -> None:
+            with open(notes / str(config["number"]), "a") as note:
+                note.write(f"{os.getpid()}\n")
+            if config["number"] == 1:
+                os.environ["POISONED"] = "1"
+            if "POISONED" in os.environ:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            ray.tune.report({"epoch": 1, "val/l2_report": 1.0 + config["number"]})
+
+        module: Any = importlib.import_module("giffy_ray.tune.trial")
+        module.Store, module._alone = str, alone
+        module.trial(config, study, store, share, parent)
+
+    monkeypatch.setattr(tune, "trial", poisoned)
+    monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
+    tune._tuner(asked, store, Share(1, 0, 1), "", ledger).fit()
+    found = tune._study(ledger)
+    assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
+        *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")
+    ]
+    assert [trial.objectives for trial in found.trials[:3]] == [(1.0,), (3.0,), (4.0,)]
+    processes = [(notes / str(number)).read_text().split() for number in range(4)]
+    assert all(len(each) == 1 for each in processes)  # although search trials are started again where a machine is lost
+    assert processes[0] == processes[1]
+    assert processes[2] == processes[3] != processes[1]

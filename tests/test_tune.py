@@ -1,5 +1,3 @@
-import importlib
-import os
 import random
 from pathlib import Path
 from typing import Any, ClassVar
@@ -7,18 +5,14 @@ from typing import Any, ClassVar
 import numpy as np
 import optuna
 import pytest
-import ray
-import ray.tune
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
 from giffy_ray import learners, loop, tune
-from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, load, override
 from giffy_ray.meter import Meter
-from giffy_ray.tune.ledger import Ledger
 from giffy_ray.tune.metrics import reported_by
 from giffy_ray.tune.space import combinations, distributions, earlier_point, key_of, reports_point, untried
 from tests.conftest import TINY
@@ -358,41 +352,3 @@ def test_what_a_training_reports_is_known(kind: str, words: list[str]):
     measured = loop.validate(lambda start, end, ids: clips, store, 2, torch.device("cpu"))
     known = {name for name in reported_by(asked) if name not in ("speed/gpu_memory_gb", "speed/model_flop_utilisation")}
     assert {**meter.means(), **measured}.keys() == known
-
-
-def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
-    tiny: Experiment, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
-):
-    """An error of CUDA stays in the process that it came up in, and would fail every later trial there."""
-    words = {"search.space": {"optim.lr": {"uniform": [0.1, 1]}}, "search.trials": 4, "search.epochs": 1}
-    asked = override(tiny, {**words, "name": "study", "storage": str(tmp_path / "runs")})
-    notes = tmp_path / "notes"
-    notes.mkdir()
-
-    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
-        def alone(*_: Any) -> None:
-            with open(notes / str(config["number"]), "a") as note:
-                note.write(f"{os.getpid()}\n")
-            if config["number"] == 1:
-                os.environ["POISONED"] = "1"
-            if "POISONED" in os.environ:
-                raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            ray.tune.report({"epoch": 1, "val/l2_report": 1.0 + config["number"]})
-
-        module: Any = importlib.import_module("giffy_ray.tune.trial")
-        module._alone = alone
-        module.trial(config, study, store, share, parent)
-
-    monkeypatch.setattr(tune, "trial", poisoned)
-    monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
-    tune._tuner(asked, store, Share(1, 0, 1), "", ledger).fit()
-    found = tune._study(ledger)
-    assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
-        *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")
-    ]
-    assert [trial.objectives for trial in found.trials[:3]] == [(1.0,), (3.0,), (4.0,)]
-    processes = [(notes / str(number)).read_text().split() for number in range(4)]
-    assert all(len(each) == 1 for each in processes)  # although search trials are started again where a machine is lost
-    assert processes[0] == processes[1]
-    assert processes[2] == processes[3] != processes[1]
