@@ -36,7 +36,7 @@ ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PO
 	@.venv/bin/python -m giffy_ray.ui $(or $(RUNS),runs) $(or $(PORT),5000)
 
 lock: $(INSTALLED)  ## after changing a range in pyproject.toml
-	.venv/bin/pip install --upgrade --editable .[dev,perceptual] torch==2.13.0
+	.venv/bin/pip install --upgrade --editable .[dev,perceptual,postgres] torch==2.13.0
 	(echo "# Every version that the project is run and tested with; written by 'make lock'."; \
 	 .venv/bin/pip freeze --exclude-editable | sed 's/+cpu//') > requirements.lock
 

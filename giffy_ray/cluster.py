@@ -28,6 +28,7 @@ _DATA_CPUS = 1
 _ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
 _SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
+_ROUNDING = 1e-9  # 1 / 0.1 is meant to be 10
 
 
 @dataclass(frozen=True)
@@ -155,14 +156,21 @@ def _refuse_gpu_fields(experiment: Experiment) -> None:
 
 def share_of_trials(experiment: Experiment) -> Share:
     """The same for the trials of a search, `search.workers` each: as many side by side as there are cores or GPUs."""
-    settings = experiment.search
-    share = share_of(override(experiment, {"cluster.workers": settings.workers}))
-    if settings.workers > 1:
-        return share
+    workers, of_gpu = experiment.search.workers, experiment.search.gpus_per_worker
+    share = share_of(override(experiment, {"cluster.workers": workers}))
     there = capacity()
     if share.gpus_per_worker:
-        side_by_side = min(int(there.gpus / settings.gpus_per_worker), int(there.cpus) - _DATA_CPUS)
-        return Share(1.0, settings.gpus_per_worker, max(1, side_by_side))
+        # A worker below 1 fits on one GPU with others; above, it takes whole ones.
+        workers_by_gpus = there.gpus * int(1 / of_gpu + _ROUNDING) if of_gpu < 1 else int(there.gpus / of_gpu)
+        if workers_by_gpus < workers:
+            raise ConfigError(
+                f"search.gpus_per_worker: search.workers={workers} need {workers * of_gpu:g} GPUs, and the cluster has "
+                f"or may add {there.gpus} (value {of_gpu:g})"
+            )
+        side_by_side = min(workers_by_gpus, int(there.cpus) - _DATA_CPUS) // workers
+        return Share(1.0, of_gpu, max(1, side_by_side))
+    if workers > 1:
+        return share
     cores = int(there.cpus)
     return Share((there.cpus - _DATA_CPUS) / cores, 0, cores)
 

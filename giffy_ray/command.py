@@ -37,13 +37,15 @@ def run(
     default: Path,
     *,
     needs_data: bool = True,
+    check: Callable[[Experiment], object] = lambda experiment: None,
     without_file: Callable[[Experiment, Sequence[str]], Experiment] | None = None,
 ) -> None:
     """Reads the experiment, joins the cluster and does the job. Exit code 0 only when the work was done.
 
     Without an experiment file `default` is read; `without_file` is then given that experiment and the overrides, and
-    returns the one to use. `needs_data`: the job reads videos or clips, so `data.root` is checked. A mistake in the
-    experiment ends with code 2, any other error with 1, each with one clear message; --debug adds the traceback.
+    returns the one to use. `needs_data`: the job reads videos or clips, so `data.root` is checked. `check` raises
+    ConfigError before Ray starts. A mistake in the experiment ends with code 2, any other error with 1, each with one
+    clear message; --debug adds the traceback.
     """
     redact_output()
     arguments = parse(usage, sys.argv[1:])
@@ -55,6 +57,7 @@ def run(
             experiment = without_file(experiment, arguments.words)
         if needs_data:
             _check_data(experiment)
+        check(experiment)
         from giffy_ray import cluster
 
         cluster.connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import resource
@@ -42,6 +43,7 @@ class Meter:
         self._unseen: tuple[int, Fetched] | None = None
         self.flops: int | None = None  # of a step of this worker
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
+        _reset_peaks(device)  # a search trains one trial after another in the same process
         self.start()
 
     def start(self) -> None:
@@ -112,7 +114,7 @@ class Meter:
         means["speed/clips_per_s"] = steps * self.batch / took_s
         means["speed/step_ms"] = 1000 * took_s / steps
         means["speed/data_wait_fraction"] = self._waited_s / took_s
-        means["speed/memory_gb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        means["speed/memory_gb"] = peak_memory_bytes() / 1e9
         tera = (self.flops or 0) * steps / took_s / 1e12
         means["speed/tflops_per_worker"] = tera
         if self.device.type == "cuda":
@@ -122,6 +124,23 @@ class Meter:
                 means["speed/model_flop_utilisation"] = tera / peak
         self._sums = {}
         return means
+
+
+def _reset_peaks(device: torch.device) -> None:
+    """Peaks of memory count from here on, but on systems where only those of the whole process can be had."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory_bytes() -> int:
+    """The most resident memory that this process had since its Meter was made."""
+    with contextlib.suppress(OSError), open("/proc/self/status") as status:
+        for line in status:
+            if line.startswith("VmHWM:"):
+                return 1024 * int(line.split()[1])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def peak_tflops(device: str) -> float | None:

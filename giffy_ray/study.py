@@ -106,7 +106,7 @@ def _how(study: Experiment) -> str:
         )
     drawn = {"tpe": "by Optuna's TPE", "random": "by chance"}[search.sampler]
     longest = f"Values are drawn {drawn}, a trial has {search.epochs} epochs at most."
-    if search.objectives:
+    if len(search.objectives) > 1:
         return f"{longest} {WHY_NONE_IS_CUT}"
     if not search.asha:
         return f"{longest} None is ended early (search.asha=false)."

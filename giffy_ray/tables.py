@@ -52,7 +52,7 @@ def trials_table(study: Study, search: SearchConfig) -> Table:
     measured = [*search.objectives] or [search.metric]
     best, mark, title = {trial.number for trial in study.best}, "best", "trials, best first"
     table = Table(title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    if search.objectives:
+    if len(measured) > 1:
         mark, title = "front", f"trials, by {measured[0]}; {len(best)} on the Pareto front"
         table.caption = f"front: no trial beats these in all objectives. {WHY_NONE_IS_CUT}"
     table.title = title

@@ -5,9 +5,9 @@ As tune_cvae.py does.
 
 from pathlib import Path
 
-from tune_cvae import main  # every model is searched by the same job
+from tune_cvae import check, main  # every model is searched by the same job
 
 from giffy_ray import command
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)

@@ -26,9 +26,8 @@ def main(experiment: Experiment) -> None:
 
     with tune.claim(study, store) as lease, open_run(study) as parent:
         log_data_set(store, [parent])
-        print(
-            f"searching {study.name}: {study.search.trials} trials, {share_of_trials.trainings} at a time", flush=True
-        )
+        side_by_side = share_of_trials.trainings
+        print(f"searching {study.name}: {tune.most_trials(study)} trials, {side_by_side} at a time", flush=True)
         found = tune.search_claimed(study, store, share_of_trials, parent.place, points, lease)
         parent.close_children()
         show_search(study, found, store, parent)
@@ -41,5 +40,11 @@ def main(experiment: Experiment) -> None:
         train_and_show(best, store, share, parent)
 
 
+def check(experiment: Experiment) -> None:
+    from giffy_ray import tune
+
+    tune.check_search(experiment)
+
+
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", check=check)

@@ -1,19 +1,26 @@
 """What takes minutes: jobs that are killed. Run by `make chaos`."""
 
+import functools
 import hashlib
+import importlib
+import itertools
 import json
 import math
+import multiprocessing
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 import optuna
@@ -21,19 +28,22 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.tune
 import sqlalchemy.exc
 import torch
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
-from giffy_ray import checkpoints, train
+from giffy_ray import checkpoints, train, tune
 from giffy_ray.cluster import Share
-from giffy_ray.config import Experiment, load, override
+from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
 from giffy_ray.head import free_port, local_head
 from giffy_ray.loop import train_loop
+from giffy_ray.tune.ledger import Ledger
+from giffy_ray.tune.stored import opened
 from giffy_ray.ui import mlflow_server
 from tests import slow_training
 from tests.conftest import moving_video
@@ -566,3 +576,127 @@ def test_a_population_that_is_killed_five_times_ends_as_an_undisturbed_one(tmp_p
         assert one.intermediate_values == other.intermediate_values  # to the last bit
     assert any(trial.user_attrs for trial in killed)
     assert statuses_in_mlflow(tmp_path / "killed", trials) == {"FINISHED"}
+
+
+@pytest.fixture(scope="module")
+def postgresql() -> Iterator[Callable[[], str]]:
+    """A PostgreSQL server of our own, on loopback; makes a database on it and returns its address."""
+    pytest.importorskip("psycopg", reason="needs the extra `postgres`")
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: float(path.parent.name))
+    if not folders:
+        pytest.skip("needs PostgreSQL: apt-get install postgresql")
+    folder, port, databases = Path(tempfile.mkdtemp(prefix="giffy_ray-")), free_port(), itertools.count()
+    as_owner: dict[str, Any] = {"cwd": folder, "stdout": subprocess.DEVNULL}
+    if os.getuid() == 0:  # as which the server refuses to run
+        shutil.chown(folder, "postgres", "postgres")
+        as_owner |= {"user": "postgres", "group": "postgres", "extra_groups": []}
+    secret = folder / "secret"
+    secret.write_text("hush@/ #%")
+    server = f"127.0.0.1:{port}"
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -c unix_socket_directories= -c fsync=off"
+    data = ["-D", str(folder / "data")]
+    subprocess.run(
+        [folders[-1] / "initdb", *data, "-U", "me", "-A", "scram-sha-256", f"--pwfile={secret}"], check=True, **as_owner
+    )
+    control = [folders[-1] / "pg_ctl", *data, "-w", "-l", str(folder / "log")]
+    subprocess.run([*control, "-o", options, "start"], check=True, **as_owner)
+    try:
+        where = f"postgresql://me:{quote(secret.read_text(), safe='')}@{server}/"
+
+        def create() -> str:
+            import psycopg
+
+            name = f"db{next(databases)}"
+            with psycopg.connect(f"{where}postgres", autocommit=True) as connection:
+                connection.execute(f"CREATE DATABASE {name}".encode())
+            return where + name
+
+        yield create
+    finally:
+        subprocess.run([*control, "-m", "immediate", "stop"], check=True, **as_owner)
+        shutil.rmtree(folder)
+
+
+def searching(where: str, folder: Path, name: str, *words: str) -> Experiment:
+    space = "search.space={optim.lr: {log_uniform: [1e-4, 1e-1]}, optim.schedule: {choice: [constant, cosine]}}"
+    given = [space, f"name={name}", f"storage={folder}", "search.trials=5", "search.epochs=2", "search.metric=val/psnr"]
+    return override(load(None, [*given, *words]), {"search.storage": where})
+
+
+def searched(where: str, folder: Path, name: str) -> list[int]:
+    """A search whose later trials are better, to its end. Returns the numbers of the best."""
+    ledger = Ledger(searching(where, folder, name, "search.asha=false"))
+    while asked := ledger.ask():
+        ledger.report(asked[0], 2, {"val/psnr": 20.0 + asked[0]})
+        ledger.end(asked[0])
+    return [trial.number for trial in ledger.best()]
+
+
+def test_searches_in_postgresql_begin_side_by_side_and_go_on_after_a_kill(postgresql, tmp_path: Path):
+    where = postgresql()
+    # At once in an empty database, whose tables each of them would create.
+    with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
+        assert list(pool.map(functools.partial(searched, where, tmp_path), ["a", "b", "c"])) == [[4]] * 3
+    killed = Ledger(searching(where, tmp_path, "killed"))
+    number, values = killed.ask() or (-1, {})
+    killed.report(number, 1, {"val/psnr": 21.0})
+    resumed = Ledger(searching(where, tmp_path, "killed"))
+    assert resumed.ask() == (number, values)
+    resumed.report(number, 2, {"val/psnr": 22.0})
+    resumed.end(number)
+    assert resumed.trials()[0].intermediate_values == {1: 21.0, 2: 22.0}
+    assert resumed.trials()[0].value == 22.0
+    names = {study.study_name for study in opened(searching(where, tmp_path, "any")).get_all_studies()}
+    assert names == {"a", "b", "c", "killed"}
+    for wrong, said in ((where.replace("//me:", "//you:"), "authentication failed"), (f"{where}x", "does not exist")):
+        with pytest.raises(ConfigError, match=rf"search\.storage: .*{said}") as caught:
+            opened(searching(wrong, tmp_path, "any"))
+        assert "hush" not in str(caught.value)
+
+
+def test_mlflow_keeps_runs_in_postgresql_in_a_database_that_is_not_optunas(postgresql, tmp_path: Path):
+    where = postgresql()
+    client = MlflowClient(where)
+    run = client.create_run(client.create_experiment("tried", f"file://{tmp_path}"))
+    client.log_metric(run.info.run_id, "val/psnr", 21.0)
+    assert client.get_run(run.info.run_id).data.metrics == {"val/psnr": 21.0}
+    with pytest.raises(ConfigError, match=r"search\.storage: its tables are of another version of Optuna, or MLflow's"):
+        opened(searching(where, tmp_path, "any"))
+
+
+def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
+    tiny: Experiment, tmp_path: Path, local_ray: None, monkeypatch: pytest.MonkeyPatch
+):
+    """An error of CUDA stays in the process that it came up in, and would fail every later trial there."""
+    words = {"search.space": {"optim.lr": {"uniform": [0.1, 1]}}, "search.trials": 4, "search.epochs": 1}
+    asked = override(tiny, {**words, "name": "study", "storage": str(tmp_path / "runs")})
+    notes = tmp_path / "notes"
+    notes.mkdir()
+
+    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
+        def alone(*_: Any) -> None:
+            with open(notes / str(config["number"]), "a") as note:
+                note.write(f"{os.getpid()}\n")
+            if config["number"] == 1:
+                os.environ["POISONED"] = "1"
+            if "POISONED" in os.environ:
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            ray.tune.report({"epoch": 1, "val/l2_report": 1.0 + config["number"]})
+
+        module: Any = importlib.import_module("giffy_ray.tune.trial")
+        module.Store, module._alone = str, alone
+        module.trial(config, study, store, share, parent)
+
+    monkeypatch.setattr(tune, "trial", poisoned)
+    monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
+    ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
+    tune._tuner(asked, store, Share(1, 0, 1), "", ledger).fit()
+    found = tune._study(ledger)
+    assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
+        *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")
+    ]
+    assert [trial.objectives for trial in found.trials[:3]] == [(1.0,), (3.0,), (4.0,)]
+    processes = [(notes / str(number)).read_text().split() for number in range(4)]
+    assert all(len(each) == 1 for each in processes)  # although search trials are started again where a machine is lost
+    assert processes[0] == processes[1]
+    assert processes[2] == processes[3] != processes[1]

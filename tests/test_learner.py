@@ -514,9 +514,9 @@ def test_fields_that_would_have_no_effect_or_a_wrong_one_are_refused(tiny: Exper
 
 
 def test_panning_without_cropping_is_refused():
-    with pytest.raises(ConfigError, match=r"data\.augment: .*pan moves what crop cuts out.*pan 0\.5"):
-        override(Experiment(), {"data.augment.pan": 0.5})
-    override(Experiment(), {"data.augment.pan": 0.5, "data.augment.crop": 0.9})
+    with pytest.raises(ConfigError, match=r"data\.augment\.pan: .*crop below 1 \(value 0\.5\)"):
+        learners.check(override(Experiment(), {"data.augment.pan": 0.5}))
+    learners.check(override(Experiment(), {"data.augment.pan": 0.5, "data.augment.crop": 0.9}))
 
 
 def test_two_streams_frame_weight_follows_from_the_size_of_the_frames():

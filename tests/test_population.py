@@ -176,6 +176,46 @@ def test_what_diverges_takes_over_another_and_what_fails_is_out(tmp_path: Path):
     assert all(max(one.intermediate_values) == EPOCHS for one in trials if one.number != 3)
 
 
+def test_the_largest_are_taken_over_where_larger_is_better(tmp_path: Path):
+    """The course of a metric that is to be large is that of its negative, which is to be small."""
+    small = World()
+    falling = course(small.search(experiment(tmp_path / "small")))
+
+    class Rising(World):
+        def take_turn(self, number: int, values: dict, until: int, take: tuple[int, int] | None) -> float:
+            return -super().take_turn(number, values, until, take)
+
+    large = Rising()
+    asked = experiment(tmp_path / "large", "search.metric=val/skill")
+    ledger = Population(asked)
+    while given := ledger.ask():
+        number, turn = given[0], ledger.turn(given[0])
+        value = large.take_turn(number, given[1], **turn)
+        ledger.report(number, turn["until"], {"val/skill": value})
+        ledger.end(number)
+    rising = course(ledger)
+    assert large.weights == small.weights
+    assert [(number, params, attributes) for number, params, _, attributes in rising] == [
+        (number, params, attributes) for number, params, _, attributes in falling
+    ]
+    values = {trial.number: (trial.value or 0) for trial in ledger.trials()}
+    assert ledger.best()[0].number == max(values, key=lambda number: values[number])
+
+
+def test_what_diverges_is_the_worst_where_larger_is_better(tmp_path: Path):
+    ledger = Population(experiment(tmp_path, "search.metric=val/skill"))
+    while given := ledger.ask():
+        number, turn = given[0], ledger.turn(given[0])
+        diverged = number == 5 and turn["until"] == 2
+        ledger.report(number, turn["until"], {"val/skill": math.nan if diverged else -3e6 + number})
+        ledger.end(number)
+    trials = ledger.trials()
+    assert trials[5].intermediate_values[2] == -WORST
+    taken = {took[0]: took[1] for took in trials[5].user_attrs["taken"]}
+    assert taken[2] in (6, 7)  # although what the others reached is below -WORST
+    assert all(ENDED not in trial.user_attrs for trial in trials)
+
+
 def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_path: Path):
     late = Population(experiment(tmp_path / "late", "search.max_hours=1e-9"))
     assert late.ask() is None

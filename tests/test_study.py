@@ -28,7 +28,7 @@ def searched(folder: Path, trials: int, *words: str) -> tuple[Experiment, Study]
         number, values = asked
         for epoch in (1, 2):
             value = 1 + values["model.latent"] / 64 / epoch
-            named = {"val/l2_report": value, "val/skill": value, "val/blur": value**2}
+            named = {"val/l2_report": value, "val/psnr": value, "val/skill": value, "val/blur": value**2}
             if number == 4:
                 named |= {"val/skill": 0.0, "val/blur": 9.0}
             if number == 1:
@@ -119,3 +119,29 @@ def test_several_objectives_have_their_front_marked_and_it_is_said_why_none_is_e
     assert "val/skill   val/blur" in text
     assert "successive halving" in text
     assert "trial-0001: RuntimeError" in text
+
+
+def test_a_metric_that_is_to_be_large_is_shown_as_such(tmp_path: Path):
+    study, found = searched(tmp_path, 6, "search.metric=val/psnr", "search.asha=false")
+    _, data = written(study, found)
+    assert data["objectives"] == [{"name": "val/psnr", "better": "larger"}]
+    reached = [trial["reached"][0] for trial in data["trials"] if trial["reached"]]
+    assert reached == sorted(reached, reverse=True)
+    assert len(set(reached)) > 1
+    assert data["trials"][0]["best"]
+    assert data["about"].count(f"val/psnr {reached[0]:.4g}") == 1
+    console = Console(width=110, file=io.StringIO(), record=True)
+    console.print(trials_table(found, study.search))
+    lines = [line.split() for line in console.export_text().splitlines() if "trial-000" in line]
+    assert lines[0][:2] == ["best", found.best[0].name]
+    assert lines[0][-1] == f"{reached[0]:.4g}"
+
+
+def test_a_single_objective_with_a_stated_direction_is_no_front(tmp_path: Path):
+    study, found = searched(tmp_path, 3, "search.objectives={val/psnr: larger}", "search.asha=false")
+    assert len(found.best) == 1
+    _, data = written(study, found)
+    assert data["search"].endswith("None is ended early (search.asha=false).")
+    console = Console(width=110, file=io.StringIO(), record=True)
+    console.print(trials_table(found, study.search))
+    assert "front" not in console.export_text().lower()

@@ -10,7 +10,7 @@ from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
 from giffy_ray import cluster, restarts
-from giffy_ray.cluster import Share, share_of
+from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
 from giffy_ray.loop import validations
@@ -109,6 +109,43 @@ def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, re
     share = share_of(override(Experiment(), {"cluster.workers": workers}))
     assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
     assert workers * share.cpus_per_worker * share.trainings <= resources["CPU"] - 1
+
+
+@pytest.mark.parametrize(
+    ("resources", "workers", "of_gpu", "expected"),
+    [
+        ({"CPU": 64, "GPU": 8}, 1, 1.0, (1, 1, 8)),
+        ({"CPU": 64, "GPU": 8}, 1, 0.25, (1, 0.25, 32)),
+        ({"CPU": 64, "GPU": 4}, 1, 0.4, (1, 0.4, 8)),  # two on each: what is left of it is too little
+        ({"CPU": 64, "GPU": 3}, 1, 0.1, (1, 0.1, 30)),
+        ({"CPU": 64, "GPU": 8}, 1, 2.0, (1, 2, 4)),
+        ({"CPU": 64, "GPU": 8}, 2, 1.0, (1, 1, 4)),
+        ({"CPU": 64, "GPU": 8}, 2, 2.0, (1, 2, 2)),
+        ({"CPU": 64, "GPU": 8}, 2, 4.0, (1, 4, 1)),
+        ({"CPU": 5, "GPU": 8}, 2, 1.0, (1, 1, 2)),
+        ({"CPU": 16}, 2, 1.0, (1, 0, 7)),
+    ],
+)
+def test_a_trial_gets_the_gpus_that_its_workers_ask_for(monkeypatch, resources, workers, of_gpu, expected):
+    cluster_of(monkeypatch, resources)
+    share = share_of_trials(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
+    assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
+    assert workers * share.gpus_per_worker * share.trainings <= resources.get("GPU", 0)
+
+
+@pytest.mark.parametrize(
+    ("workers", "of_gpu", "message"),
+    [
+        (2, 0.5, r"search\.gpus_per_worker=0\.5 needs search\.workers=1, not 2"),
+        (1, 1.5, r"search\.gpus_per_worker must be whole above 1"),
+        (2, 4.0, r"search\.gpus_per_worker: search\.workers=2 need 8 GPUs, .* 4 \(value 4\)"),
+        (1, 8.0, r"search\.gpus_per_worker: search\.workers=1 need 8 GPUs, .* 4 \(value 8\)"),
+    ],
+)
+def test_gpus_that_a_trial_cannot_get_are_refused(monkeypatch, workers, of_gpu, message):
+    cluster_of(monkeypatch, {"CPU": 64, "GPU": 4})
+    with pytest.raises(ConfigError, match=message):
+        share_of_trials(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
 
 
 def test_a_cluster_that_cannot_do_it_is_told_so(monkeypatch):

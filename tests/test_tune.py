@@ -1,11 +1,21 @@
+import random
 from pathlib import Path
+from typing import Any, ClassVar
 
+import numpy as np
+import optuna
 import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 
-from giffy_ray import tune
-from giffy_ray.config import ConfigError, Experiment, load
-from giffy_ray.tune.space import distributions, earlier_point, reports_point
+from giffy_ray import learners, loop, tune
+from giffy_ray.config import ConfigError, Experiment, flatten, load, override
+from giffy_ray.meter import Meter
+from giffy_ray.tune.metrics import reported_by
+from giffy_ray.tune.space import combinations, distributions, earlier_point, key_of, reports_point, untried
+from tests.conftest import TINY
 
 
 def searching(space: str, *words: str) -> Experiment:
@@ -74,3 +84,270 @@ def test_the_name_of_a_search_says_whether_it_goes_on(tmp_path: Path):
     (tmp_path / "mine-study").mkdir()
     (tmp_path / "mine-study" / "experiment.yaml").write_text("")
     assert tune.named(must).name == "mine-study"
+
+
+REFUSED = {
+    "name": "a name of its own",
+    "storage": "the search's folder",
+    "data.root": "one set of clips",
+    "data.keep": "one set of clips",
+    "data.limits.frames": "one set of clips",
+    "data.synthetic.training_clips": "one set of clips",
+    "clip.fps": "one set of clips",
+    "clip.frames": "one set of clips",
+    "train.epochs": r"search\.epochs",
+    "train.validate_every": "watched and kept",
+    "train.keep": "watched and kept",
+    "cluster.workers": r"search\.workers",
+    "cluster.gpu": r"search\.workers",
+    "tracking.experiment": "where runs are recorded",
+    "evaluate.samples": "after the training",
+    "search.epochs": "describes the search",
+    "search.seed": "describes the search",
+    "speed.profile": "only records a trace",
+    "data.intervals.frames": "what is stored",
+    "data.intervals.shortest_s": r"acts only with data\.intervals\.frames above 0",
+    "data.augment.pan": r"acts only with data\.augment\.crop below 1",
+    "speed.sync_batch_norm": r"acts only with search\.workers above 1",
+    "optim.discriminator_lr": "no discriminator",
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_field_that_changes_nothing_in_a_trial_cannot_be_searched(name: str):
+    value = {"name": "a", "storage": "a", "data.root": "a", "tracking.experiment": "a"}.get(name, 1)
+    with pytest.raises(ConfigError, match=rf"search\.space\.{name}: cannot be searched: .*{REFUSED[name]}"):
+        tune.check_search(searching(f"{{{name}: {{choice: [{value}]}}}}"))
+
+
+def test_every_field_is_searchable_or_refused_with_a_reason():
+    """Those of the sections that a trial learns by are accepted, and no other."""
+    learnt = ("model.", "optim.", "data.augment.", "train.batch", "train.seed", "train.start_from", "speed.")
+    words = ["model.kind=cgan", "search.workers=2", "data.augment.crop=0.9"]
+    for name, value in flatten(load(None, words)).items():
+        if not isinstance(value, bool | int | float | str):
+            continue
+        text = f"{{{name}: {{choice: [{str(value).lower() if isinstance(value, bool) else value}]}}}}"
+        if name.startswith(learnt) and name not in ("speed.profile", "model.kind"):
+            tune.check_search(searching(text, *words))
+        elif name != "model.kind":
+            with pytest.raises(ConfigError, match=rf"search\.space\.{name}: cannot be searched: "):
+                tune.check_search(searching(text, *words))
+
+
+def test_a_field_that_acts_because_another_is_searched_may_be_searched():
+    tune.check_search(searching("{data.augment.pan: {uniform: [0, 1]}, data.augment.crop: {uniform: [0.5, 1]}}"))
+    space = "{data.intervals.frames: {int: [4, 8]}, data.intervals.shortest_s: {uniform: [0.2, 1]}}"
+    tune.check_search(searching(space, "model.kind=between", "data.intervals.frames=6"))
+    judged = "{model.adversarial_weight: {uniform: [0, 1]}, optim.discriminator_lr: {log_uniform: [1e-5, 1e-3]}}"
+    tune.check_search(searching(judged, "model.kind=between"))
+
+
+@pytest.mark.parametrize(
+    ("field", "spec", "message"),
+    [
+        ("optim.lr", "{choice: []}", "one value at least"),
+        ("optim.lr", "{uniform: []}", "low, high"),
+        ("optim.lr", "{}", "give one distribution"),
+        ("optim.lr", "{choice: [1e-3, 1e-3]}", "each of them once"),
+        ("optim.lr", "{choice: [[1e-3]]}", "numbers, words, true, false or null"),
+        ("model.generator_widths", "{choice: [[2, 2, 2, 2, 2]]}", "numbers, words, true, false or null"),
+        ("optim.lr", "{uniform: [a, b]}", r"optim\.lr"),
+        ("optim.lr", "{uniform: [0.1, .nan]}", r"optim\.lr"),
+        ("optim.lr", "{uniform: [0.1, .inf]}", r"optim\.lr"),
+        ("optim.lr", "{choice: [true, 0.1]}", "neither true nor false"),
+        ("optim.clip_norm", "{uniform: [1, .inf]}", "finite"),
+        ("optim.clip_norm", "{uniform: [null, 1]}", "needs numbers"),
+        ("optim.schedule", "{uniform: [constant, cosine]}", "needs numbers; for others use choice"),
+        ("model.batch_norm", "{int: [0, 1]}", r"choice: \[true, false\]"),
+        ("model.batch_norm", "{uniform: [false, true]}", "needs numbers"),
+        ("model.latent", "{uniform: [8, 64]}", "use int or choice"),
+        ("model.latent", "{log_uniform: [8, 64]}", "use int or choice"),
+        ("model.ends_weight", "{int: [1.5, 3]}", "whole numbers"),
+        ("model.latent", "{int: [8, 100000000000000000000]}", "whole numbers, up to"),
+        (
+            "model.ends_weight",
+            f"{{uniform: [0, 1{'0' * 400}]}}",
+            r"search\.space\.model\.ends_weight|model\.ends_weight",
+        ),
+        ("model.ends_weight", "3", r"model\.ends_weight"),
+        ("optim", "{choice: [1]}", "is a section"),
+        ("model.kind", "{choice: [cvae, gan]}", r"model\.kind: must be one of"),
+    ],
+)
+def test_what_a_field_cannot_be_searched_by_is_said_in_one_line(field: str, spec: str, message: str):
+    with pytest.raises(ConfigError, match=message) as caught:
+        tune.check_search(searching(f"{{{field}: {spec}}}"))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("field", "spec", "words"),
+    [
+        ("model.self_ensemble", "{int: [1, 4]}", ["model.kind=between"]),  # 1, 2 or 4
+        ("model.self_ensemble", "{uniform: [1, 2]}", ["model.kind=between"]),
+    ],
+)
+def test_values_between_the_bounds_are_tried_too(field: str, spec: str, words: list[str]):
+    with pytest.raises(ConfigError, match=rf"search\.space\.{field}: .* draws values that it cannot take"):
+        tune.check_search(searching(f"{{{field}: {spec}}}", *words))
+
+
+def test_a_field_whose_default_is_none_may_be_searched():
+    """The discriminator's rate is that of the generator where it is none; a norm that is not clipped is no number."""
+    gan = ["model.kind=cgan", "optim.lr=1e-3"]
+    rate = searching("{optim.discriminator_lr: {log_uniform: [1e-5, 1e-2]}}", *gan)
+    assert reports_point(rate) == {"optim.discriminator_lr": 1e-4}
+    assert tune.first_points(rate) == [{"optim.discriminator_lr": 1e-4}]
+    assert reports_point(searching("{optim.clip_norm: {uniform: [0.1, 10]}}")) is None
+    either = searching("{optim.clip_norm: {choice: [null, 1.0]}, model.batch_norm: {choice: [true, false]}}")
+    assert reports_point(either) == {"optim.clip_norm": None, "model.batch_norm": True}
+    assert distributions(either)["model.batch_norm"] == CategoricalDistribution((True, False))
+    params = {"optim.discriminator_lr": "None", "optim.lr": "0.003"}  # as MLflow keeps them
+    assert earlier_point(rate, "abc", params) == {"optim.discriminator_lr": 3e-3}
+    assert earlier_point(either, "abc", {"optim.clip_norm": "None", "model.batch_norm": "False"}) == {
+        "optim.clip_norm": None,
+        "model.batch_norm": False,
+    }
+    with pytest.raises(ConfigError, match=r"search\.enqueue: the run 'abc' has other fields or values: .*batch_norm"):
+        earlier_point(either, "abc", {"optim.clip_norm": "None", "model.batch_norm": "maybe"})
+
+
+def test_a_population_with_a_mistake_in_its_space_is_told_so():
+    words = ["search.sampler=pbt", "model.kind=between"]
+    with pytest.raises(ConfigError, match=r"search\.space\.model\.adversarial_weight: give one distribution"):
+        tune.first_points(searching("{model.adversarial_weight: {}}", *words))
+
+
+NAMES = st.sampled_from([*flatten(load(None)), "optim.nothing", "optim", "", "a.b"])
+SCALARS = st.one_of(
+    *(st.none(), st.booleans(), st.integers(), st.floats(), st.floats(0, 2), st.integers(0, 99), st.text(max_size=4)),
+    st.sampled_from(["cosine", "constant", "1e-3", "float32", "nan", "inf"]),
+)
+SPECS = st.dictionaries(
+    st.sampled_from(["uniform", "log_uniform", "int", "choice"]),
+    st.one_of(SCALARS, st.lists(SCALARS, max_size=3), st.lists(SCALARS, min_size=2, max_size=2)),
+    max_size=2,
+)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.dictionaries(NAMES, SPECS, max_size=2), st.sampled_from(["cvae", "cgan", "between"]))
+def test_any_space_is_refused_in_words_or_can_be_drawn_from(space: dict, kind: str):
+    try:
+        asked = override(load(None, [f"model.kind={kind}"]), {"search.space": space})
+        tune.first_points(asked)
+    except ConfigError:
+        return
+    drawn = distributions(asked)
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(0))
+    for _ in range(5):
+        override(asked, study.ask(drawn).params)
+
+
+def test_combinations_are_counted_and_untried_ones_found():
+    space = distributions(searching("{model.latent: {int: [2, 4]}, optim.schedule: {choice: [constant, cosine]}}"))
+    assert combinations(space) == 6
+    assert combinations({**space, "optim.lr": FloatDistribution(0.1, 1)}) is None
+    tried: set[tuple] = set()
+    for _ in range(6):
+        point = untried(space, tried, random.Random(0))
+        tried.add(key_of(point, space))
+    assert tried == {(latent, schedule) for latent in (2, 3, 4) for schedule in ("constant", "cosine")}
+    large = {"a": IntDistribution(0, 10**9)}
+    assert untried(large, {(5,)}, random.Random(0)).keys() == {"a"}
+    assert tune.most_trials(searching("{train.batch: {choice: [4, 8]}}")) == 2
+    assert tune.most_trials(searching("{optim.lr: {uniform: [0.1, 1]}}")) == 12
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"),
+    [
+        *[("val/l2_report", "smaller"), ("val/psnr", "larger"), ("val/skill", "larger"), ("val/blur", "smaller")],
+        *[("train/kl", "smaller"), ("speed/step_ms", "smaller"), ("speed/clips_per_s", "larger")],
+    ],
+)
+def test_a_metric_is_optimised_in_its_own_direction(metric: str, better: str):
+    asked = searching("{optim.lr: {uniform: [0.1, 1]}}", f"search.metric={metric}")
+    tune.check_search(asked)
+    assert tune.objectives(asked.search) == {metric: better}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["search.metric=val/pnsr"], r"search\.metric: no such metric.*did you mean 'val/psnr'"),
+        (["search.metric=psnr"], r"did you mean 'val/psnr'"),
+        (["search.metric=time_total_s"], r"no such metric.*known: "),
+        (["search.metric=val/ssim"], r"no such metric"),
+        (["search.metric=train/d_real", "model.kind=cgan"], r"search\.objectives=\{train/d_real: larger\}"),
+        (["search.metric=train/g_loss"], r"search\.metric: a training with model\.kind=cvae does not report it"),
+        (["search.objectives={val/sharp: larger, val/psnr: larger}"], r"search\.objectives: .*does not report it"),
+        (
+            ["search.metric=train/loss", "search.space={model.ends_weight: {uniform: [0, 1]}}"],
+            r"train/loss is computed from model\.ends_weight",
+        ),
+        (
+            [
+                *("search.metric=train/d_loss", "model.kind=between", "model.adversarial_weight=1"),
+                "search.space={model.adversarial_weight: {choice: [0, 1]}}",
+            ],
+            r"a training with model\.adversarial_weight=0 does not report it",
+        ),
+    ],
+)
+def test_a_metric_that_cannot_be_compared_is_refused_before_anything_starts(words: list[str], message: str):
+    with pytest.raises(ConfigError, match=message):
+        tune.first_points(searching("{optim.lr: {uniform: [0.1, 1]}}", *words))
+
+
+def test_the_direction_of_a_metric_without_one_can_be_stated():
+    words = ["search.objectives={train/d_real: larger}", "model.kind=cgan"]
+    asked = searching("{optim.lr: {uniform: [0.1, 1]}}", *words)
+    tune.check_search(asked)
+    assert tune.objectives(asked.search) == {"train/d_real": "larger"}
+
+
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [
+        ("cvae", []),
+        ("between", []),
+        ("between", ["model.sampled_share=0"]),
+        ("between", ["model.adversarial_weight=1", "model.discriminator_widths=[2, 2, 2]"]),
+        ("between", ["model.adversarial_weight=1", "model.adversarial_from_step=1"]),
+        ("cgan", []),
+        ("two_stream", ["model.widths=[2, 2, 2, 2]"]),
+        ("direct_3d", ["model.generator_widths=[2, 2, 2]", "model.discriminator_widths=[2, 2, 2, 2]"]),
+    ],
+)
+def test_what_a_training_reports_is_known(kind: str, words: list[str]):
+    """Against a step of each learner, as the meter names its losses, and the loop's own validation."""
+    clip = ["clip.frames=6", "clip.height=32", "clip.width=32"] if kind in ("cvae", "between", "cgan") else []
+    narrow: dict[str, dict[str, Any]] = {
+        "cvae": TINY,
+        "between": {"model.widths": (4, 6, 8), "model.latent": 2},
+        "cgan": {"model.image_widths": (2, 2, 2, 2), "model.generator_widths": (2, 2, 2, 2, 2)},
+        "direct_3d": {"model.image_widths": (2, 2, 2, 2), "model.latent_width": 2},
+    }
+    asked = override(load(None, [f"model.kind={kind}", "train.batch=2", *clip, *words]), narrow.get(kind, {}))
+    learner = learners.build(asked, torch.device("cpu"))
+    size = (asked.clip.frames, asked.clip.height, asked.clip.width)
+    clips = torch.randint(0, 255, (2, *size, 3), dtype=torch.uint8)
+    times = torch.linspace(0, 1, size[0]).expand(2, -1)
+    meter = Meter({}, 2, torch.device("cpu"))
+    meter.add(0, learner.update(clips, times, torch.arange(2)), 2)
+
+    class Clips:
+        ids: ClassVar = ["a", "b"]
+
+        def rows_of(self, split: str) -> np.ndarray:
+            return np.arange(2)
+
+        def gather(self, rows: np.ndarray) -> np.ndarray:
+            return clips.numpy()[rows]
+
+    store: Any = Clips()
+    measured = loop.validate(lambda start, end, ids: clips, store, 2, torch.device("cpu"))
+    known = {name for name in reported_by(asked) if name not in ("speed/gpu_memory_gb", "speed/model_flop_utilisation")}
+    assert {**meter.means(), **measured}.keys() == known

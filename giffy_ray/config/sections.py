@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
 from giffy_ray.config.values import LocalPath, Location, Positive, Run, Share, Strict, TrackingUri, Weight
@@ -17,8 +18,20 @@ Baseline = Literal["linear", "linear_as_coded", "hold", "minterpolate_mci", "min
 PerceptualMetric = Literal["st_lpips", "kernel_distance_frames", "kernel_distance_motion", "lpips", "fid", "fvd"]
 Supplied = Literal["lpips", "fid", "fvd"]  # the metrics whose networks the user brings
 Distribution = Literal["log_uniform", "uniform", "int", "choice"]
-# Left to right, because YAML reads 1e-4 as a string.
-SearchValue = Annotated[int | float | str, Field(union_mode="left_to_right")]
+
+
+def _search_value(value: Any) -> bool | int | float | str | None:
+    """A bound or choice of `search.space`. Words that read as numbers are numbers: YAML reads 1e-4 as a word."""
+    if isinstance(value, str):
+        for number in (int, float):
+            with contextlib.suppress(ValueError):
+                return number(value)
+    if value is not None and not isinstance(value, bool | int | float | str):
+        raise ValueError("a search draws numbers, words, true, false or null")
+    return value
+
+
+SearchValue = Annotated[bool | int | float | str | None, PlainValidator(_search_value)]
 
 
 @dataclass(frozen=True)
@@ -63,10 +76,6 @@ class AugmentConfig(Strict):
     pan: Share = 0.0  # how far the part that is cut out may move on its way from the first frame to the last
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
     colours: bool = False  # red, green and blue change places
-
-    def __post_init__(self) -> None:
-        if self.pan and self.crop == 1:
-            raise ValueError(f"pan moves what crop cuts out: give a crop below 1 (pan {self.pan:g}, crop 1)")
 
 
 @dataclass(frozen=True)
@@ -190,8 +199,9 @@ class SearchConfig(Strict):
     max_hours: Annotated[float, Field(gt=0)] | None = None  # no trial is begun later; what was interrupted counts on
     patience: Positive | None = None  # trials without a better one, after which none is begun
     epochs: Positive = 20  # of the longest trial; ASHA ends poor ones sooner
-    metric: str = "val/l2_report"  # smaller is better; must not depend on what is searched
-    # In place of `metric`: several, such as val/skill and val/blur. No trial is ended early then.
+    metric: str = "val/l2_report"  # optimised in its own direction; must not be computed from the searched fields
+    # Replaces `metric`: {val/skill: larger, val/blur: smaller}. With two or more, ASHA is off. A single one states the
+    # direction of a metric that has none of its own, such as train/d_real.
     objectives: dict[str, Literal["smaller", "larger"]] = field(default_factory=dict)
     # pbt: `trials` train side by side, and after each validation the worst take over weights and values of the best.
     sampler: Literal["tpe", "random", "pbt"] = "tpe"
@@ -200,13 +210,22 @@ class SearchConfig(Strict):
     reduction_factor: Annotated[int, Field(ge=2)] = 2  # of so many trials at a rung, one goes on
     seed: Annotated[int, Field(ge=0)] = 0
     workers: Positive = 1  # of a trial; one trains in the trial's own process
-    gpus_per_worker: Annotated[float, Field(gt=0)] = 1.0  # less than 1: so many trials share a GPU
+    # Below 1, trials share a GPU; that takes trials of one worker.
+    gpus_per_worker: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0
     resume: Literal["auto", "never", "must"] = "auto"  # a search of this name that is there
-    storage: LocalPath | None = (
-        None  # of Optuna: postgresql://..., a journal file /path/NAME.log; else SQLite in the folder
-    )
+    # Of Optuna: postgresql://USER@HOST/DATABASE, or a journal file /path/NAME.log. None: SQLite in the search's folder.
+    storage: LocalPath | None = None
     enqueue: tuple[str, ...] = ()  # MLflow's ids of runs whose values are tried after the report's
     space: dict[str, dict[Distribution, tuple[SearchValue, ...]]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.gpus_per_worker < 1 and self.workers > 1:
+            raise ValueError(
+                f"search.gpus_per_worker={self.gpus_per_worker:g} needs search.workers=1, not {self.workers}: "
+                "NCCL cannot run two workers of one training on one GPU"
+            )
+        if self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            raise ValueError(f"search.gpus_per_worker must be whole above 1, for Ray: not {self.gpus_per_worker:g}")
 
 
 @dataclass(frozen=True)

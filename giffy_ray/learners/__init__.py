@@ -78,6 +78,11 @@ def check(experiment: Experiment) -> None:
     _refuse_batch_norm_of_parts(experiment)
     _refuse_moments(experiment)
     _refuse_discriminator_rate(experiment)
+    augment = experiment.data.augment
+    if augment.pan and augment.crop == 1:
+        raise ConfigError(
+            f"data.augment.pan: moves what data.augment.crop cuts out; give a crop below 1 (value {augment.pan})"
+        )
 
 
 def _refuse_batch_norm_of_parts(experiment: Experiment) -> None:

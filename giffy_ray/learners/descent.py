@@ -138,7 +138,7 @@ class BufferSnapshot:
         for dtype, buffers in self._buffers.items():
             values = torch.where(condition, self._copies[dtype], _flatten(buffers))
             values = values.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [each.view_as(old) for each, old in zip(values, buffers, strict=True)])
+            torch._foreach_copy_(buffers, [each.view_as(old) for each, old in zip(values, buffers, strict=True)])  # type: ignore[attr-defined]
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -162,14 +162,16 @@ class WeightAverage(AveragedModel):
         decay = ((1 + count) / (_YOUNG + count)).clamp(max=self.decay)
         # The first step copies. A skipped one has the rate 0.
         rate = torch.where(self.n_averaged > 0, 1 - decay, 1.0) * ~skipped
-        pairs = [*zip(self.module.parameters(), network.parameters(), strict=True)]
-        pairs += zip(self.module.buffers(), network.buffers(), strict=True)
+        pairs = [
+            *zip(self.module.parameters(), network.parameters(), strict=True),
+            *zip(self.module.buffers(), network.buffers(), strict=True),
+        ]
         floats = [(old.detach(), new.detach()) for old, new in pairs if old.is_floating_point()]
         for dtype in {old.dtype for old, _ in floats}:
             olds, news = zip(*((old, new) for old, new in floats if old.dtype == dtype), strict=True)
-            changes = torch._foreach_sub(news, olds)
-            torch._foreach_mul_(changes, rate.to(dtype))
-            torch._foreach_add_(olds, changes)
+            changes = torch._foreach_sub(news, olds)  # type: ignore[attr-defined]
+            torch._foreach_mul_(changes, rate.to(dtype))  # type: ignore[attr-defined]
+            torch._foreach_add_(olds, changes)  # type: ignore[attr-defined]
         for old, new in pairs:
             if not old.is_floating_point():
                 old.copy_(new)

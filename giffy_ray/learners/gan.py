@@ -20,9 +20,9 @@ class GANLearner:
     def __init__(self, experiment: Experiment, device: torch.device, steps: int):
         self.experiment, self.device = experiment, device
         self.model = cast(CGANConfig | TwoStreamConfig | Direct3DConfig, experiment.model)
-        self.latent, self.frame_weight = self.model.latent, self.model.frame_weight
-        if self.frame_weight is None:
-            self.frame_weight = 20 / (3 * experiment.clip.height * experiment.clip.width)
+        self.latent, weight = self.model.latent, self.model.frame_weight
+        clip = experiment.clip
+        self.frame_weight: float = 20 / (3 * clip.height * clip.width) if weight is None else weight
         refuse_other_lengths(experiment, experiment.data.intervals.frames or None, "data.intervals.frames")
         torch.manual_seed(experiment.train.seed)
         generator = models.build(experiment.model, experiment.clip).to(device)

@@ -29,18 +29,22 @@ from giffy_ray.reports import line_of
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
 from giffy_ray.train import check, claimed
-from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger, objectives
+from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger
+from giffy_ray.tune.metrics import check_metrics, objectives
 from giffy_ray.tune.population import Population
 from giffy_ray.tune.population import check as check_population
-from giffy_ray.tune.space import Values, earlier_point, reports_point
+from giffy_ray.tune.space import Values, combinations, distributions, earlier_point, reports_point
+from giffy_ray.tune.stored import opened, refuse_database_of
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
 
 __all__ = [
     "Study",
     "Trial",
+    "check_search",
     "claim",
     "experiment_of",
     "first_points",
+    "most_trials",
     "named",
     "objectives",
     "search",
@@ -96,6 +100,7 @@ def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
 
     Raises ConfigError before anything starts.
     """
+    check_search(experiment)
     check(experiment_of(experiment, 0, {}), store)
     with claimed(experiment, store, _MAY_CHANGE) as lease:
         yield lease
@@ -108,6 +113,7 @@ def search_claimed(
     ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
     if ledger.unfinished() or not ledger.why_ended():
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
+        os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # and so it does of trials that fail
         withhold_credentials()
         _tuner(experiment, store, share, parent, ledger, lease).fit()
         lease.check()
@@ -136,12 +142,31 @@ def named(experiment: Experiment) -> Experiment:
     return study
 
 
-def first_points(experiment: Experiment) -> list[Values]:
-    """What a new search tries first: the report's values, then those of `search.enqueue`. Raises ConfigError."""
+def check_search(experiment: Experiment) -> None:
+    """What can be known to be wrong with the `search` section without a cluster or clips. Raises ConfigError."""
+    distributions(experiment)
+    check_metrics(experiment)
     if experiment.search.sampler == "pbt":
         check_population(experiment)
-    report = reports_point(experiment)
+
+
+def most_trials(experiment: Experiment) -> int:
+    """How many trials a search has at most: `search.trials`, or fewer where `search.space` has fewer combinations."""
+    points, trials = combinations(distributions(experiment)), experiment.search.trials
+    return trials if points is None or experiment.search.sampler == "pbt" else min(trials, points)
+
+
+def first_points(experiment: Experiment) -> list[Values]:
+    """What a new search tries first: the report's values, then those of `search.enqueue`.
+
+    Raises ConfigError, also where `search.storage` cannot be opened.
+    """
+    check_search(experiment)
     uri = tracking_uri(experiment)
+    if experiment.search.storage:
+        refuse_database_of(uri, experiment)
+        opened(experiment).remove_session()
+    report = reports_point(experiment)
     earlier = [earlier_point(experiment, run, params_of(uri, run)) for run in experiment.search.enqueue]
     return [*([report] if report else []), *earlier]
 
@@ -165,7 +190,7 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             max_concurrent_trials=share.trainings,
             search_alg=_Asks(ledger),
             scheduler=_Judges(ledger),
-            reuse_actors=True,  # one process start less for each trial
+            reuse_actors=True,  # one process start less for each trial that does not fail
             trial_name_creator=_known_as,
             trial_dirname_creator=_known_as,
         ),
@@ -246,7 +271,8 @@ class _Judges(FIFOScheduler):
         number = trial.config["number"]
         if FAILED in result:
             self.ledger.end(number, result[FAILED])
-            return TrialScheduler.STOP
+            trial.max_failures = 0  # what failed is raised next, which ends the actor, and is not tried again
+            return TrialScheduler.CONTINUE
         if "epoch" not in result:  # only a checkpoint
             return TrialScheduler.CONTINUE
         ended = self.ledger.report(number, result["epoch"], result)
@@ -257,7 +283,7 @@ class _Tells(tune.Callback):
     """A line when a trial starts, and one for each of its reports."""
 
     def __init__(self, experiment: Experiment):
-        self.settings = experiment.search
+        self.settings, self.trials = experiment.search, most_trials(experiment)
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         values = "  ".join(f"{name} {_short(value)}" for name, value in trial.config["values"].items())
@@ -271,10 +297,11 @@ class _Tells(tune.Callback):
             self._say(trial, line_of(result, self.settings.epochs))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-        self._say(trial, "its process died")
+        if FAILED not in trial.last_result:
+            self._say(trial, "its process died")
 
     def _say(self, trial: Any, what: str) -> None:
-        print(f"trial {trial.config['number'] + 1}/{self.settings.trials}  {what}", flush=True)
+        print(f"trial {trial.config['number'] + 1}/{self.trials}  {what}", flush=True)
 
 
 def _short(value: Any) -> str:

@@ -2,29 +2,28 @@
 
 Trials that such a process left behind are handed out again first, under their numbers. Poor ones are ended by
 asynchronous successive halving (ASHA; Li et al. 2020, arXiv 1810.05934), Optuna's, since its rungs lie in the same
-storage; Ray Tune's forgets them with the process.
+storage; Ray Tune's forgets them with the process. A space of finitely many points is never searched twice at one point.
 """
 
 from __future__ import annotations
 
 import math
+import random
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import optuna
 from optuna.importance import FanovaImportanceEvaluator, get_param_importances
 from optuna.samplers import BaseSampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from giffy_ray.config import ConfigError, Experiment, SearchConfig
-from giffy_ray.storage import is_local, join
-from giffy_ray.tracking import sqlite_address
-from giffy_ray.tune.space import Values, distributions
+from giffy_ray.tune.metrics import objectives
+from giffy_ray.tune.space import Values, combinations, distributions, key_of, untried
+from giffy_ray.tune.stored import opened
 
 ENDED = "ended"  # attribute of a trial that did not end well: why
 EPOCH = "epoch"  # attribute of a trial with several objectives: that of its last report
@@ -33,6 +32,8 @@ _SEARCHED_S = "searched_s"
 WORST = 1e6
 _FIRST_RANDOM = 4  # trials, before TPE has something to tell apart
 _FEWEST_TO_TELL = 8  # trials, with which the most important field is named rightly three times in four
+_DIRECTIONS = {"smaller": StudyDirection.MINIMIZE, "larger": StudyDirection.MAXIMIZE}
+_REDRAWS = 10  # of the sampler, before an untried point is taken at random
 
 
 class Ledger:
@@ -42,23 +43,29 @@ class Ledger:
         """Opens the study of the experiment's name, or a new one, which tries `points` first."""
         optuna.logging.set_verbosity(optuna.logging.WARNING)
         self._settings, self._space = experiment.search, distributions(experiment)
+        self._combinations = combinations(self._space)
         self.objectives = objectives(self._settings)
-        storage = _opened(address(experiment))
-        known = optuna.get_all_study_names(storage)
-        self.is_new = experiment.name not in known
+        # Of what is measured, times this: the smaller the better.
+        self._sign = 1 if next(iter(self.objectives.values())) == "smaller" else -1
+        directions = [_DIRECTIONS[better] for better in self.objectives.values()]
         self._study = optuna.create_study(
-            storage=storage,
-            study_name=experiment.name,
-            directions=["minimize" if better == "smaller" else "maximize" for better in self.objectives.values()],
-            load_if_exists=True,
+            storage=opened(experiment), study_name=experiment.name, directions=directions, load_if_exists=True
         )
+        if self._study.directions != directions:
+            stored, asked = (
+                ", ".join(one.name.lower() for one in some) for some in (self._study.directions, directions)
+            )
+            raise ConfigError(
+                f"search.metric: the stored search {experiment.name!r} would {stored} {', '.join(self.objectives)}, "
+                f"and the experiment asks to {asked}; start a new search with --resume never"
+            )
         self._study.sampler = _sampler(self._settings, len(self._study.trials))
         self._study.pruner = optuna.pruners.SuccessiveHalvingPruner(
             self._settings.grace_epochs, self._settings.reduction_factor
         )
-        if self.is_new:
+        if not self.trials():  # also where a process was killed before it had noted all points
             for point in points:
-                self._study.enqueue_trial(point)
+                self._study.enqueue_trial(point, skip_if_exists=True)
         self._stale = deque(self._study.get_trials(states=[TrialState.RUNNING]))
         self._open: dict[int, optuna.Trial] = {}
         self._began_s, self._before_s = time.monotonic(), self._study.user_attrs.get(_SEARCHED_S, 0.0)
@@ -67,8 +74,8 @@ class Ledger:
         """The next trial, or None where the search has come to its end."""
         if self._stale:
             left = self._stale.popleft()
-            self._open[left.number] = optuna.Trial(self._study, left._trial_id)
-            return left.number, dict(left.params)
+            self._open[left.number] = self._reopened(left)
+            return left.number, self.values(left.number)
         if self.why_ended():
             return None
         number = self._begun()
@@ -88,9 +95,11 @@ class Ledger:
             return f"search.trials={settings.trials} are done"
         if self._hours_over():
             return self._hours_over()
+        if self._combinations is not None and len(self._tried()) >= self._combinations:
+            return f"all {self._combinations} combinations of search.space have been tried"
         done = [trial for trial in begun if trial.state.is_finished()]
         if settings.patience and len(self.objectives) == 1 and len(done) > settings.patience:
-            best = self._study.best_trial.number if any(trial.state == TrialState.COMPLETE for trial in done) else -1
+            best = self.best()[0].number if self.best() else -1
             since = sum(trial.number > best for trial in done)
             if since >= settings.patience:
                 return f"none of the last search.patience={settings.patience} trials was better"
@@ -139,8 +148,20 @@ class Ledger:
         return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
     def best(self) -> list[FrozenTrial]:
-        """The best trial that ended well, or, of several objectives, those that no other is better than in all."""
-        return [trial for trial in self._study.best_trials if ENDED not in trial.user_attrs]
+        """The best trial that ended well, or, of several objectives, those that no other is better than in all.
+
+        Told from these alone: Optuna would count WORST, which a metric on a large scale may be worse than.
+        """
+        well = [
+            trial for trial in self.trials() if trial.state == TrialState.COMPLETE and ENDED not in trial.user_attrs
+        ]
+        signs = [1 if better == "smaller" else -1 for better in self.objectives.values()]
+        costs = {
+            trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in well
+        }
+        if len(signs) == 1:
+            return [min(well, key=lambda trial: costs[trial.number])] if well else []
+        return [trial for trial in well if not any(_dominates(other, costs[trial.number]) for other in costs.values())]
 
     def values_of(self, trial: FrozenTrial) -> list[float]:
         """Its best of the single objective, or its last of several; nothing where it reported nothing."""
@@ -165,9 +186,41 @@ class Ledger:
         return {name: _importances_for(place, reached) for place, name in enumerate(self.objectives)}
 
     def _begun(self) -> int:
+        point = self._untried_point()
+        if point is not None:
+            self._study.enqueue_trial(point)  # and whoever is killed before the next line begins with it
         trial = self._study.ask(self._space)
         self._open[trial.number] = trial
         return trial.number
+
+    def _untried_point(self) -> Values | None:
+        """Where the space is finite, a point that no trial had; None where the sampler is free to draw any.
+
+        The sampler is asked a few times, on a copy of the study, as one that nears the best draws the same again.
+        """
+        tried = self._tried()
+        waiting = self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if waiting or self._combinations is None or len(tried) >= self._combinations:
+            return None
+        copy = optuna.create_study(directions=self._study.directions, sampler=self._study.sampler)
+        copy.add_trials(self._study.get_trials(deepcopy=False))
+        for _ in range(_REDRAWS):
+            point = copy.ask(self._space).params
+            if key_of(point, self._space) not in tried:
+                return point
+        return untried(self._space, tried, random.Random(f"{self._settings.seed} {len(tried)}"))
+
+    def _tried(self) -> set[tuple[Any, ...]]:
+        """The points of all trials that were begun, however they ended."""
+        params = [trial.params for trial in self.trials()]
+        return {key_of(values, self._space) for values in params if self._space.keys() <= values.keys()}
+
+    def _reopened(self, left: FrozenTrial) -> optuna.Trial:
+        """A trial that another process left running. One killed while it drew the values has only some of them."""
+        trial = optuna.Trial(self._study, left._trial_id)
+        for name, distribution in self._space.items():
+            trial._suggest(name, distribution)  # what it has already, or what it lacks: as Study.ask does
+        return trial
 
     def _hours_over(self) -> str:
         most, hours = self._settings.max_hours, (self._before_s + time.monotonic() - self._began_s) / 3600
@@ -189,29 +242,10 @@ def _importances_for(objective: int, study: optuna.Study) -> dict[str, float]:
     return {name: float(share) for name, share in shares.items()}
 
 
-def objectives(settings: SearchConfig) -> dict[str, str]:
-    """Metric -> which is better, smaller or larger."""
-    return dict(settings.objectives) or {settings.metric: "smaller"}
-
-
-def address(experiment: Experiment) -> str:
-    """`search.storage`, or an SQLite file in the study's folder. Raises ConfigError where that is not on a disk."""
-    if experiment.search.storage:
-        return experiment.search.storage
-    if not is_local(experiment.storage):
-        raise ConfigError(
-            "search.storage: give Optuna a database, postgresql://..., or a journal file on a disk that is shared, "
-            f"/path/NAME.log; {experiment.storage!r} can hold neither"
-        )
-    folder = join(experiment.storage, experiment.name)
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    return sqlite_address(join(folder, "optuna.db"))
-
-
-def _opened(where: str) -> BaseStorage:
-    if "://" in where:
-        return RDBStorage(where)
-    return JournalStorage(JournalFileBackend(where))
+def _dominates(costs: Sequence[float], others: Sequence[float]) -> bool:
+    """Whether `costs`, where smaller is better, are nowhere worse than `others` and somewhere better."""
+    pairs = list(zip(costs, others, strict=True))
+    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
 
 
 def _sampler(settings: SearchConfig, trials: int) -> BaseSampler:

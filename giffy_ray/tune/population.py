@@ -12,7 +12,6 @@ import random
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial
 
@@ -32,7 +31,7 @@ class Population(Ledger):
     def __init__(self, experiment: Experiment, points: Iterable[Values] = ()):
         check(experiment)
         super().__init__(experiment, points)
-        self._open = {left.number: optuna.Trial(self._study, left._trial_id) for left in self._stale}
+        self._open = {left.number: self._reopened(left) for left in self._stale}
         self._stale.clear()
         self._busy: dict[int, int] = {}  # trial -> the epoch that its turn ends with
         every, last = experiment.train.validate_every, self._settings.epochs
@@ -72,7 +71,7 @@ class Population(Ledger):
         value = reported.get(metric, math.nan)
         trial = self._open[number]
         if epoch not in self._frozen(trial).intermediate_values:
-            trial.report(value if math.isfinite(value) else WORST, epoch)
+            trial.report(value if math.isfinite(value) else self._sign * WORST, epoch)
         return False
 
     def end(self, number: int, why: str = "") -> None:
@@ -84,7 +83,7 @@ class Population(Ledger):
         if not why and until is not None and epoch < until:
             why = f"it was stopped after epoch {epoch}"
         if why or epoch == self._ends[-1] or self._hours_over():
-            diverged = self.values_of(self._frozen(self._open[number])) == [WORST]
+            diverged = self.values_of(self._frozen(self._open[number])) == [self._sign * WORST]
             super().end(number, why or ("diverged: its last report was not finite" if diverged else ""))
 
     def why_ended(self) -> str:
@@ -113,14 +112,17 @@ class Population(Ledger):
 
     def _close(self, epoch: int) -> None:
         """Notes who takes over from whom after `epoch`. Cut in the middle, it is done again with the same result."""
-        reached = {number: self._frozen(trial).intermediate_values[epoch] for number, trial in self._open.items()}
+        values = {number: self._frozen(trial).intermediate_values[epoch] for number, trial in self._open.items()}
+        reached = {
+            number: math.inf if value == self._sign * WORST else self._sign * value for number, value in values.items()
+        }
         before = {number: [one for one in self._taken(number) if one[0] < epoch] for number in reached}
         now = {
             number: dict(taken[-1][2]) if taken else super(Population, self).values(number)
             for number, taken in before.items()
         }
-        for number, (source, values) in moves(reached, now, self._space, f"{self._settings.seed} {epoch}").items():
-            self._open[number].set_user_attr(_TAKEN, [*before[number], [epoch, source, values]])
+        for number, (source, new) in moves(reached, now, self._space, f"{self._settings.seed} {epoch}").items():
+            self._open[number].set_user_attr(_TAKEN, [*before[number], [epoch, source, new]])
         self._study.set_user_attr(_CLOSED, epoch)
 
     def _epoch(self, number: int) -> int:
@@ -172,9 +174,10 @@ def check(experiment: Experiment) -> None:
             )
         if name == "model.adversarial_weight" and 0 in next(iter(spec.values())):
             raise ConfigError(f"search.space.{name}: with 0 there is no discriminator; start above it (value {spec!r})")
-    if search.objectives:
+    if len(search.objectives) > 1:
         raise ConfigError(
-            f"search.objectives: search.sampler=pbt ranks trials by search.metric alone (value {search.objectives!r})"
+            "search.objectives: search.sampler=pbt ranks trials by one number; give search.metric alone "
+            f"(value {search.objectives!r})"
         )
     for field, value, wanted in (
         ("workers", search.workers, search.workers == 1),

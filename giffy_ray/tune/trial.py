@@ -48,7 +48,8 @@ def experiment_of(study: Experiment, number: int, values: Values) -> Experiment:
 def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
     """`config`: {"number", "values"}, of a population also {"until", "take"}.
 
-    What goes wrong is reported, and ends this trial alone.
+    A failure is reported, then raised: it ends this trial and its process. The next trial gets a new process, as an
+    error of CUDA stays in the one that it came up in.
     """
     os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which train.start_from may be a path from
     whole = from_yaml(study)
@@ -62,6 +63,7 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
             _alone(experiment, Store(store), parent)
     except Exception as failure:
         tune.report({FAILED: without_secrets(f"{type(failure).__name__}: {failure}")})
+        raise
 
 
 def _alone(experiment: Experiment, store: Store, parent: str) -> None:
