@@ -158,7 +158,7 @@ class WeightAverage(AveragedModel):
     @torch.no_grad()
     def update_unless(self, skipped: Tensor, network: nn.Module) -> None:
         """Takes one step towards `network`, whose weights and buffers are finite; none if `skipped`, a scalar."""
-        count = self.n_averaged.to(torch.get_default_dtype())
+        count = self.n_averaged.double()
         decay = ((1 + count) / (_YOUNG + count)).clamp(max=self.decay)
         # The first step copies. A skipped one has the rate 0.
         rate = torch.where(self.n_averaged > 0, 1 - decay, 1.0) * ~skipped
