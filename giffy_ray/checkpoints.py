@@ -163,9 +163,20 @@ def restore(location: str, learner: Learner) -> Position:
 
 
 def origin(experiment: Experiment) -> str | None:
-    """Where the checkpoint of `train.start_from` lies. Raises ConfigError where a run of that name has none."""
+    """Where the checkpoint of `train.start_from` lies: a location, or the newest of a run.
+
+    Trials of a search, whose storage is the search's folder, take runs from beside the search too. Raises ConfigError
+    where a run of that name has no checkpoint.
+    """
     start = experiment.train.start_from
-    return start if start is None or "/" in start else newest(override(experiment, {"name": start}))
+    if start is None or "/" in start:
+        return start
+    run = override(experiment, {"name": start})
+    parent = experiment.storage.rstrip("/").rpartition("/")[0]
+    if parent.partition("://")[2 if "://" in experiment.storage else 0] and not _positions(run):
+        beside = override(run, {"storage": parent})
+        run = beside if _positions(beside) else run
+    return newest(run)
 
 
 def start_from(location: str, learner: Learner) -> None:

@@ -111,9 +111,8 @@ def run(
         tracker.log_animation(functools.partial(draw, "webp"), "validation", step=0)
 
     stopped = False
-    with (
-        contextlib.ExitStack() as leaving
-    ):  # threads end however the loop is left: a trial that is cut raises SystemExit
+    # Threads end however the loop is left: a trial that is cut raises SystemExit.
+    with contextlib.ExitStack() as leaving:
         listener = leaving.enter_context(Listener(experiment, rank, device, notice, watch))
         profile = profiler(experiment.speed.profile and rank == 0, tracker.log_file)
         leaving.callback(profile.stop)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import threading
@@ -22,9 +23,10 @@ from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yam
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease, LeaseLost, Watch, held
 from giffy_ray.loop import FAILURE, RunFailure, train_loop
-from giffy_ray.storage import delete_file, join, read_text, write_text
+from giffy_ray.storage import delete_file, join, read_text, without_secrets, write_text
 
 _WORKER = RayTrainWorker.__name__
+_log = logging.getLogger(__name__)
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
     *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
@@ -71,9 +73,11 @@ def train(
     with claimed(experiment, store) as lease, _ended_by_signals(experiment) as signals:
         delete_file(failure)
         checkpoints.forget_reported(experiment)
-        training, looks = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit), 0
+        training = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit)
         aside.shutdown(wait=False)  # its thread ends with the training
+        looks, asked = 0, False
         while wait([training], _LOOK_S).not_done and looks < _LOOKS_WITHOUT_WORKERS:
+            asked = asked or (bool(signals) and _ask_to_stop(experiment))
             looks = looks + 1 if signals and not _worker_runs() else 0
         if training.done():
             _end(training, Watch(experiment, lease.holder))
@@ -181,9 +185,9 @@ def check(experiment: Experiment, store: Store) -> None:
 
 @contextmanager
 def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
-    """Inside, the first SIGTERM or Ctrl-C asks the training to stop, and a second one ends this process at once.
+    """Inside, a second SIGTERM or Ctrl-C ends this process at once. Yields the list of those that came, one for now.
 
-    Yields the list of those that came. In a thread of Ray Tune's there are none: Tune stops its trials itself.
+    In a thread of Ray Tune's there are none: Tune stops its trials itself.
     """
     listen.forget_stop(experiment)
     came: list[int] = []
@@ -196,9 +200,8 @@ def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
         came.append(number)
         if len(came) > 1:
             os._exit(128 + number)
-        listen.ask_to_stop(experiment)
         with suppress(OSError):  # nobody may read it any more
-            print("ending after this step, with a checkpoint; again to end at once", flush=True)
+            print("stopping after this step, with a checkpoint; a second signal ends the job at once", flush=True)
 
     for number in before:
         signal.signal(number, ask)
@@ -207,7 +210,20 @@ def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        listen.forget_stop(experiment)
+        try:
+            listen.forget_stop(experiment)
+        except Exception as failure:  # must not hide what the block raises; the next start forgets it too
+            _log.warning("the stop file of %r could not be removed (%r)", experiment.name, failure)
+
+
+def _ask_to_stop(experiment: Experiment) -> bool:
+    """Whether the request has reached the storage. Not in the signal handler: what it raises would end the training."""
+    try:
+        listen.ask_to_stop(experiment)
+    except Exception as failure:
+        _log.warning("the stop file of %r could not be written (%r); trying again", experiment.name, failure)
+        return False
+    return True
 
 
 def _worker_runs() -> bool:
@@ -239,7 +255,7 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
             f"train.start_from={experiment.name}"
         )
     for name in now:
-        if before[name] != now[name] and not name.startswith(may_change):
+        if without_secrets(str(before[name])) != without_secrets(str(now[name])) and not name.startswith(may_change):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
                 f"give another name=..., or remove {folder}"

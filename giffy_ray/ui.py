@@ -104,5 +104,11 @@ def is_free(port: int) -> bool:
     return True
 
 
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 0 < int(text) < 2**16:
+        sys.exit(f"port {text}: must be a number from 1 to 65535; 'make ui PORT=5001'")
+    return int(text)
+
+
 if __name__ == "__main__":
-    show(Path(sys.argv[1]), int(sys.argv[2]))
+    show(Path(sys.argv[1]), _port(sys.argv[2]))

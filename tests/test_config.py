@@ -208,6 +208,8 @@ def test_an_empty_value_is_an_error_that_names_the_field(field: str, text: str):
         ("tracking.uri=htp://host:5000", "tracking.uri: htp:// is not an address of MLflow"),
         ("tracking.uri=http://host:port", "tracking.uri: is not an address: its port"),
         ("tracking.uri=http://", "tracking.uri: names no server"),
+        ("train.seed=4294967296", "train.seed: .*less than 2147483648"),
+        ("search.seed=-1", "search.seed: .*greater than or equal to 0"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(word: str, message: str):

@@ -135,6 +135,10 @@ def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: P
         learner = built(experiment)
         assert loop.begin(learner, experiment).steps_done == 0
         assert_equal_weights(other, learner)
+    trial = override(tiny, {"storage": str(tmp_path / "study"), "name": "trial-0000", "train.start_from": "other"})
+    learner = built(trial)
+    loop.begin(learner, trial)  # a trial of a search, whose folder lies beside that of the run
+    assert_equal_weights(other, learner)
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*nowhere"):
         loop.begin(built(tiny), override(experiment, {"train.start_from": "nowhere"}))
     wider = override(experiment, {"train.start_from": "other", "model.image_code": 5})

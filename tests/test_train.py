@@ -1,6 +1,9 @@
 import os
+import signal
 import subprocess
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
 from giffy_ray import cluster, restarts
+from giffy_ray import train as train_module
 from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
@@ -240,3 +244,29 @@ def test_workers_are_given_the_fingerprint_of_the_clips_that_they_are_to_see():
     trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert trainer.train_loop_config is not None
     assert trainer.train_loop_config["fingerprint"] == Store.fingerprint
+
+
+def test_a_stop_request_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """In the signal handler, the storage's error would have ended the training without a checkpoint."""
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    tries = []
+
+    def fail_twice(asked: Experiment) -> None:
+        tries.append(asked.name)
+        if len(tries) < 3:
+            raise OSError("the bucket is away")
+
+    def fit() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        deadline_s = time.monotonic() + 30
+        while len(tries) < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+
+    monkeypatch.setattr(train_module, "_LOOK_S", 0.05)
+    monkeypatch.setattr(train_module, "_worker_runs", lambda: True)
+    monkeypatch.setattr(train_module.listen, "ask_to_stop", fail_twice)
+    monkeypatch.setattr(train_module, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    with pytest.raises(SystemExit) as ended:
+        train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+    assert ended.value.code == 128 + signal.SIGTERM
+    assert tries == ["mine"] * 3

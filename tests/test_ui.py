@@ -47,6 +47,13 @@ def test_where_there_are_no_runs_the_page_is_not_started(tmp_path: Path):
     assert "make demo" in said
 
 
+@pytest.mark.parametrize("port", ["abc", "0", "70000", "-1"])
+def test_a_port_that_is_none_is_named(tmp_path: Path, port: str):
+    _, said = (job := ui(tmp_path, port)).communicate(timeout=60)
+    assert job.returncode == 1
+    assert said.strip() == f"port {port}: must be a number from 1 to 65535; 'make ui PORT=5001'"
+
+
 def test_a_port_that_is_taken_is_named_and_another_one_offered(tmp_path: Path):
     (tmp_path / "mlflow.db").touch()
     with socket.socket() as taken:

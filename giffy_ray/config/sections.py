@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PlainValidator
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
-from giffy_ray.config.values import LocalPath, Location, Positive, Run, Share, Strict, TrackingUri, Weight
+from giffy_ray.config.values import LocalPath, Location, Positive, Run, Seed, Share, Strict, TrackingUri, Weight
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
@@ -42,7 +42,7 @@ class SyntheticConfig(Strict):
     validation_clips: Annotated[int, Field(gt=0, le=1_000_000)] = 50
     test_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # seen by neither training nor tuning
     shifted_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # a test outside the range of the others
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ class TrainConfig(Strict):
     keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
     start_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
     most_skipped: Annotated[int, Field(ge=0)] = 10  # steps without a finite gradient before a run is stopped
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 @dataclass(frozen=True)
@@ -208,7 +208,7 @@ class SearchConfig(Strict):
     asha: bool = True  # of one metric, and not of pbt
     grace_epochs: Positive = 2  # no trial is ended before
     reduction_factor: Annotated[int, Field(ge=2)] = 2  # of so many trials at a rung, one goes on
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     workers: Positive = 1  # of a trial; one trains in the trial's own process
     # Below 1, trials share a GPU; that takes trials of one worker.
     gpus_per_worker: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 1.0

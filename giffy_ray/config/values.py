@@ -12,6 +12,7 @@ from giffy_ray.storage import SecretInAddress, checked_location, expand_home
 
 Positive = Annotated[int, Field(gt=0)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what numpy, torch and Optuna all take
 Share = Annotated[float, Field(ge=0, le=1)]
 _TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "databricks", "databricks-uc")
 
