@@ -21,9 +21,9 @@ def slow_loop(settings: dict[str, Any]) -> None:
     save, add = Snapshot.save, Meter.add
     steps = Path(from_yaml(settings["experiment"]).storage, "steps.txt")
 
-    def save_slowly(self: Snapshot, folder: Path) -> None:
+    def save_slowly(self: Snapshot, *settings: Any) -> None:
         time.sleep(SAVE_S)
-        save(self, folder)
+        save(self, *settings)
 
     def add_and_list(self: Meter, step: int, *rest: Any) -> None:
         time.sleep(STEP_S)

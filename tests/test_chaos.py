@@ -51,7 +51,7 @@ from tests.conftest import moving_video
 pytestmark = pytest.mark.chaos
 ROOT = Path(__file__).parent.parent
 VIDEOS = 3000
-LONG = {"train.epochs": 200, "train.batch": 4, "train.validate_every": 20, "train.checkpoint_every": 10}
+LONG = {"train.epochs": 400, "train.batch": 4, "train.validate_every": 40, "train.checkpoint_every": 10}
 
 
 def job_of(job: str, videos: Path, storage: Path, *words: str) -> subprocess.Popen:
