@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import socket
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import cast
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, cast
 
 import grpc
 import ray
@@ -16,28 +18,20 @@ from ray._private import services
 from ray._private.grpc_utils import init_grpc_channel
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray._private.state import state  # no public function tells what an autoscaler may add
-from ray.exceptions import RayError
+from ray.exceptions import GetTimeoutError, RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.head import AS_ANY_PROCESS, JOB_STOP_WAIT, refuse_long_folder
 from giffy_ray.messages import show_worker_messages, worker_setup
-from giffy_ray.storage import is_local, without_secrets
+from giffy_ray.nodes import Node, Share, plan, plan_trials
+from giffy_ray.shared_folders import Answer, check_each_node, refuse_growth
+from giffy_ray.storage import without_secrets
 
-# Ray Data's tasks, which decode, take whole CPUs; without one to spare they wait for ever.
-_DATA_CPUS = 1
 _ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
 _SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
-_ROUNDING = 1e-9  # 1 / 0.1 is meant to be 10
-
-
-@dataclass(frozen=True)
-class Share:
-    """What each DDP worker takes, and how many trainings fit side by side."""
-
-    cpus_per_worker: float
-    gpus_per_worker: float
-    trainings: int
+_NODE_ANSWER_S = 120  # for a node to start a process and to look at its folders
 
 
 def connect() -> None:
@@ -118,78 +112,89 @@ def _refuse_silent(address: str) -> None:
 
 
 def share_of(experiment: Experiment) -> Share:
-    """Divides the cluster, with what its autoscaler may add. Raises ConfigError where it cannot hold the training."""
-    there, settings = capacity(), experiment.cluster
-    if there.nodes > 1 and is_local(experiment.storage):
-        raise ConfigError(
-            f"storage: the cluster has {there.nodes} nodes, or may grow to them, which do not share the local folder "
-            f"{experiment.storage!r}; give an address such as s3://bucket/giffy_ray"
-        )
-    use_gpu = there.gpus > 0 if settings.gpu is None else settings.gpu
-    if not use_gpu:
-        _refuse_gpu_fields(experiment)
-    if use_gpu and there.gpus < settings.fewest:
-        raise ConfigError(
-            f"cluster.workers: each needs a GPU, and the cluster has or may add {there.gpus} (value {settings.fewest})"
-        )
-    needed = (settings.fewest if use_gpu else 1) + _DATA_CPUS
-    if there.cpus < needed:
-        raise ConfigError(
-            f"cluster.workers: {settings.fewest} and Ray Data need {needed} CPUs; the cluster has or may add "
-            f"{there.cpus:g}"
-        )
-    if use_gpu:
-        trainings = min(there.gpus, int(there.cpus) - _DATA_CPUS) // settings.most
-        return Share(1.0, 1, max(1, trainings))
-    # Logical CPUs: on a small machine the workers and the data tasks take turns on its cores.
-    cpus_per_worker = min(1.0, (there.cpus - _DATA_CPUS) / settings.most)
-    return Share(cpus_per_worker, 0, max(1, int((there.cpus - _DATA_CPUS) / (settings.most * cpus_per_worker))))
+    """Divides the cluster, with what its autoscaler may add, among the workers of a training.
 
-
-def _refuse_gpu_fields(experiment: Experiment) -> None:
-    for name in ("compress_gradients", "sync_batch_norm"):
-        if getattr(experiment.speed, name):
-            raise ConfigError(
-                f"speed.{name}: works on GPUs only, and this training has none (value True); leave it out"
-            )
+    Raises ConfigError where it cannot hold the training, or where its nodes do not share a local folder of it.
+    """
+    check_folders(experiment)
+    return plan(nodes_of_cluster(), experiment)
 
 
 def share_of_trials(experiment: Experiment) -> Share:
     """The same for the trials of a search, `search.workers` each: as many side by side as there are cores or GPUs."""
-    workers, of_gpu = experiment.search.workers, experiment.search.gpus_per_worker
-    share = share_of(override(experiment, {"cluster.workers": workers}))
-    there = capacity()
-    if share.gpus_per_worker:
-        # A worker below 1 fits on one GPU with others; above, it takes whole ones.
-        workers_by_gpus = there.gpus * int(1 / of_gpu + _ROUNDING) if of_gpu < 1 else int(there.gpus / of_gpu)
-        if workers_by_gpus < workers:
-            raise ConfigError(
-                f"search.gpus_per_worker: search.workers={workers} need {workers * of_gpu:g} GPUs, and the cluster has "
-                f"or may add {there.gpus} (value {of_gpu:g})"
-            )
-        side_by_side = min(workers_by_gpus, int(there.cpus) - _DATA_CPUS) // workers
-        return Share(1.0, of_gpu, max(1, side_by_side))
-    if workers > 1:
-        return share
-    cores = int(there.cpus)
-    return Share((there.cpus - _DATA_CPUS) / cores, 0, cores)
+    return plan_trials(nodes_of_cluster(), experiment)
 
 
-@dataclass(frozen=True)
-class Capacity:
-    cpus: float
-    gpus: int
-    nodes: int
+def check_folders(experiment: Experiment) -> None:
+    """Raises ConfigError where a node of the cluster does not share a local `storage` or `data.root` with this one.
+
+    On a cluster that may grow, `cluster.shared_storage` must state that the nodes to come share them, too.
+    """
+    alive, most = _live_nodes(), _most_nodes()
+    if most > len(alive):
+        refuse_growth(experiment, most)
+    if len(alive) > 1:
+        check_each_node(experiment, functools.partial(_ask_each, alive))
 
 
-def capacity() -> Capacity:
-    """What the cluster has now, or, where that is more, what it has once its autoscaler has added all that it may."""
-    now, nodes = ray.cluster_resources(), sum(node["Alive"] for node in ray.nodes())
+def nodes_of_cluster() -> list[Node]:
+    """The live nodes, and what an autoscaler may add to them."""
+    nodes = [_node(name, node["Resources"]) for name, node in _live_nodes().items()]
     autoscaler = state.get_cluster_config()
-    if autoscaler is None:
-        return Capacity(now.get("CPU", 0.0), int(now.get("GPU", 0)), nodes)
-    may_be = state.get_max_resources_from_cluster_config() or {}
-    cpus, gpus = (max(now.get(name, 0.0), may_be.get(name, 0)) for name in ("CPU", "GPU"))
-    # The head is not among those that may be added; -1 is any number.
-    added = [sys.maxsize if group.max_count < 0 else group.max_count for group in autoscaler.node_group_configs]
-    return Capacity(cpus, int(gpus), max(nodes, 1 + sum(added)))
+    for group in autoscaler.node_group_configs if autoscaler else ():
+        one = _node(group.name or "node", group.resources)
+        there = sum((node.cpus, node.gpus) == (one.cpus, one.gpus) for node in nodes if node.live)
+        count = _most_of(group) - there
+        if count > 0:
+            nodes.append(replace(one, count=count, live=False))
+    return nodes
+
+
+def _node(name: str, resources: Mapping[str, float]) -> Node:
+    return Node(name, float(resources.get("CPU", 0)), int(resources.get("GPU", 0)))
+
+
+def _most_of(group: Any) -> int:
+    """The head is not among those that may be added; -1 is any number."""
+    return sys.maxsize if group.max_count < 0 else group.max_count
+
+
+def _most_nodes() -> int:
+    """How many nodes the cluster has, or may grow to."""
+    autoscaler = state.get_cluster_config()
+    added = [_most_of(group) for group in autoscaler.node_group_configs] if autoscaler else []
+    return max(len(_live_nodes()), 1 + sum(added))
+
+
+def _live_nodes() -> dict[str, dict[str, Any]]:
+    """Ray's table of the nodes that are alive, by a name for the user: the host's, which several may have in tests."""
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    hosts = Counter(node["NodeManagerHostname"] for node in alive)
+    return {
+        host if hosts[host := node["NodeManagerHostname"]] == 1 else f"{host}-{node['NodeID'][:6]}": node
+        for node in alive
+    }
+
+
+def _ask_each(
+    nodes: Mapping[str, Mapping[str, Any]], function: Callable[..., Answer], *arguments: Any
+) -> dict[str, Answer]:
+    """What `function` returns on each node, or why it returned nothing. The tasks take no CPU: a busy node answers."""
+    task = ray.remote(function)
+    asked = {
+        name: task.options(
+            num_cpus=0, max_retries=0, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(*arguments)
+        for name, node in nodes.items()
+    }
+    ray.wait(list(asked.values()), num_returns=len(asked), timeout=_NODE_ANSWER_S)
+    return {name: _answer_of(answer) for name, answer in asked.items()}
+
+
+def _answer_of(answer: Any) -> Answer:
+    try:
+        return ray.get(answer, timeout=0)
+    except GetTimeoutError:
+        return Answer(f"it did not answer within {_NODE_ANSWER_S} s")
+    except RayError as error:
+        return Answer(f"it cannot be asked: {str(error).strip().rpartition(chr(10))[2]}")

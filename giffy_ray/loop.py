@@ -9,6 +9,7 @@ import math
 import tempfile
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
@@ -31,7 +32,9 @@ from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.listen import Listener
 from giffy_ray.meter import Meter, profiler
 from giffy_ray.models import baselines
+from giffy_ray.nodes import DATA_CPUS
 from giffy_ray.shapes import NonFiniteOutput
+from giffy_ray.shared_folders import root_problem, storage_problem
 from giffy_ray.storage import join, write_text
 from giffy_ray.tracking import Tracker, open_run
 
@@ -53,9 +56,15 @@ def train_loop(settings: dict[str, Any]) -> None:
     """What a worker of Ray Train runs.
 
     `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
-    the place of the run that this one is shown under, and who holds the lease of the run.
+    the place of the run that this one is shown under, who holds the lease of the run, and by what to tell that this
+    node shares the folders of the node that started the training (`token`, `root`, `files`).
     """
-    experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
+    experiment = from_yaml(settings["experiment"])
+    if not _shares_folders(experiment, settings):
+        return
+    if not experiment.data.keep:
+        _warn_of_full_nodes()
+    store = Store(settings["store"])
     watch, tags = Watch(experiment, settings["holder"]), {"data.fingerprint": store.fingerprint}
     try:
         check_lease(watch)
@@ -69,6 +78,34 @@ def train_loop(settings: dict[str, Any]) -> None:
     except RunFailure as failure:
         if ranks.rank() == 0:
             write_text(join(experiment.storage, experiment.name, FAILURE), str(failure))
+
+
+def _shares_folders(experiment: Experiment, settings: dict[str, Any]) -> bool:
+    """Whether the nodes of all workers do. Where not, one that sees `storage` tells `train`, and none is restarted."""
+    unseen = storage_problem(experiment, settings.get("token"))
+    problem = unseen or root_problem(settings.get("root"), settings.get("files", {}))
+    answers = ranks.from_all((problem, bool(unseen)))
+    told = " ".join(dict.fromkeys(problem for problem, _ in answers if problem))
+    if told and all(unseen for _, unseen in answers):
+        raise RuntimeError(told)  # nobody can tell `train`, so Ray Train tries again, cluster.max_failures times
+    if told and ranks.rank() == [unseen for _, unseen in answers].index(False):
+        write_text(join(experiment.storage, experiment.name, FAILURE), told)
+    return not told
+
+
+def _warn_of_full_nodes() -> None:
+    """Where a node was lost, and its workers fit on the others, no CPU may be left for the tasks that decode."""
+    context = ray.get_runtime_context()
+    homes = ranks.from_all(context.get_node_id())
+    if ranks.rank() > 0:
+        return
+    cpus, taken = context.get_assigned_resources().get("CPU", 0.0), Counter(homes)
+    free = [node["Resources"].get("CPU", 0.0) - cpus * taken[node["NodeID"]] for node in ray.nodes() if node["Alive"]]
+    if max(free) < DATA_CPUS:
+        _log.warning(
+            "the workers leave no node a whole CPU, so no video can be decoded (data.keep=false): the training waits "
+            "for another node; stop it and start it again to train on these nodes with less for each worker"
+        )
 
 
 def _check_clips(store: Store, fingerprint: str) -> None:

@@ -83,6 +83,15 @@ def from_first(values: list[Any]) -> list[Any]:
     return values
 
 
+def from_all(value: Any) -> list[Any]:
+    """The value of each rank, by rank, on all workers."""
+    values = [value]
+    if count() > 1:
+        values = [None] * count()
+        dist.all_gather_object(values, value)
+    return values
+
+
 def averaging(network: nn.Module, compressed: bool = False) -> nn.Module:
     """A network whose gradients are averaged over the workers as they are made; sent as bfloat16 where `compressed`."""
     if count() == 1:

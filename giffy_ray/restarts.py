@@ -17,6 +17,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import ray
 from ray._private.state import state  # no public function tells which nodes drain
 from ray.train import ScalingConfig
 from ray.train.torch import TorchTrainer
@@ -29,6 +30,8 @@ from ray.train.v2._internal.execution.scaling_policy import (
     ScalingDecision,
 )
 from ray.train.v2._internal.execution.worker_group import WorkerGroup, WorkerGroupPollStatus, WorkerGroupState
+
+from giffy_ray.nodes import Node, most_workers
 
 # Keys of what a worker reports to Ray Train.
 BEFORE_RESTART = "before_restart"  # true where the controller asked for this checkpoint: the workers idle after it
@@ -70,19 +73,27 @@ def wait_for_restart() -> None:
 
 # ---------------------------------------------------------------------------------------------------- controller
 class Trainer(TorchTrainer):
-    """A TorchTrainer that takes a checkpoint before it changes the number of workers."""
+    """A TorchTrainer that takes a checkpoint before it changes the number of workers.
+
+    `decodes`: videos are decoded while it trains, so an elastic training leaves a whole CPU free on one node.
+    """
+
+    def __init__(self, *arguments: Any, decodes: bool = False, **named: Any):
+        super().__init__(*arguments, **named)
+        self._decodes = decodes
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = CheckpointBeforeResize(self.scaling_config)
+            arguments["scaling_policy"] = CheckpointBeforeResize(self.scaling_config, self._decodes)
         return super()._initialize_and_run_controller(**arguments)
 
 
 class CheckpointBeforeResize(ElasticScalingPolicy):
     """Holds the decision to resize running workers back until all of them have reported a checkpoint for it."""
 
-    def __init__(self, scaling_config: ScalingConfig):
+    def __init__(self, scaling_config: ScalingConfig, decodes: bool = False):
         super().__init__(scaling_config)
+        self._decodes, self._nodes = decodes, list[Node]()
         self._held: ResizeDecision | None = None
         self._asked_s, self._reported = -math.inf, set[int]()
         self._draining, self._looked_s = dict[str, int](), -math.inf
@@ -117,9 +128,21 @@ class CheckpointBeforeResize(ElasticScalingPolicy):
         """A draining node is still alive, but nothing is scheduled on it: a start that counts on it would time out."""
         if time.monotonic() - self._looked_s > POLL_DRAINS_S:  # while no worker runs, this is called without a pause
             self._draining, self._looked_s = state.get_draining_nodes(), time.monotonic()
-        return super()._count_possible_workers(
+            self._nodes = self._undrained_nodes() if self._decodes else []
+        fitting = super()._count_possible_workers(
             {node: resources for node, resources in reserved_resources.items() if node not in self._draining}
         )
+        if not self._decodes:
+            return fitting
+        one: dict[str, Any] = self.scaling_config._resources_per_worker_not_none
+        return min(fitting, most_workers(self._nodes, one["CPU"], one.get("GPU", 0), decodes=True))
+
+    def _undrained_nodes(self) -> list[Node]:
+        alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in self._draining]
+        return [
+            Node(node["NodeID"], node["Resources"].get("CPU", 0.0), int(node["Resources"].get("GPU", 0)))
+            for node in alive
+        ]
 
 
 class CheckpointBeforePreemption(ControllerCallback, WorkerGroupCallback, ReportCallback):

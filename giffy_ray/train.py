@@ -17,13 +17,13 @@ import torch
 from ray._private.state import state  # the public list of actors needs the dashboard
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
-from giffy_ray import checkpoints, learners, listen, restarts
+from giffy_ray import checkpoints, learners, listen, restarts, shared_folders
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease, LeaseLost, Watch, held
 from giffy_ray.loop import FAILURE, RunFailure, train_loop
-from giffy_ray.storage import delete_file, join, read_text, without_secrets, write_text
+from giffy_ray.storage import delete_file, filesystem_of, is_local, join, read_text, without_secrets, write_text
 
 _WORKER = RayTrainWorker.__name__
 _log = logging.getLogger(__name__)
@@ -73,6 +73,9 @@ def train(
     with claimed(experiment, store) as lease, _ended_by_signals(experiment) as signals:
         delete_file(failure)
         checkpoints.forget_reported(experiment)
+        shared_folders.leave_token(experiment, lease.holder)
+        if share.summary:
+            print(share.summary, flush=True)
         training = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit)
         aside.shutdown(wait=False)  # its thread ends with the training
         looks, asked = 0, False
@@ -80,6 +83,7 @@ def train(
             asked = asked or (bool(signals) and _ask_to_stop(experiment))
             looks = looks + 1 if signals and not _worker_runs() else 0
         if training.done():
+            shared_folders.remove_token(experiment, lease.holder)
             _end(training, Watch(experiment, lease.holder))
     if not training.done():
         print("no worker runs, so there is nothing to save", flush=True)
@@ -134,19 +138,25 @@ def _trainer(
     timeout_s = _START_TIMEOUT_S if cluster.fewest == cluster.most else _MAKE_DO_S
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
     resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
+    root = store.root if not experiment.data.keep and is_local(store.root) else None
     return restarts.Trainer(
         train_loop,
+        decodes=not experiment.data.keep,
         train_loop_config={
             "experiment": to_yaml(experiment),
             "store": store.location,
             "fingerprint": store.fingerprint,
             "parent": parent,
             "holder": holder,
+            "token": holder if is_local(experiment.storage) else None,
+            **({"root": root, "files": shared_folders.sample_files(filesystem_of(root)[1])} if root else {}),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
             elastic_resize_monitor_interval_s=_RESIZE_S,
             use_gpu=share.gpus_per_worker > 0,
+            # GPUs of a node have the fastest links among each other; cores are shared less the farther apart we are.
+            placement_strategy="PACK" if share.gpus_per_worker else "SPREAD",
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
         run_config=ray.train.RunConfig(

@@ -15,7 +15,10 @@ def main(experiment: Experiment) -> None:
     if experiment.data.root is not None:
         raise ConfigError(f"data.root: is for videos that are there already (value {experiment.data.root!r})")
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster
     from giffy_ray.data.prepare import catalog_of
+
+    cluster.check_folders(experiment)
 
     began_s = time.perf_counter()
     catalog = catalog_of(experiment)

@@ -12,9 +12,11 @@ from giffy_ray.config import Experiment
 
 def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    from giffy_ray import cluster
     from giffy_ray.data.prepare import prepare
     from giffy_ray.results import show_data_set
 
+    cluster.check_folders(experiment)
     show_data_set(prepare(experiment, again=True))
 
 

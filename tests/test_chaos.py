@@ -9,16 +9,19 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
@@ -36,7 +39,7 @@ from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
 from giffy_ray import checkpoints, train, tune
-from giffy_ray.cluster import Share
+from giffy_ray.cluster import Share, share_of
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
@@ -495,6 +498,47 @@ def test_the_checkpoint_of_a_notice_outlasts_the_node_of_another_rank(tmp_path: 
     assert_each_step_was_taken_once_with_finite_losses(storage)
 
 
+def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Without a whole CPU on one node, the tasks that decode would wait for ever."""
+
+    def noted(settings: dict[str, Any]) -> None:  # in here, as workers do not import tests
+        context = ray.get_runtime_context()
+        note = f"{context.get_node_id()} {context.get_assigned_resources()['CPU']:g} {torch.get_num_threads()}\n"
+        with open(tmp_path / "workers.txt", "a") as file:
+            file.write(note)
+        train_loop(settings)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which Ray sets by a worker's CPUs
+    monkeypatch.setattr(train, "train_loop", noted)
+    changes = {"data.root": str(few_videos(tmp_path)), "storage": str(tmp_path / "runs"), "train.batch": 8}
+    changes |= {"train.epochs": 2, "cluster.max_failures": 0}
+    experiment = override(load(ROOT / "tests/tiny.yaml"), changes)
+    four = override(experiment, {"name": "four", "cluster.workers": 4, "data.keep": False})
+    one = override(experiment, {"name": "one", "cluster.workers": 1})
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
+    try:
+        cluster.add_node(num_cpus=2)
+        ray.init(address=cluster.address, log_to_driver=False)
+        for asked, expected in ((four, Share(0.5, 0, 1)), (one, Share(2.0, 0, 1))):
+            share = share_of(asked)  # each node is asked whether it sees the folders
+            assert share == expected
+            with ThreadPoolExecutor(1) as aside:
+                aside.submit(train.train, asked, prepare(asked), share).result(timeout=300)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+    *of_four, of_one = [line.split() for line in (tmp_path / "workers.txt").read_text().splitlines()]
+    assert sorted(Counter(node for node, *_ in of_four).values()) == [2, 2]
+    assert {tuple(amounts) for _, *amounts in of_four} == {("0.5", "1")}
+    assert of_one[1:] == ["2", "2"]
+    printed = capsys.readouterr().out
+    assert re.search(r"^4 workers, 0\.5 CPU each \(\S+: 2, \S+: 2\); 2 CPUs for Ray Data$", printed, re.M)
+    assert re.search(r"^1 worker, 2 CPUs each \(\S+: 1\)$", printed, re.M)
+    assert checkpoints.newest(four)
+
+
 def wait_for_workers(wanted: int, training: Future) -> None:
     deadline = time.monotonic() + 200
     while (found := len(workers_of(psutil.Process()))) != wanted:
@@ -673,7 +717,7 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
     notes = tmp_path / "notes"
     notes.mkdir()
 
-    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
+    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str, token: str) -> None:
         def alone(*_: Any) -> None:
             with open(notes / str(config["number"]), "a") as note:
                 note.write(f"{os.getpid()}\n")
@@ -685,12 +729,13 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
 
         module: Any = importlib.import_module("giffy_ray.tune.trial")
         module.Store, module._alone = str, alone
-        module.trial(config, study, store, share, parent)
+        module.trial(config, study, store, share, parent, token)
 
     monkeypatch.setattr(tune, "trial", poisoned)
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
-    tune._tuner(asked, store, Share(1, 0, 1), "", ledger).fit()
+    lease: Any = SimpleNamespace(holder="we", lost="")
+    tune._tuner(asked, store, Share(1, 0, 1), "", ledger, lease).fit()
     found = tune._study(ledger)
     assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
         *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "giffy_ray"
 FLOORS = [
     {"config", "shapes", "storage", "progress", "transfer"},
     {"data", "models", "losses", "metrics", "perceptual", "render", "head", "messages", "reports", "ranks", "lease"},
-    {"cluster", "learners", "tracking", "listen", "meter", "restarts", "ui"},
+    {"cluster", "nodes", "shared_folders", "learners", "tracking", "listen", "meter", "restarts", "ui"},
     {"checkpoints", "evaluate", "perceived", "page", "survey"},
     {"loop", "pyfunc", "registry"},
     {"train"},

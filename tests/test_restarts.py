@@ -122,6 +122,24 @@ def test_ray_train_is_given_the_policy_where_the_number_of_workers_may_change(mo
     assert [type(policy).__name__ for policy in given] == ["CheckpointBeforeResize", "FixedScalingPolicy"]
 
 
+@pytest.mark.parametrize(
+    ("cpus", "each", "expected"),
+    [((2, 2), 0.5, 4), ((2,), 0.5, 2), ((2,), 0.7, 1), ((1, 1), 1.0, 1), ((1,), 0.5, 0), ((8,), 7.0, 1)],
+)
+def test_an_elastic_training_that_decodes_leaves_a_whole_cpu_on_a_node(monkeypatch, cpus, each: float, expected: int):
+    """Of the nodes that are there, as after the loss of one. A draining node does not count."""
+    config = ray.train.ScalingConfig(num_workers=(1, 4), resources_per_worker={"CPU": each})
+    nodes = {f"node-{number}": {"CPU": float(amount)} for number, amount in enumerate(cpus)}
+    table = [{"Alive": True, "NodeID": name, "Resources": resources} for name, resources in nodes.items()]
+    table += [{"Alive": True, "NodeID": "drains", "Resources": {"CPU": 64.0}}, {"Alive": False, "NodeID": "dead"}]
+    monkeypatch.setattr(restarts.state, "get_draining_nodes", lambda: {"drains": 1})
+    monkeypatch.setattr("ray.nodes", lambda: table)
+    for decodes in (True, False):
+        policy = CheckpointBeforeResize(config, decodes)
+        fitting = min(4, sum(int(amount / each + 1e-9) for amount in cpus))
+        assert policy._count_possible_workers(nodes) == (expected if decodes else fitting)
+
+
 class Preempted:
     """A controller's side of a preemption, as Ray Train calls it, and its own answer to whether time is up."""
 

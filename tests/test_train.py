@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from ray.core.generated import autoscaler_pb2
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
-from giffy_ray import cluster, restarts
+from giffy_ray import cluster, restarts, shared_folders
 from giffy_ray import train as train_module
 from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
@@ -91,10 +92,10 @@ def test_a_cosine_schedule_cannot_be_given_another_end(tmp_path, epochs: int):
 
 @pytest.mark.parametrize("field", ["speed.compress_gradients", "speed.sync_batch_norm"])
 def test_fields_that_act_on_gpus_only_are_refused_without_one(monkeypatch: pytest.MonkeyPatch, field: str):
-    monkeypatch.setattr(cluster, "capacity", lambda: cluster.Capacity(8, 0, 1))
+    cluster_of(monkeypatch, {"CPU": 8})
     with pytest.raises(ConfigError, match=rf"{field}: works on GPUs only"):
         share_of(override(Experiment(), {field: True}))
-    monkeypatch.setattr(cluster, "capacity", lambda: cluster.Capacity(8, 2, 1))
+    cluster_of(monkeypatch, {"CPU": 8, "GPU": 2})
     assert share_of(override(Experiment(), {field: True})).gpus_per_worker == 1
 
 
@@ -103,14 +104,14 @@ def test_fields_that_act_on_gpus_only_are_refused_without_one(monkeypatch: pytes
     [
         ({"CPU": 2}, 2, (0.5, 0, 1)),
         ({"CPU": 2}, 1, (1, 0, 1)),
-        ({"CPU": 16}, 2, (1, 0, 7)),
+        ({"CPU": 16}, 2, (7, 0, 1)),
         ({"CPU": 64, "GPU": 8}, 2, (1, 1, 4)),
         ({"CPU": 64, "GPU": 8}, 8, (1, 1, 1)),
     ],
 )
 def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, resources, workers, expected):
     cluster_of(monkeypatch, resources)
-    share = share_of(override(Experiment(), {"cluster.workers": workers}))
+    share = share_of(override(Experiment(), {"cluster.workers": workers, "data.keep": False}))
     assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
     assert workers * share.cpus_per_worker * share.trainings <= resources["CPU"] - 1
 
@@ -127,7 +128,7 @@ def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, re
         ({"CPU": 64, "GPU": 8}, 2, 2.0, (1, 2, 2)),
         ({"CPU": 64, "GPU": 8}, 2, 4.0, (1, 4, 1)),
         ({"CPU": 5, "GPU": 8}, 2, 1.0, (1, 1, 2)),
-        ({"CPU": 16}, 2, 1.0, (1, 0, 7)),
+        ({"CPU": 16}, 2, 1.0, (1, 0, 8)),
     ],
 )
 def test_a_trial_gets_the_gpus_that_its_workers_ask_for(monkeypatch, resources, workers, of_gpu, expected):
@@ -153,25 +154,58 @@ def test_gpus_that_a_trial_cannot_get_are_refused(monkeypatch, workers, of_gpu, 
 
 
 def test_a_cluster_that_cannot_do_it_is_told_so(monkeypatch):
+    decoded = override(Experiment(), {"data.keep": False})
     cluster_of(monkeypatch, {"CPU": 1})
     with pytest.raises(ConfigError, match=r"cluster\.workers: 1 and Ray Data need 2 CPUs.* 1$"):
+        share_of(decoded)
+    assert share_of(Experiment()) == Share(1, 0, 1)  # videos are decoded before the worker starts
+    cluster_of(monkeypatch, {"CPU": 0.5})
+    with pytest.raises(ConfigError, match=r"no node has a whole CPU.*node-0 with 0\.5 CPU"):
         share_of(Experiment())
     cluster_of(monkeypatch, {"CPU": 8, "GPU": 2})
     with pytest.raises(ConfigError, match=r"cluster\.workers: each needs a GPU.*may add 2 \(value 3\)"):
         share_of(override(Experiment(), {"cluster.workers": [3, 4]}))
     cluster_of(monkeypatch, {"CPU": 3, "GPU": 4})
     with pytest.raises(ConfigError, match=r"cluster\.workers: 4 and Ray Data need 5 CPUs.* 3$"):
+        share_of(override(decoded, {"cluster.workers": 4}))
+    with pytest.raises(ConfigError, match=r"cluster\.workers: 4 need 4 CPUs.* 3$"):
         share_of(override(Experiment(), {"cluster.workers": 4}))
 
 
-def test_a_local_folder_is_refused_where_there_are_or_may_be_more_nodes(monkeypatch):
-    cluster_of(monkeypatch, {"CPU": 8}, nodes=2)
-    with pytest.raises(ConfigError, match=r"storage: the cluster has 2 nodes.*'runs/'"):
-        share_of(Experiment())
-    share_of(override(Experiment(), {"storage": "s3://bucket/runs"}))
+def test_a_local_folder_is_refused_where_more_nodes_may_join_unless_they_are_said_to_share_it(monkeypatch, tmp_path):
     cluster_of(monkeypatch, {"CPU": 8}, groups=((0, {"CPU": 8}), (3, {"CPU": 4})))
-    with pytest.raises(ConfigError, match=r"storage: the cluster has 4 nodes, or may grow"):
-        share_of(Experiment())
+    local = override(Experiment(), {"storage": str(tmp_path)})
+    with pytest.raises(ConfigError, match=r"storage: the cluster has 4 nodes, or may grow .*shared_storage=true"):
+        share_of(local)
+    elsewhere = override(Experiment(), {"storage": "s3://bucket/runs"})
+    share_of(elsewhere)
+    with pytest.raises(ConfigError, match=rf"data\.root: the cluster has 4 nodes.*'{tmp_path}'"):
+        share_of(override(elsewhere, {"data.root": str(tmp_path)}))
+    share_of(override(local, {"data.root": str(tmp_path), "cluster.shared_storage": True}))
+
+
+@pytest.mark.parametrize("data_root", [False, True])
+def test_a_local_folder_is_refused_where_a_node_does_not_see_it(monkeypatch, tmp_path, data_root: bool):
+    """`node-1` sees another folder under the same name."""
+    cluster_of(monkeypatch, {"CPU": 4}, nodes=2)
+    other = tmp_path / "other"
+    other.mkdir()
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").write_bytes(b"video")
+
+    def ask(nodes: dict, function, place: str, *rest):
+        return {"node-0": function(place, *rest), "node-1": function(str(other / Path(place).name), *rest)}
+
+    monkeypatch.setattr(shared_folders, "VISIBLE_S", 0.05)
+    monkeypatch.setattr(cluster, "_ask_each", ask)
+    bucket = {"storage": "s3://bucket/runs"} if data_root else {"storage": str(tmp_path / "runs")}
+    asked = override(Experiment(), bucket | ({"data.root": str(tmp_path / "videos")} if data_root else {}))
+    field = r"data\.root" if data_root else "storage"
+    with pytest.raises(ConfigError, match=rf"^{field}: 1 of 2 nodes .*\(node node-1: No such file"):
+        share_of(asked)
+    monkeypatch.setattr(cluster, "_ask_each", lambda nodes, function, *rest: {name: function(*rest) for name in nodes})
+    assert share_of(asked) == Share(4, 0, 1)
+    assert not list((tmp_path / "videos").glob(".*"))
 
 
 def test_what_the_autoscaler_may_add_counts(monkeypatch):
@@ -179,6 +213,9 @@ def test_what_the_autoscaler_may_add_counts(monkeypatch):
     eight = override(Experiment(), {"storage": "s3://bucket/runs", "cluster.workers": 8})
     assert share_of(eight) == Share(1.0, 1, 1)
     assert share_of(override(eight, {"cluster.workers": [1, 2]})) == Share(1.0, 1, 4)
+    on_cpus = override(eight, {"cluster.gpu": False})
+    assert share_of(on_cpus) == Share(2.0, 0, 1)  # of the head's 4 CPUs and one more node's 16
+    assert share_of(override(on_cpus, {"cluster.workers": 4})) == Share(1.0, 0, 1)  # nothing is added
     with pytest.raises(ConfigError, match=r"may add 8 \(value 9\)"):
         share_of(override(eight, {"cluster.workers": 9}))
 
@@ -195,14 +232,41 @@ def test_workers_may_be_a_range():
 def cluster_of(
     monkeypatch, resources: dict, nodes: int = 1, groups: tuple[tuple[int, dict], ...] | None = None
 ) -> None:
-    """`groups`: of each kind of node that the autoscaler may add, the largest number and the resources of one."""
+    """Nodes of `resources` each. `groups`: of each kind of node that the autoscaler may add, the largest number and the
+    resources of one.
+    """
     config = autoscaler_pb2.ClusterConfig() if groups is not None else None
     for count, of_one in groups or ():
         assert config is not None
         config.node_group_configs.add(max_count=count, resources=of_one)
     monkeypatch.setattr(cluster.state, "get_cluster_config", lambda: config)
-    monkeypatch.setattr("ray.cluster_resources", lambda: resources)
-    monkeypatch.setattr("ray.nodes", lambda: [{"Alive": True}] * nodes + [{"Alive": False}])
+    alive = [
+        {"Alive": True, "NodeID": f"id-{number}", "NodeManagerHostname": f"node-{number}", "Resources": resources}
+        for number in range(nodes)
+    ]
+    monkeypatch.setattr("ray.nodes", lambda: [*alive, {"Alive": False}])
+
+
+@pytest.mark.parametrize(
+    ("groups", "live", "expected"),
+    [
+        (None, 1, [("node-0", 4, 1, True)]),
+        (((0, {"CPU": 4}), (3, {"CPU": 16, "GPU": 2})), 1, [("node-0", 4, 1, True), ("node", 16, 3, False)]),
+        (((3, {"CPU": 4}),), 2, [("node-0", 4, 1, True), ("node-1", 4, 1, True), ("node", 4, 1, False)]),
+        (((2, {"CPU": 4}),), 2, [("node-0", 4, 1, True), ("node-1", 4, 1, True)]),
+        (((-1, {"CPU": 8}),), 1, [("node-0", 4, 1, True), ("node", 8, sys.maxsize, False)]),
+    ],
+)
+def test_nodes_are_those_that_live_and_those_that_may_be_added(monkeypatch, groups, live: int, expected):
+    cluster_of(monkeypatch, {"CPU": 4}, nodes=live, groups=groups)
+    found = [(node.name, node.cpus, node.count, node.live) for node in cluster.nodes_of_cluster()]
+    assert found == expected
+
+
+def test_nodes_of_one_host_are_told_apart(monkeypatch):
+    alive = [{"Alive": True, "NodeID": letter * 8, "NodeManagerHostname": "host"} for letter in "ab"]
+    monkeypatch.setattr("ray.nodes", lambda: alive)
+    assert list(cluster._live_nodes()) == ["host-aaaaaa", "host-bbbbbb"]
 
 
 def test_a_job_that_ray_would_kill_too_soon_is_warned():

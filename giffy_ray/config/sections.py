@@ -157,6 +157,7 @@ class ClusterConfig(Strict):
     max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint before a run is given up
     max_preemptions: Annotated[int, Field(ge=0)] = 100  # restarts for machines that were taken away, counted apart
     gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs, or may add them
+    shared_storage: bool = False  # nodes that an autoscaler adds mount the local `storage` and `data.root`, too
 
     def __post_init__(self) -> None:
         if self.fewest > self.most:

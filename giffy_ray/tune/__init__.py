@@ -26,6 +26,7 @@ from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease
 from giffy_ray.reports import line_of
+from giffy_ray.shared_folders import leave_token, remove_token
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
 from giffy_ray.train import check, claimed
@@ -115,7 +116,10 @@ def search_claimed(
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
         os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # and so it does of trials that fail
         withhold_credentials()
+        if share.summary:
+            print(share.summary, flush=True)
         _tuner(experiment, store, share, parent, ledger, lease).fit()
+        remove_token(experiment, lease.holder)
         lease.check()
     return _study(ledger)
 
@@ -182,7 +186,8 @@ def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Expe
 
 def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger, lease: Lease) -> tune.Tuner:
     yaml = to_yaml(experiment)
-    run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent)
+    token = leave_token(experiment, lease.holder)
+    run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent, token=token)
     return tune.Tuner(
         tune.with_resources(run, _resources(experiment, share)),
         tune_config=tune.TuneConfig(

@@ -18,6 +18,7 @@ from giffy_ray.cluster import Share
 from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Watch
+from giffy_ray.shared_folders import storage_problem
 from giffy_ray.storage import filesystem_of, join, without_secrets
 from giffy_ray.tracking import open_run, tracking_uri
 from giffy_ray.train import MAY_CHANGE, claimed, train
@@ -45,7 +46,7 @@ def experiment_of(study: Experiment, number: int, values: Values) -> Experiment:
     return override(study, changes | values)
 
 
-def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: str) -> None:
+def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: str, token: str | None = None) -> None:
     """`config`: {"number", "values"}, of a population also {"until", "take"}.
 
     A failure is reported, then raised: it ends this trial and its process. The next trial gets a new process, as an
@@ -53,6 +54,9 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
     """
     os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which train.start_from may be a path from
     whole = from_yaml(study)
+    problem = storage_problem(whole, token)
+    if problem:
+        raise RuntimeError(problem)  # of this node, not of the values: the trial is tried again, on any node
     experiment = experiment_of(whole, config["number"], config["values"])
     try:
         if experiment.cluster.most > 1:
