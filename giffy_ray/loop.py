@@ -55,7 +55,8 @@ def train_loop(settings: dict[str, Any]) -> None:
     `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
     the place of the run that this one is shown under, and who holds the lease of the run.
     """
-    experiment, store = from_yaml(settings["experiment"]), Store(settings["store"])
+    experiment = from_yaml(settings["experiment"])
+    store = Store(settings["store"], experiment.data.node_cache_gb)
     watch, tags = Watch(experiment, settings["holder"]), {"data.fingerprint": store.fingerprint}
     try:
         check_lease(watch)

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
     *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
-    *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
+    *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
 )
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
 _POLL_S = 0.2

@@ -48,7 +48,7 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
         index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
         written = stores.write_set(location, catalog, index, data.limits)
         place = stores.choose_set(location, catalog, written, replace=broken or again)
-    store = Store(place)
+    store = Store(place, data.node_cache_gb)
     _tell_skipped(catalog)
     _tell_hdr(store)
     _tell_rejects(store, len(catalog.videos))

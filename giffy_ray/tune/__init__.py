@@ -55,7 +55,7 @@ __all__ = [
 # What may differ where a search goes on.
 _MAY_CHANGE = (
     *("search.trials", "search.max_hours", "search.patience", "search.resume", "search.enqueue"),
-    *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate."),
+    *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate."),
 )
 
 
