@@ -20,6 +20,7 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from giffy_ray import checkpoints, learners, listen, restarts
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
+from giffy_ray.data.prune import DATA_SET_LOCATION
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease, LeaseLost, Watch, held
 from giffy_ray.loop import FAILURE, RunFailure, train_loop
@@ -234,12 +235,16 @@ def _worker_runs() -> bool:
 
 
 def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) -> None:
-    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there."""
+    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there.
+
+    Also where its clips are, which `jobs/prepare.py --prune` leaves alone while the run's lease is held.
+    """
     folder = join(experiment.storage, experiment.name)
     text = read_text(join(folder, "experiment.yaml"))
     if text is None:
         _check_start(experiment)
         write_text(join(folder, "data_set"), store.fingerprint)
+        write_text(join(folder, DATA_SET_LOCATION), store.location)
         write_text(join(folder, "experiment.yaml"), to_yaml(experiment))
         return
     if read_text(join(folder, "data_set")) != store.fingerprint:
@@ -260,6 +265,7 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
                 f"give another name=..., or remove {folder}"
             )
+    write_text(join(folder, DATA_SET_LOCATION), store.location)
 
 
 def _check_start(experiment: Experiment) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.data import shards, stream, synthetic
+from giffy_ray.data import prune, shards, stream, synthetic
 from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
@@ -45,9 +45,10 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     place = stores.set_location(location, catalog)
     broken = place is not None and bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
     if place is None or broken or again:
-        index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
-        written = stores.write_set(location, catalog, index, data.limits)
-        place = stores.choose_set(location, catalog, written, replace=broken or again)
+        with prune.protected(experiment, location):
+            index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
+            written = stores.write_set(location, catalog, index, data.limits)
+            place = stores.choose_set(location, catalog, written, replace=broken or again)
     store = Store(place, data.node_cache_gb)
     _tell_skipped(catalog)
     _tell_hdr(store)

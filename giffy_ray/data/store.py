@@ -30,7 +30,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from giffy_ray.config import ConfigError, LimitsConfig
+from giffy_ray.config import LimitsConfig
 from giffy_ray.data.catalog import Catalog
 from giffy_ray.data.decode import RejectedVideo, nearest_frames
 from giffy_ray.data.node_cache import NodeCache
