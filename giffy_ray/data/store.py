@@ -21,6 +21,7 @@ import json
 import os
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -220,8 +221,7 @@ class Store:
 
     @functools.cached_property
     def _node_cache(self) -> NodeCache:
-        limit_bytes = None if self.node_cache_gb is None else self.node_cache_gb * 1e9
-        return NodeCache(node_cache_folder(), limit_bytes, release=self._mapped.cache_clear)
+        return node_cache(self.node_cache_gb, release=self._mapped.cache_clear)
 
     def _on_this_node(self, shard: str) -> np.ndarray:
         """uint8 [bytes] of a remote shard, out of a copy that all processes of this node share."""
@@ -239,9 +239,10 @@ class Store:
         return sampled.clip, sampled.times_s
 
 
-def node_cache_folder() -> Path:
-    """Where this node keeps copies of shards that lie on s3:// or gs://."""
-    return Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards"
+def node_cache(limit_gb: float | None, release: Callable[[], None] = lambda: None) -> NodeCache:
+    """Of this node, for shards that lie on s3:// or gs://. `release` drops the maps of this process."""
+    folder = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards"
+    return NodeCache(folder, None if limit_gb is None else limit_gb * 1e9, release)
 
 
 def fingerprint_of(rows: pa.Table) -> str:

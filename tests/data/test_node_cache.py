@@ -19,6 +19,7 @@ import pytest
 from pyarrow import fs
 
 from giffy_ray.config import ClipConfig, ConfigError, LimitsConfig
+from giffy_ray.data import prepare as preparing
 from giffy_ray.data import shards
 from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, Video
@@ -242,6 +243,33 @@ def test_a_node_with_a_small_disk_reads_a_data_set_that_is_larger(disk, tmp_path
             chosen = order[first : first + 20]
             assert np.array_equal(store.gather(chosen), whole[chosen])
     assert used_bytes(disk.parent) <= 0.9 * DISK_BYTES
+
+
+def test_nodes_that_cannot_keep_the_clips_are_named_before_the_start(tmp_path, monkeypatch, capsys):
+    recipe = shards.Recipe(ClipConfig(frames=4, fps=4, height=64, width=64))
+    clips = np.random.default_rng(0).integers(256, size=(2, 3, 4, 64, 64, 3), dtype=np.uint8)
+    place = written_set(str(tmp_path / "store"), recipe, clips)
+    shard = 3 * 4 * 64 * 64 * 3
+    monkeypatch.setattr(preparing, "is_local", lambda location: False)
+
+    def told(**capacities: float) -> str:
+        monkeypatch.setattr(preparing, "_node_cache_bytes", lambda limit_gb: capacities)
+        preparing._check_node_caches(Store(place, 1.5))
+        return capsys.readouterr().err
+
+    assert told(a=2 * shard, b=1e12) == ""
+    assert told(a=1e12, b=2 * shard - 1).startswith("warning: data.node_cache_gb: the node b may keep")
+    with pytest.raises(ConfigError, match=r"data\.node_cache_gb: the node c may keep .*\(value 1\.5\), and a shard"):
+        told(a=1e12, c=shard - 1)
+
+
+def test_the_capacity_is_the_limit_or_what_is_free_and_ours(disk, remote):
+    cache = NodeCache(disk)
+    for _ in range(2):
+        assert cache.capacity_bytes() == pytest.approx(0.9 * DISK_BYTES, abs=2**14)
+        mapped(cache, remote[0])
+    assert NodeCache(disk, SHARD_BYTES).capacity_bytes() == SHARD_BYTES
+    assert NodeCache(disk, 10 * DISK_BYTES).capacity_bytes() == pytest.approx(DISK_BYTES, abs=2**14)
 
 
 def written_set(location: str, recipe: shards.Recipe, clips: np.ndarray) -> str:

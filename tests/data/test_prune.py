@@ -16,7 +16,6 @@ from giffy_ray.data.decode import RejectedVideo, Sampled, Source
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.store import Store
 from giffy_ray.storage import filesystem_of, join, write_bytes, write_text
-from giffy_ray.train import _claim
 
 VIDEOS, BROKEN = 6, b"no video"
 
@@ -69,6 +68,12 @@ def removed(experiment: Experiment) -> dict[str, int]:
     assert sum(removal.bytes for removal in found.removals) == sum(gone.values())
     assert not prune.plan(experiment).removals
     return gone
+
+
+def name_clips(run: Experiment, store: Store) -> None:
+    """As a training does once it holds the run's lease."""
+    write_text(join(run.storage, run.name, "data_set"), store.fingerprint)
+    write_text(join(run.storage, run.name, prune.DATA_SET_LOCATION), store.location)
 
 
 def reasons(experiment: Experiment) -> dict[str, str]:
@@ -174,7 +179,7 @@ def test_what_a_running_training_uses_stays(experiment):
     """Its videos were changed since, and another experiment with other settings is what prunes."""
     store = prepare(experiment)
     with lease.held(experiment):
-        _claim(experiment, store, ())
+        name_clips(experiment, store)
         other = override(experiment, {"clip.height": 16})
         prepare(other)
         shutil.rmtree(experiment.data.root)
@@ -198,7 +203,7 @@ def test_trials_hold_leases_below_their_search(experiment):
     store = prepare(experiment)
     trial = override(experiment, {"storage": join(experiment.storage, "study"), "name": "trial-0001"})
     with lease.held(trial):
-        write_text(f"{trial.storage}/trial-0001/{prune.DATA_SET_LOCATION}", store.location)
+        name_clips(trial, store)
         other = override(experiment, {"clip.height": 16})
         found = prune.plan(other)
     assert not found.removals
@@ -232,7 +237,7 @@ def test_built_in_videos_in_use_stay(experiment, monkeypatch):
     other = override(used, {"data.synthetic.seed": 1, "name": "other"})
     store, theirs = prepare(used), prepare(other)
     with lease.held(other):
-        _claim(other, theirs, ())
+        name_clips(other, theirs)
         assert not removed(used)
     gone = removed(used)
     assert {name.split("/")[2] for name in gone if name.startswith("/data/")} == {Path(theirs.root).name}
