@@ -190,11 +190,11 @@ def _evict(copy: _Copy) -> int:
         return 0
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not os.fstat(file).st_nlink:
+        if not _is_at(file, copy.path):  # another process has evicted it, or it was completed and has its name now
             return 0
         copy.path.unlink()
         return copy.size
-    except (BlockingIOError, FileNotFoundError):  # FileNotFoundError: it was renamed, and is a copy now
+    except BlockingIOError:
         return 0
     finally:
         os.close(file)

@@ -181,6 +181,7 @@ def _check_node_caches(store: Store) -> None:
 def _node_cache_bytes(limit_gb: float | None) -> dict[str, float]:
     """How much copies of shards may take on each node of the cluster, by its address."""
     import ray
+    from ray.exceptions import RayError
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     if not ray.is_initialized():  # as in a notebook: the clips are read in this process
@@ -197,7 +198,7 @@ def _node_cache_bytes(limit_gb: float | None) -> dict[str, float]:
     answers = {}
     for node, task in asked.items():
         if task in answered:
-            with contextlib.suppress(ray.exceptions.RayError):  # the node has left; those that come evict as they need
+            with contextlib.suppress(RayError):  # the node has left; those that come evict as they need
                 answers[node] = ray.get(task)
     return answers
 
