@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,7 +35,7 @@ from giffy_ray import learners
 from giffy_ray.config import BetweenConfig, ConfigError, Experiment, flatten, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
 from giffy_ray.learners.descent import AVERAGE
-from giffy_ray.storage import filesystem_of, join, read_bytes, read_text, write_text
+from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_text
 
 METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smallest
 _MANIFEST = "manifest.json"
@@ -93,6 +94,38 @@ class Snapshot:
         with tempfile.TemporaryDirectory(prefix="giffy_ray-checkpoint-") as folder:
             self.save(Path(folder))
             return copied(Path(folder), filesystem, place, before_manifest)
+
+
+def estimate_bytes(learner: Learner) -> int:
+    """The size of a checkpoint: networks, averages, and two moments of each parameter that is optimised (Adam).
+
+    `learner` may be on the meta device, which holds no values.
+    """
+    weights = [value for network in learner.networks.values() for value in network.state_dict().values()]
+    moments = [
+        parameter
+        for optimizer in learner.optimizers.values()
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    return sum(map(_bytes_of, weights)) + 2 * sum(map(_bytes_of, moments))
+
+
+def _bytes_of(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def free_bytes(experiment: Experiment) -> float:
+    """What the run's checkpoints may take on the disk of a local storage; infinite for a bucket."""
+    if not is_local(experiment.storage):
+        return math.inf
+    filesystem, folder = filesystem_of(join(experiment.storage, experiment.name))
+    infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
+    own = sum(info.size or 0 for info in infos if "/checkpoint_" in info.path)
+    disk = Path(folder)
+    while not disk.exists():
+        disk = disk.parent
+    return shutil.disk_usage(disk).free + own
 
 
 def publish(location: str, folder: Path) -> None:

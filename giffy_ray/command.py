@@ -11,9 +11,10 @@ import sys
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 from giffy_ray.config import ConfigError, Experiment, load, override, refuse_missing
@@ -29,13 +30,15 @@ class Arguments(NamedTuple):
     path: str | None  # of the experiment file
     words: list[str]  # overrides, section.field=value
     debug: bool
+    flags: dict[str, bool]  # of the job's own options
 
 
 def run(
-    job: Callable[[Experiment], None],
+    job: Callable[..., None],
     usage: str | None,
     default: Path,
     *,
+    flags: Mapping[str, str] = MappingProxyType({}),
     needs_data: bool = True,
     check: Callable[[Experiment], object] = lambda experiment: None,
     without_file: Callable[[Experiment, Sequence[str]], Experiment] | None = None,
@@ -43,12 +46,13 @@ def run(
     """Reads the experiment, joins the cluster and does the job. Exit code 0 only when the work was done.
 
     Without an experiment file `default` is read; `without_file` is then given that experiment and the overrides, and
-    returns the one to use. `needs_data`: the job reads videos or clips, so `data.root` is checked. `check` raises
+    returns the one to use. `flags` are options of this job alone, name -> help: the job gets each as a named argument,
+    True where it was given. `needs_data`: the job reads videos or clips, so `data.root` is checked. `check` raises
     ConfigError before Ray starts. A mistake in the experiment ends with code 2, any other error with 1, each with one
     clear message; --debug adds the traceback.
     """
     redact_output()
-    arguments = parse(usage, sys.argv[1:])
+    arguments = parse(usage, sys.argv[1:], flags)
     with one_line_errors(arguments.debug):
         experiment = load(arguments.path or default, arguments.words)
         experiment = override(experiment, {"storage": settle(experiment.storage)})
@@ -61,10 +65,10 @@ def run(
         from giffy_ray import cluster
 
         cluster.connect()
-        job(experiment)
+        job(experiment, **arguments.flags)
 
 
-def parse(usage: str | None, words: Sequence[str]) -> Arguments:
+def parse(usage: str | None, words: Sequence[str], flags: Mapping[str, str] = MappingProxyType({})) -> Arguments:
     """The command line as arguments. Ends the process after --help, and with code 2 for an unknown option."""
     parser = argparse.ArgumentParser(
         description=usage, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -73,6 +77,8 @@ def parse(usage: str | None, words: Sequence[str]) -> Arguments:
     parser.add_argument("--profile", action="store_true", help="record a torch.profiler trace (speed.profile=true)")
     parser.add_argument("--resume", choices=("auto", "never", "must"), help="an interrupted search (search.resume)")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    for name, text in flags.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     options = parser.parse_intermixed_args(words)
     files = [word for word in options.words if _is_file(word)]
     if len(files) > 1:
@@ -82,7 +88,8 @@ def parse(usage: str | None, words: Sequence[str]) -> Arguments:
         overrides.append("speed.profile=true")
     if options.resume:
         overrides.append(f"search.resume={options.resume}")
-    return Arguments(files[0] if files else None, overrides, options.debug)
+    given = {name: getattr(options, name) for name in flags}
+    return Arguments(files[0] if files else None, overrides, options.debug, given)
 
 
 def _is_file(word: str) -> bool:

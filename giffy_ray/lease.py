@@ -27,6 +27,7 @@ from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.storage import filesystem_of, is_local, join, read_text, write_text
 
 EXPIRES_S = 30.0
+_ABANDONED_S = 3600.0  # by the clocks of two machines, which may differ by minutes
 _RENEW_S = 5.0
 _SETTLE_S = 0.5
 _PATIENCE_S = 5.0  # with a request to S3
@@ -204,6 +205,20 @@ class Watch:
         """Raises LeaseLost. To be called before what only the holder may do, such as completing a checkpoint."""
         if lost := self.look():
             raise LeaseLost(lost)
+
+
+def is_live(location: str) -> bool:
+    """Whether a process may hold the lease at `location`, without the half minute that it takes to be sure.
+
+    It does not where it certainly has ended, or where the lease says that nobody has renewed it for an hour.
+    """
+    text = read_text(location)
+    if text is None:
+        return False
+    found = _parsed(text)
+    renewed_s = found.get("renewed_s")
+    abandoned = isinstance(renewed_s, int | float) and time.time() - renewed_s > _ABANDONED_S
+    return not abandoned and not _is_gone(found)
 
 
 def location_of(experiment: Experiment) -> str:

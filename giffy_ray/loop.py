@@ -64,7 +64,7 @@ def train_loop(settings: dict[str, Any]) -> None:
         return
     if not experiment.data.keep:
         _warn_of_full_nodes()
-    store = Store(settings["store"])
+    store = Store(settings["store"], experiment.data.node_cache_gb)
     watch, tags = Watch(experiment, settings["holder"]), {"data.fingerprint": store.fingerprint}
     try:
         check_lease(watch)

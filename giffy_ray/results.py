@@ -17,6 +17,7 @@ from rich.console import Console
 from giffy_ray import checkpoints, learners, lease, perceptual, registry, render
 from giffy_ray.cluster import Share
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
+from giffy_ray.data import prune
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import (
     BASELINE,
@@ -45,6 +46,7 @@ from giffy_ray.tables import (
     distance_table,
     measures_table,
     perceptual_table,
+    removals_table,
     skill_table,
     trials_table,
 )
@@ -75,6 +77,17 @@ def show_data_set(store: Store) -> None:
     for name, content in survey(store).items():
         write_bytes(join(store.location, name), content)
         print(f"  {join(store.location, name)}")
+
+
+def prune_storage(experiment: Experiment, dry_run: bool) -> None:
+    """Removes from the storage what the experiment's videos do not need, and prints what; `dry_run`: only prints it."""
+    found = prune.plan(experiment)
+    Console(width=WIDTH).print(removals_table(found.removals, experiment.storage, dry_run))
+    for reason in found.kept:
+        print(f"kept: {reason}")
+    if not dry_run:
+        for removal in found.removals:
+            removal.remove()
 
 
 def log_data_set(store: Store, trackers: Sequence[Tracker]) -> None:

@@ -10,6 +10,7 @@ from rich import box
 from rich.table import Table
 
 from giffy_ray.config import SPLITS, SearchConfig
+from giffy_ray.data.prune import Removal
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import ALL, MEASURES, REPORT_NOTE, REPORT_TABLE_2, Summary
 from giffy_ray.tune import Study
@@ -43,6 +44,24 @@ def data_table(store: Store) -> Table:
     if len(names) > 1:
         table.add_section()
         table.add_row(ALL, *(str(len(store.rows_of(split))) for split in splits), str(len(store.rejects)))
+    return table
+
+
+def removals_table(removals: Sequence[Removal], storage: str, dry_run: bool) -> Table:
+    """What `jobs/prepare.py --prune` removes, or would remove: files, bytes, and why nothing needs them."""
+    if not removals:
+        return Table(title=f"nothing to remove from {storage}", title_justify="left")
+    title = f"would be removed from {storage}" if dry_run else f"removing from {storage}"
+    table = Table(title=title, title_justify="left")
+    table.add_column("what")
+    table.add_column("files", justify="right")
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("why")
+    for one in removals:
+        table.add_row(one.what, f"{one.files:,}", f"{one.bytes:,}", one.why)
+    table.add_section()
+    files, total_bytes = sum(one.files for one in removals), sum(one.bytes for one in removals)
+    table.add_row("all", f"{files:,}", f"{total_bytes:,}")
     return table
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -20,6 +22,7 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 from giffy_ray import checkpoints, learners, listen, restarts, shared_folders
 from giffy_ray.cluster import Share
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
+from giffy_ray.data.prune import DATA_SET_LOCATION
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease, LeaseLost, Watch, held
 from giffy_ray.loop import FAILURE, RunFailure, train_loop
@@ -30,7 +33,7 @@ _log = logging.getLogger(__name__)
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
     *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
-    *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
+    *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
 )
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
 _POLL_S = 0.2
@@ -41,6 +44,7 @@ _RESIZE_S = 60.0  # between looks whether there is room for more workers, each o
 _START_TIMEOUT_S = 900  # a cloud node has to boot
 # A machine that is lost while workers start spoils that start, and the next two, which still count on it.
 _STARTS_SPOILED = 3
+_FEWEST_CHECKPOINTS = 2  # that a run keeps at once
 _MAKE_DO_S = 60  # before a training that may do with fewer workers starts with those that there are
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU. One arena, as any but the first gives back what is larger than 64 MB all the
@@ -71,6 +75,7 @@ def train(
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
     aside = ThreadPoolExecutor(1)
     with claimed(experiment, store) as lease, _ended_by_signals(experiment) as signals:
+        _warn_of_little_space(experiment)
         delete_file(failure)
         checkpoints.forget_reported(experiment)
         shared_folders.leave_token(experiment, lease.holder)
@@ -183,14 +188,49 @@ def _trainer(
 def check(experiment: Experiment, store: Store) -> None:
     """What can be known to be wrong before anything starts. Raises ConfigError."""
     learners.check(experiment)
-    with torch.device("meta"):  # what the model cannot do, said without the memory that it takes
-        learners.build(experiment, torch.device("meta"))
+    _build_without_memory(experiment)  # says what the model cannot do
     batch, workers = experiment.train.batch, experiment.cluster.most
     if batch < workers:
         raise ConfigError(f"train.batch: there must be a clip for each of cluster.workers={workers} (value {batch})")
     for split in ("training", "validation"):
         if not len(store.rows_of(split)):
             raise ConfigError(f"data.root: no {split} clips in it; see {store.location} for what was rejected")
+
+
+def checkpoint_bytes(experiment: Experiment) -> int:
+    """About how much a checkpoint of the experiment's training takes."""
+    return checkpoints.estimate_bytes(_build_without_memory(experiment))
+
+
+def _build_without_memory(experiment: Experiment) -> learners.Learner:
+    with torch.device("meta"):
+        return learners.build(experiment, torch.device("meta"))
+
+
+def _check_space(experiment: Experiment) -> None:
+    """Raises ConfigError where a checkpoint does not fit into the storage, beside the one that it takes over from."""
+    size, free = checkpoint_bytes(experiment), checkpoints.free_bytes(experiment)
+    if _FEWEST_CHECKPOINTS * size > free:
+        raise ConfigError(
+            f"storage: a checkpoint of {experiment.name!r} takes about {size / 1e9:.2g} GB, and the last one stays "
+            f"until the next is complete, but {free / 1e9:.2g} GB are free on its disk (value {experiment.storage!r}); "
+            "free some, or give another folder"
+        )
+
+
+def _warn_of_little_space(experiment: Experiment) -> None:
+    train = experiment.train
+    size, free = checkpoint_bytes(experiment), checkpoints.free_bytes(experiment)
+    most = train.keep + 3  # those of the best validations, the newest two, and one that is being written
+    if not train.checkpoint_every:
+        most = min(most, math.ceil(train.epochs / train.validate_every))
+    if most * size > free:
+        print(
+            f"warning: train.keep: up to {most} checkpoints of {size / 1e9:.2g} GB each are kept at once (value "
+            f"{train.keep}), and {free / 1e9:.2g} GB are free on the disk of {experiment.storage}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 @contextmanager
@@ -244,12 +284,17 @@ def _worker_runs() -> bool:
 
 
 def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) -> None:
-    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there."""
+    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there.
+
+    Also where its clips are, which `jobs/prepare.py --prune` leaves alone while the run's lease is held.
+    """
     folder = join(experiment.storage, experiment.name)
     text = read_text(join(folder, "experiment.yaml"))
     if text is None:
         _check_start(experiment)
+        _check_space(experiment)
         write_text(join(folder, "data_set"), store.fingerprint)
+        write_text(join(folder, DATA_SET_LOCATION), store.location)
         write_text(join(folder, "experiment.yaml"), to_yaml(experiment))
         return
     if read_text(join(folder, "data_set")) != store.fingerprint:
@@ -270,6 +315,8 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
                 f"give another name=..., or remove {folder}"
             )
+    _check_space(experiment)
+    write_text(join(folder, DATA_SET_LOCATION), store.location)
 
 
 def _check_start(experiment: Experiment) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
@@ -467,3 +468,31 @@ def test_ray_trains_list_of_checkpoints_is_forgotten(run: Experiment):
     listed.write_text("{}")
     checkpoints.forget_reported(run)
     assert not listed.exists()
+
+
+WITHOUT_DIRECT_3D = [path for path in ONE_OF_EACH_KIND if path.stem != "direct-3d"]  # the slowest
+
+
+@pytest.mark.parametrize("path", WITHOUT_DIRECT_3D, ids=lambda path: path.stem)
+def test_the_size_of_a_checkpoint_is_known_before_there_is_one(path: Path):
+    experiment = cut_down(path)
+    with torch.device("meta"):
+        estimated = checkpoints.estimate_bytes(learners.build(experiment, torch.device("meta")))
+    learner = built(experiment)
+    step(learner, experiment, 0)
+    snapshot = checkpoints.Snapshot(learner, experiment, Position(1))
+    tensors = [*snapshot.tensors.values(), *(one for weights in snapshot.networks.values() for one in weights.values())]
+    actual = sum(tensor.nbytes for tensor in tensors)
+    counters = 4 * len(snapshot.tensors)  # Adam counts the steps of each parameter
+    assert actual - counters <= estimated <= actual
+
+
+def test_the_checkpoints_that_a_run_has_are_not_counted_against_it(tmp_path: Path):
+    experiment = override(Experiment(), {"storage": str(tmp_path / "not there yet"), "name": "run"})
+    free = shutil.disk_usage(tmp_path).free
+    assert checkpoints.free_bytes(experiment) == pytest.approx(free, abs=10**10)
+    (tmp_path / "not there yet" / "run" / "checkpoint_1").mkdir(parents=True)
+    with (tmp_path / "not there yet" / "run" / "checkpoint_1" / "a").open("wb") as file:
+        file.truncate(10**13)  # a sparse file: it takes no space
+    assert checkpoints.free_bytes(experiment) - 10**13 == pytest.approx(free, abs=10**10)
+    assert checkpoints.free_bytes(override(experiment, {"storage": "s3://bucket/runs"})) == math.inf

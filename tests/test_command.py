@@ -1,6 +1,8 @@
 """What a user types: tables of command lines, exit codes and messages. Jobs are stubs, and no Ray is started."""
 
 import os
+import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -15,7 +17,7 @@ from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
 from giffy_ray import cluster, command, head
-from giffy_ray.config import ConfigError, Experiment, load, to_yaml
+from giffy_ray.config import ConfigError, Experiment, load, override, to_yaml
 from giffy_ray.storage import write_text
 from tests.conftest import ROOT
 
@@ -108,6 +110,40 @@ def test_a_mistake_is_one_message_and_code_2(type_in, words: list[str], message:
     assert "hush" not in said
     (line,) = [line for line in said.splitlines() if not line.startswith(("usage: ", " "))]
     assert line.startswith("stub.py: ")
+
+
+@pytest.mark.parametrize(("words", "given"), [([], set()), (["--dry-run", "a.yaml", "--prune"], {"prune", "dry_run"})])
+def test_a_job_gets_its_own_options_by_name(type_in, words: list[str], given: set[str]):
+    got = {}
+    flags = {"prune": "remove", "dry_run": "list"}
+    assert type_in(lambda experiment, **named: got.update(named), *words, flags=flags) == (0, "")
+    assert got == {name: name in given for name in flags}
+
+
+def test_an_option_of_another_job_is_refused(type_in):
+    code, err = type_in(lambda experiment: None, "--prune")
+    assert code == 2 and "unrecognized arguments: --prune" in err
+
+
+def test_a_dry_run_is_one_of_pruning():
+    with pytest.raises(ConfigError, match="give --prune --dry-run"):
+        runpy.run_path(str(ROOT / "jobs" / "prepare.py"))["main"](Experiment(), dry_run=True)
+
+
+def test_pruning_prints_what_it_removes(place: Path, capsys: pytest.CaptureFixture[str]):
+    folder = place / "runs" / "stores" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "recipe.json").write_text('{"version": 2}')
+    main = runpy.run_path(str(ROOT / "jobs" / "prepare.py"))["main"]
+    experiment = override(Experiment(), {"storage": str(place / "runs")})
+    printed = []
+    for dry_run in (True, False):
+        main(experiment, prune=True, dry_run=dry_run)
+        printed.append(" ".join(capsys.readouterr().out.split()))
+        assert folder.exists() == dry_run
+    assert "would be removed from" in printed[0] and "removing from" in printed[1]
+    for text in printed:
+        assert re.search(r"store 0123456789abcdef │ 1 │ 14 │ version 2 of decoding; it is 3 now", text)
 
 
 def test_a_job_without_data_needs_no_root(type_in):

@@ -386,3 +386,22 @@ def test_a_worker_notices_that_nobody_renews_the_lease_of_its_training(experimen
     time.sleep(1.1)
     with pytest.raises(LeaseLost, match="was not renewed for 1 s"):
         watch.check()
+
+
+def test_whether_a_lease_may_be_held_is_told_at_once(experiment):
+    location, now_s = lease.location_of(experiment), time.time()
+    assert not lease.is_live(location)
+    with lease.held(experiment):
+        assert lease.is_live(location)
+    assert not lease.is_live(location)
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    for other, is_live in (
+        ({"pid": ended.pid}, False),
+        ({"host": "another", "renewed_s": now_s - 60}, True),
+        ({"host": "another", "renewed_s": now_s + 300}, True),  # by its own clock
+        ({"host": "another", "renewed_s": now_s - 2 * 3600}, False),
+        ({"host": "another", "renewed_s": None}, True),
+    ):
+        write_text(location, json.dumps({"renewed_s": now_s, **lease._this_process(), **other}))
+        assert lease.is_live(location) == is_live, other

@@ -13,13 +13,13 @@ from ray.core.generated import autoscaler_pb2
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
-from giffy_ray import cluster, restarts, shared_folders
+from giffy_ray import cluster, restarts, shared_folders, tune
 from giffy_ray import train as train_module
 from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
 from giffy_ray.loop import validations
-from giffy_ray.train import _trainer, check, train
+from giffy_ray.train import _trainer, _warn_of_little_space, check, checkpoint_bytes, claimed, train
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
@@ -77,6 +77,35 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     changed = override(experiment, {"optim.lr": 0.5})
     with pytest.raises(ConfigError, match=r"optim\.lr: the run 'mine' was started with 0\.0001 \(value 0\.5\)"):
         train(changed, store, share)  # type: ignore[arg-type]
+
+
+def test_a_training_whose_checkpoints_do_not_fit_is_refused_before_anything_starts(tmp_path, tiny, monkeypatch, capsys):
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.keep": 4})
+    size = checkpoint_bytes(experiment)
+
+    def with_free(free: int) -> str:
+        monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+        with claimed(experiment, Store(5, 5)):  # type: ignore[arg-type]
+            _warn_of_little_space(experiment)
+        return capsys.readouterr().err
+
+    with pytest.raises(ConfigError, match=r"storage: a checkpoint of 'mine' takes about .* free some, or give another"):
+        with_free(2 * size - 1)
+    assert not (tmp_path / "mine" / "experiment.yaml").exists()
+    assert "warning: train.keep: up to 7 checkpoints of" in with_free(2 * size)
+    assert with_free(7 * size) == ""
+    assert (tmp_path / "mine" / "data_set_location").read_text() == "the-store"
+
+
+def test_a_search_whose_checkpoints_do_not_fit_says_so(tmp_path, tiny, monkeypatch, capsys):
+    study = override(tiny, {"storage": str(tmp_path), "name": "mine", "search.trials": 50})
+    study = override(study, {"search.space": {"optim.lr": {"log_uniform": (1e-5, 1e-3)}}})
+    size = checkpoint_bytes(study)
+    for free, warned in ((50 * size - 1, True), (50 * size, False)):
+        monkeypatch.setattr("shutil.disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        with tune.claim(study, Store(5, 5)):  # type: ignore[arg-type]
+            pass
+        assert ("warning: search.trials: the checkpoints of 50 trials" in capsys.readouterr().err) == warned
 
 
 @pytest.mark.parametrize("epochs", [50, 200])

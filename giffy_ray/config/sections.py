@@ -92,6 +92,8 @@ class DataConfig(Strict):
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # nothing is trained on what is left over beyond
     keep: bool = True  # decoded clips are kept on disk; false: videos are decoded again whenever they are dealt
     keep_gb: Annotated[float, Field(gt=0)] | None = None  # the most that decoded clips may take; none: the disk
+    # The most that copies of clips on s3:// or gs:// may take on a node; none: what is free, less a tenth of the disk.
+    node_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     limits: LimitsConfig = field(default_factory=LimitsConfig)
     intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)

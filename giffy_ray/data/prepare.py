@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import shutil
 import sys
@@ -9,9 +10,10 @@ import time
 from collections.abc import Sequence
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.data import shards, stream, synthetic
+from giffy_ray.data import prune, shards, stream, synthetic
 from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
@@ -20,6 +22,7 @@ from giffy_ray.progress import Bar
 from giffy_ray.storage import filesystem_of, is_local, join, read_text
 
 _USUAL_FPS = 30
+_ANSWER_S = 60  # for a node to say how much it may keep
 _LISTED_REJECTS = 20
 _LISTED_SKIPPED = 3  # of each ending
 
@@ -45,10 +48,12 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     place = stores.set_location(location, catalog)
     broken = place is not None and bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
     if place is None or broken or again:
-        index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
-        written = stores.write_set(location, catalog, index, data.limits)
-        place = stores.choose_set(location, catalog, written, replace=broken or again)
-    store = Store(place)
+        with prune.protected(experiment, location):
+            index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
+            written = stores.write_set(location, catalog, index, data.limits)
+            place = stores.choose_set(location, catalog, written, replace=broken or again)
+    store = Store(place, data.node_cache_gb)
+    _check_node_caches(store)
     _tell_skipped(catalog)
     _tell_hdr(store)
     _tell_rejects(store, len(catalog.videos))
@@ -150,6 +155,56 @@ def _check_space(location: str, recipe: Recipe, keep_gb: float | None, rows: pa.
                 f"storage: {videos} videos take about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on the "
                 f"disk of {location}; give another folder, fewer videos (data.caps), or data.keep=false"
             )
+
+
+def _check_node_caches(store: Store) -> None:
+    """Refuses a node whose disk cannot take one shard, and warns of one that cannot take all. Raises ConfigError."""
+    if is_local(store.location) or not store.recipe.keep or not len(store):
+        return
+    largest = pc.max(stores.read_set(store.location)["shard_bytes"]).as_py()  # type: ignore[attr-defined]
+    for node, capacity in sorted(_node_cache_bytes(store.node_cache_gb).items()):
+        if capacity < largest:
+            raise ConfigError(
+                f"data.node_cache_gb: the node {node} may keep copies of {capacity / 1e9:.3g} GB (value "
+                f"{store.node_cache_gb}), and a shard of the clips has {largest / 1e9:.3g} GB; give the field a "
+                "larger value, set TMPDIR to a larger disk, or data.keep=false"
+            )
+        if capacity < store.bytes:
+            print(
+                f"warning: data.node_cache_gb: the node {node} may keep copies of {capacity / 1e9:.3g} GB of the "
+                f"{store.bytes / 1e9:.3g} GB of clips (value {store.node_cache_gb}); it fetches the others again in "
+                "each epoch",
+                file=sys.stderr,
+            )
+
+
+def _node_cache_bytes(limit_gb: float | None) -> dict[str, float]:
+    """How much copies of shards may take on each node of the cluster, by its address."""
+    import ray
+    from ray.exceptions import RayError
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    if not ray.is_initialized():  # as in a notebook: the clips are read in this process
+        return {"here": _capacity_bytes(limit_gb)}
+    ask = ray.remote(num_cpus=0, max_retries=0)(_capacity_bytes)
+    asked = {
+        node["NodeManagerAddress"]: ask.options(
+            scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+        ).remote(limit_gb)
+        for node in ray.nodes()
+        if node["Alive"]
+    }
+    answered, _ = ray.wait(list(asked.values()), num_returns=len(asked), timeout=_ANSWER_S)
+    answers = {}
+    for node, task in asked.items():
+        if task in answered:
+            with contextlib.suppress(RayError):  # the node has left; those that come evict as they need
+                answers[node] = ray.get(task)
+    return answers
+
+
+def _capacity_bytes(limit_gb: float | None) -> float:
+    return stores.node_cache(limit_gb).capacity_bytes()
 
 
 def _tell_skipped(catalog: Catalog) -> None:

@@ -15,6 +15,7 @@ time of change, so adding videos decodes only these, and what a killed job has s
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import sys
@@ -60,7 +61,7 @@ ROW_SCHEMA = pa.schema(
         "sha256": pa.string(),  # of the clip: `clip.frames` frames, whatever else is kept of the video
     }
 )
-_STALE_S = 3600  # after which a partial file belongs to a job that was killed
+STALE_S = 3600  # after which a partial file belongs to a job that was killed
 _READERS = 16  # files that are read at once: an object store takes some 20 ms to answer
 
 
@@ -185,21 +186,32 @@ def read_rows(location: str) -> pa.Table:
     A listing whose content does not fit its name counts as not there, and is named on stderr.
     """
     filesystem, base = filesystem_of(location)
-    paths = []
     for info in filesystem.get_file_info(fs.FileSelector(f"{base}/shards", allow_not_found=True)):
-        if info.path.endswith(".parquet"):
-            paths.append(info.path)
-        elif info.path.endswith(PARTIAL) and time.time() - info.mtime_ns / 1e9 > _STALE_S:
+        if info.path.endswith(PARTIAL) and time.time() - info.mtime_ns / 1e9 > STALE_S:
             _delete(filesystem, info.path)
-
-    def read(path: str) -> pa.Table:
-        table = _read_listing(filesystem, path)
+    tables = []
+    for path, table in read_listings(location).items():
         if table is None:
             print(f"{path}: damaged; the videos that it lists are decoded again", file=sys.stderr)
-        return ROW_SCHEMA.empty_table() if table is None else table
+        else:
+            tables.append(table)
+    return pa.concat_tables([ROW_SCHEMA.empty_table(), *tables])
 
+
+def read_listings(location: str) -> dict[str, pa.Table | None]:
+    """The rows of each listing of a store, by its path; none where its content does not fit its name."""
+    filesystem, base = filesystem_of(join(location, "shards"))
+    infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
+    paths = sorted(info.path for info in infos if info.path.endswith(".parquet"))
     with ThreadPoolExecutor(_READERS) as readers:
-        return pa.concat_tables([ROW_SCHEMA.empty_table(), *readers.map(read, sorted(paths))])
+        return dict(zip(paths, readers.map(functools.partial(_read_listing, filesystem), paths), strict=True))
+
+
+def replace_listing(location: str, path: str, rows: pa.Table) -> None:
+    """Puts a listing of `rows`, which may be empty, in the place of the one at `path`."""
+    if len(rows):
+        _write_listing(location, rows)
+    _delete(filesystem_of(location)[0], path)
 
 
 def choose_rows(rows: pa.Table) -> pa.Table:
@@ -267,9 +279,9 @@ def forget(location: str, shards: Collection[str]) -> None:
                 )
                 if len(stays) == len(listing):
                     continue
-                if len(stays):
-                    _write_listing(location, stays)
-            _delete(filesystem, info.path)
+                replace_listing(location, info.path, stays)
+            else:
+                _delete(filesystem, info.path)
     for shard in shards:
         _delete(filesystem, f"{base}/{shard}.u8")
 

@@ -19,9 +19,9 @@ import functools
 import hashlib
 import json
 import os
-import shutil
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -30,11 +30,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
-from pyarrow import fs
 
-from giffy_ray.config import ConfigError, LimitsConfig
+from giffy_ray.config import LimitsConfig
 from giffy_ray.data.catalog import Catalog
 from giffy_ray.data.decode import RejectedVideo, nearest_frames
+from giffy_ray.data.node_cache import NodeCache
 from giffy_ray.data.sandbox import sandbox_for
 from giffy_ray.data.shards import Recipe, read_video, shard_path
 from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_if_different, write_text
@@ -135,10 +135,13 @@ def read_set(location: str) -> pa.Table:
 
 
 class Store:
-    """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use."""
+    """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use.
 
-    def __init__(self, location: str):
-        self.location = location
+    `node_cache_gb`: the most that these copies may take on a node, as `data.node_cache_gb`.
+    """
+
+    def __init__(self, location: str, node_cache_gb: float | None = None):
+        self.location, self.node_cache_gb = location, node_cache_gb
         self._store = location.rsplit("/", 2)[0]
         about = json.loads(_text(join(location, "set.json")))
         self.name: str = about["name"]  # of the data set
@@ -163,7 +166,7 @@ class Store:
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __reduce__(self):
-        return Store, (self.location,)  # what is mapped stays in its process
+        return Store, (self.location, self.node_cache_gb)  # what is mapped stays in its process
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -208,27 +211,22 @@ class Store:
         return np.arange(self.clip.frames) / self.clip.fps
 
     def _map(self, shard: str) -> np.ndarray:
-        path = self._on_this_node(shard)
+        path = shard_path(self._store, shard)
+        copy = None if is_local(path) else self._on_this_node(shard)
         try:
-            return np.memmap(path, np.uint8, "r").reshape(-1, self.clip.height, self.clip.width, 3)
+            content = np.memmap(filesystem_of(path)[1], np.uint8, "r") if copy is None else copy
+            return content.reshape(-1, self.clip.height, self.clip.width, 3)
         except (OSError, ValueError) as error:  # ValueError: it is empty, or ends within a frame
             raise RuntimeError(f"{path}: {error}; run jobs/prepare.py, which decodes its videos again") from error
 
-    def _on_this_node(self, shard: str) -> Path:
-        """A shard on a local disk: where it is, or a copy that all processes of this node share."""
-        remote = shard_path(self._store, shard)
-        filesystem, path = filesystem_of(remote)
-        if is_local(remote):
-            return Path(path)
-        cache = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards" / self.recipe.key
-        copy = cache / f"{shard}.u8"
-        if copy.exists():
-            return copy
-        cache.mkdir(parents=True, exist_ok=True)
-        with FileLock(cache / f"{shard}.lock"):
-            if not copy.exists():
-                _bring(filesystem, path, copy, shard)
-        return copy
+    @functools.cached_property
+    def _node_cache(self) -> NodeCache:
+        return node_cache(self.node_cache_gb, release=self._mapped.cache_clear)
+
+    def _on_this_node(self, shard: str) -> np.ndarray:
+        """uint8 [bytes] of a remote shard, out of a copy that all processes of this node share."""
+        filesystem, path = filesystem_of(shard_path(self._store, shard))
+        return self._node_cache.map(f"{self.recipe.key}/{shard}.u8", filesystem, path, sha256=shard)
 
     def _decoded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         filesystem, _ = filesystem_of(self.root)
@@ -241,23 +239,10 @@ class Store:
         return sampled.clip, sampled.times_s
 
 
-def _bring(filesystem: fs.FileSystem, remote: str, copy: Path, sha256: str) -> None:
-    """Copies a shard to this node, and checks it before it has its name."""
-    size, free = filesystem.get_file_info(remote).size, shutil.disk_usage(copy.parent).free
-    if free < 2 * size:
-        raise ConfigError(
-            f"{copy.parent}: {free / 1e9:.1f} GB are free, too little for the clips that this node reads; "
-            f"set TMPDIR to a larger disk, or data.keep=false"
-        )
-    partial = copy.with_suffix(".partial")
-    fs.copy_files(remote, str(partial), source_filesystem=filesystem, destination_filesystem=fs.LocalFileSystem())
-    with partial.open("rb") as content:
-        found = hashlib.file_digest(content, "sha256").hexdigest()
-    if found != sha256:
-        raise RuntimeError(
-            f"{remote}: its sha256 is {found}, not {sha256}; run jobs/prepare.py, which decodes it again"
-        )
-    partial.rename(copy)
+def node_cache(limit_gb: float | None, release: Callable[[], None] = lambda: None) -> NodeCache:
+    """Of this node, for shards that lie on s3:// or gs://. `release` drops the maps of this process."""
+    folder = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards"
+    return NodeCache(folder, None if limit_gb is None else limit_gb * 1e9, release)
 
 
 def fingerprint_of(rows: pa.Table) -> str:

@@ -68,6 +68,18 @@ def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = (
 
     With `categories` (empty: all) no other one is rendered. Raises ConfigError for one that there is not.
     """
+    root, drawn = root_of(parent, settings, categories)
+    if not is_complete(root):
+        render_all(root, plan(settings, drawn))
+    return root
+
+
+def is_complete(root: str) -> bool:
+    return read_text(join(root, "moments_categories.txt")) is not None
+
+
+def root_of(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Where `ensure` renders a data set, and the categories in it. Raises ConfigError."""
     unknown = [name for name in categories if name not in scenes.CATEGORIES]
     if unknown:
         raise ConfigError(
@@ -78,10 +90,7 @@ def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = (
     counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.shifted_clips)
     only = "" if len(drawn) == len(scenes.CATEGORIES) else f"-{'-'.join(drawn)}"
     version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}{only}"
-    root = join(parent, f"{NAME}-{version}")
-    if read_text(join(root, "moments_categories.txt")) is None:
-        render_all(root, plan(settings, drawn))
-    return root
+    return join(parent, f"{NAME}-{version}"), drawn
 
 
 def render_all(root: str, videos: list[Planned]) -> None:

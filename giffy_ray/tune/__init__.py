@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from giffy_ray.reports import line_of
 from giffy_ray.shared_folders import leave_token, remove_token
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
-from giffy_ray.train import check, claimed
+from giffy_ray.train import check, checkpoint_bytes, claimed
 from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger
 from giffy_ray.tune.metrics import check_metrics, objectives
 from giffy_ray.tune.population import Population
@@ -56,7 +57,7 @@ __all__ = [
 # What may differ where a search goes on.
 _MAY_CHANGE = (
     *("search.trials", "search.max_hours", "search.patience", "search.resume", "search.enqueue"),
-    *("storage", "data.root", "speed.", "cluster.", "tracking.", "evaluate."),
+    *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate."),
 )
 
 
@@ -104,7 +105,22 @@ def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
     check_search(experiment)
     check(experiment_of(experiment, 0, {}), store)
     with claimed(experiment, store, _MAY_CHANGE) as lease:
+        _warn_of_little_space(experiment)
         yield lease
+
+
+def _warn_of_little_space(experiment: Experiment) -> None:
+    """Each trial keeps its newest checkpoint; members of a population those of two epochs too."""
+    trials, kept = most_trials(experiment), 3 if experiment.search.sampler == "pbt" else 1
+    size, free = checkpoint_bytes(experiment_of(experiment, 0, {})), checkpoints.free_bytes(experiment)
+    if trials * kept * size > free:
+        print(
+            f"warning: search.trials: the checkpoints of {trials} trials take up to {trials * kept * size / 1e9:.2g} "
+            f"GB (value {experiment.search.trials}), and {free / 1e9:.2g} GB are free on the disk of "
+            f"{experiment.storage}",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def search_claimed(

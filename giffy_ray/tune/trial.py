@@ -58,13 +58,14 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
     if problem:
         raise RuntimeError(problem)  # of this node, not of the values: the trial is tried again, on any node
     experiment = experiment_of(whole, config["number"], config["values"])
+    clips = functools.partial(Store, store, experiment.data.node_cache_gb)
     try:
         if experiment.cluster.most > 1:
-            train(experiment, Store(store), share, parent, [TuneReportCallback()])
+            train(experiment, clips(), share, parent, [TuneReportCallback()])
         elif "until" in config:
-            _turn(experiment, whole, Store(store), parent, config["until"], config["take"])
+            _turn(experiment, whole, clips(), parent, config["until"], config["take"])
         else:
-            _alone(experiment, Store(store), parent)
+            _alone(experiment, clips(), parent)
     except Exception as failure:
         tune.report({FAILED: without_secrets(f"{type(failure).__name__}: {failure}")})
         raise
