@@ -34,7 +34,7 @@ def data_table(store: Store) -> Table:
     table.add_column("category", no_wrap=True)
     for heading in (*splits, "rejected"):
         table.add_column(heading, justify="right")
-    clips = Counter((store.categories[row], split) for split in splits for row in store.rows_of(split))
+    clips = store.category_counts()
     rejects = Counter(reject["category"] for reject in store.rejects)
     names = sorted({category for category, _ in clips} | set(rejects))
     for name in names[:_SHOWN_CATEGORIES]:

@@ -31,7 +31,7 @@ def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
     return chosen
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(maxsize=2)  # a batch may take clips of two epochs, and a million clips take 8 MB
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 

@@ -46,7 +46,9 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
     location = join(experiment.storage, "stores", recipe.key)
     place = stores.set_location(location, catalog)
-    broken = place is not None and bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
+    broken = False
+    if place is not None and not again:  # `again` writes the set anew, also where its rows cannot be read
+        broken = bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
     if place is None or broken or again:
         with prune.protected(experiment, location):
             index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
@@ -70,7 +72,7 @@ def _decode_missing(
         shards.write_recipe(location, recipe)
     rows = shards.read_rows(location)
     damaged = _damaged(location, rows, contents=again)
-    whole = rows.filter(pa.array([shard not in damaged for shard in rows["shard"].to_pylist()], pa.bool_()))
+    whole = rows.filter(pc.invert(shards.are_in(rows, damaged)))  # type: ignore[attr-defined]
     index = shards.choose_rows(whole)
     known = dict(zip(index["identity"].to_pylist(), index["reason"].to_pylist(), strict=True))
     new = {video.identity: video for video in catalog.videos if video.identity not in known}
@@ -78,8 +80,7 @@ def _decode_missing(
     # The videos of a shard that was lost together, as before: their frames then have its name, so that every set and
     # every training that reads it is whole again. A training meanwhile keeps what it has mapped.
     groups = []
-    for shard in damaged:
-        members = shards.members_of(rows, shard)
+    for members in shards.members_of(rows, damaged).values():
         if all(identity in new for identity in members):
             groups.append([new.pop(identity) for identity in members])
     if new or retried or groups:
@@ -100,7 +101,7 @@ def _decode_missing(
         _decode(catalog.name, chunks, decode, len(videos))
         rows = shards.read_rows(location)
     if damaged or again:
-        suspects = rows.filter(pa.array([shard in damaged for shard in rows["shard"].to_pylist()], pa.bool_()))
+        suspects = rows.filter(shards.are_in(rows, damaged))
         shards.forget(location, shards.damaged_shards(location, suspects))
         rows = shards.read_rows(location)
     index = shards.choose_rows(rows)
@@ -221,7 +222,7 @@ def _tell_skipped(catalog: Catalog) -> None:
 
 
 def _tell_hdr(store: Store) -> None:
-    hdr = store.facts["hdr"].to_pylist().count(True)
+    hdr = pc.sum(store.facts["hdr"]).as_py()  # type: ignore[attr-defined]
     if hdr:
         print(f"{hdr} of {len(store)} clips are from HDR videos, tone-mapped to SDR")
 

@@ -20,6 +20,7 @@ import hashlib
 import json
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -261,10 +262,18 @@ def damaged_shards(location: str, rows: pa.Table, contents: bool = True) -> dict
     return {shard: found for shard, found in problems.items() if found}
 
 
-def members_of(rows: pa.Table, shard: str) -> list[str]:
-    """The identities of the videos of a shard, in the order of their frames."""
-    members = rows.filter(pc.equal(rows["shard"], shard)).sort_by("first")  # type: ignore[attr-defined]
-    return list(dict.fromkeys(members["identity"].to_pylist()))
+def are_in(rows: pa.Table, shards: Collection[str]) -> pa.ChunkedArray:
+    """Boolean [rows]: whether the frames of each row are in one of these shards. False where none are kept."""
+    return pc.is_in(rows["shard"], value_set=pa.array(shards, pa.string()))  # type: ignore[attr-defined]
+
+
+def members_of(rows: pa.Table, shards: Collection[str]) -> dict[str, list[str]]:
+    """Of each shard that has rows, the identities of its videos in the order of their frames."""
+    found = rows.filter(are_in(rows, shards)).sort_by([("shard", "ascending"), ("first", "ascending")])
+    members: dict[str, dict[str, None]] = defaultdict(dict)
+    for shard, identity in zip(found["shard"].to_pylist(), found["identity"].to_pylist(), strict=True):
+        members[shard][identity] = None  # once, where two jobs have decoded it
+    return {shard: list(identities) for shard, identities in members.items()}
 
 
 def forget(location: str, shards: Collection[str]) -> None:
@@ -274,9 +283,7 @@ def forget(location: str, shards: Collection[str]) -> None:
         if info.path.endswith(".parquet"):  # these first: what is not listed is not stored
             listing = _read_listing(filesystem, info.path)
             if listing is not None:
-                stays = listing.filter(
-                    pa.array([name not in shards for name in listing["shard"].to_pylist()], pa.bool_())
-                )
+                stays = listing.filter(pc.invert(are_in(listing, shards)))  # type: ignore[attr-defined]
                 if len(stays) == len(listing):
                     continue
                 replace_listing(location, info.path, stays)
@@ -302,7 +309,8 @@ def _read_listing(filesystem: fs.FileSystem, path: str) -> pa.Table | None:
         return ROW_SCHEMA.empty_table()
     if hashlib.sha256(listing).hexdigest() != _stem(path):
         return None
-    return pq.read_table(pa.BufferReader(listing), schema=ROW_SCHEMA)
+    rows = pq.ParquetFile(pa.BufferReader(listing)).read()  # in half of the time that pq.read_table takes
+    return rows if rows.schema.equals(ROW_SCHEMA) else pq.read_table(pa.BufferReader(listing), schema=ROW_SCHEMA)
 
 
 def _delete(filesystem: fs.FileSystem, path: str) -> None:

@@ -2,7 +2,8 @@
 
     <storage>/stores/<key of the recipe>/
         sets/<key of its content>/
-            rows.parquet        id, category, split, source, path and what `shards` knows: one row a clip, sorted by id
+            rows.arrow          id, category, split, source, path and what `shards` knows: one row a clip, sorted by id;
+                                an uncompressed Arrow IPC file, so that processes map it instead of reading it
             rejects.parquet     id, path, category, split, reason, detail: the videos that gave no clip
             set.json            name, root, fingerprint and counts; written last, so a set without it is not finished
         catalogs/<key of the videos>    the key of the set that these videos gave: the only file that ever changes
@@ -21,9 +22,10 @@ import json
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any, SupportsIndex, overload
 
 import numpy as np
 import pyarrow as pa
@@ -31,27 +33,40 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from giffy_ray.config import LimitsConfig
-from giffy_ray.data.catalog import Catalog
+from giffy_ray.config import ConfigError, LimitsConfig
+from giffy_ray.data.catalog import Catalog, Video
 from giffy_ray.data.decode import RejectedVideo, nearest_frames
 from giffy_ray.data.node_cache import NodeCache
 from giffy_ray.data.sandbox import sandbox_for
 from giffy_ray.data.shards import Recipe, read_video, shard_path
 from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_if_different, write_text
 
+_FORMAT = 2  # of the files of a set; sets of another format are written again, from the same shards
 _VIDEO_SCHEMA = pa.schema(
     {name: pa.string() for name in ("identity", "id", "path", "category", "split", "source")}
     | {"size_bytes": pa.int64()}
 )
+_REPEATED = ("category", "split", "codec", "shard")  # columns with few values, each of which is stored once
+_BATCH_ROWS = 2**20  # of an IPC file: Arrow's strings hold at most 2 GiB a batch
+_READ_ROWS = 2**14  # turned into Python objects at a time
+_ROWS = "rows.arrow"
 _REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
 _MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
 
 
 def set_location(location: str, catalog: Catalog) -> str | None:
     """Where the finished set of these videos is in the store at `location`; none where there is none."""
-    key = read_text(_pointer(location, catalog))
+    return _set_of(location, _pointer(location, catalog))
+
+
+def _set_of(location: str, pointer: str) -> str | None:
+    key = read_text(pointer)
     place = join(location, "sets", key) if key else None
-    return place if place and read_text(join(place, "set.json")) is not None else None
+    about = read_text(join(place, "set.json")) if place else None
+    if place is None or about is None:
+        return None
+    filesystem, path = filesystem_of(join(place, _ROWS))
+    return place if filesystem.get_file_info(path).size == json.loads(about).get("rows_bytes") else None
 
 
 def choose_set(location: str, catalog: Catalog, place: str, replace: bool = False) -> str:
@@ -65,14 +80,14 @@ def choose_set(location: str, catalog: Catalog, place: str, replace: bool = Fals
     if is_local(pointer):
         Path(filesystem_of(pointer)[1]).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{filesystem_of(pointer)[1]}.lock") if is_local(pointer) else nullcontext():
-        present = None if replace else set_location(location, catalog)
+        present = None if replace else _set_of(location, pointer)
         if present is None:
             write_text(pointer, place.rpartition("/")[2])
         return present or place
 
 
 def _pointer(location: str, catalog: Catalog) -> str:
-    digest = hashlib.sha256(catalog.name.encode())
+    digest = hashlib.sha256(f"{_FORMAT}\0{catalog.name}".encode())
     for video in catalog.videos:
         digest.update(f"\0{video.id}\0{video.split}\0{video.category}\0{video.source}\0{video.identity}".encode())
     return join(location, "catalogs", digest.hexdigest()[:16])
@@ -83,9 +98,7 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
 
     Rows in are clips and rejects: a video that is neither is a RuntimeError.
     """
-    videos = pa.Table.from_pylist(
-        [{name: getattr(video, name) for name in _VIDEO_SCHEMA.names} for video in catalog.videos], _VIDEO_SCHEMA
-    )
+    videos = _table_of(catalog.videos)
     places = pc.index_in(videos["identity"], value_set=index["identity"])  # type: ignore[attr-defined]
     known = videos.filter(places.is_valid())
     for name, column in zip(index.column_names, index.take(places.drop_null()).columns, strict=True):
@@ -100,6 +113,7 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
             f"{len(catalog.videos)} videos of {catalog.name}"
         )
     rows = rows.drop_columns(["reason", "detail"])
+    mapped = _ipc_file(rows)
     facts = {
         "name": catalog.name,
         "root": catalog.root,
@@ -107,10 +121,13 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
         "fingerprint": fingerprint_of(rows),
         "clips": len(rows),
         "rejects": len(rejects),
+        "frames": pc.sum(rows["frames"]).as_py() or 0,  # type: ignore[attr-defined]
+        "rows_bytes": mapped.size,
+        "rows_sha256": hashlib.sha256(mapped).hexdigest(),
         "limits": dataclasses.asdict(limits),
     }
     files = {
-        "rows.parquet": _parquet(rows),
+        _ROWS: mapped.to_pybytes(),
         "rejects.parquet": _parquet(rejects),
         "set.json": json.dumps(facts, indent=2).encode(),
     }
@@ -123,6 +140,24 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
     return place
 
 
+def _table_of(videos: Sequence[Video]) -> pa.Table:
+    """By column: a dictionary for each row would take ten times the memory."""
+    columns = [[getattr(video, name) for video in videos] for name in _VIDEO_SCHEMA.names]
+    return pa.table(
+        [pa.array(column, kind) for column, kind in zip(columns, _VIDEO_SCHEMA.types, strict=True)], _VIDEO_SCHEMA
+    )
+
+
+def _ipc_file(rows: pa.Table) -> pa.Buffer:
+    for name in _REPEATED:
+        rows = rows.set_column(rows.column_names.index(name), name, rows[name].dictionary_encode())
+    rows = rows.combine_chunks().unify_dictionaries()  # an IPC file has one dictionary for all batches of a column
+    content = pa.BufferOutputStream()
+    with pa.ipc.new_file(content, rows.schema) as writer:
+        writer.write_table(rows, max_chunksize=_BATCH_ROWS)
+    return content.getvalue()
+
+
 def _parquet(table: pa.Table) -> bytes:
     content = pa.BufferOutputStream()
     pq.write_table(table, content)
@@ -130,12 +165,81 @@ def _parquet(table: pa.Table) -> bytes:
 
 
 def read_set(location: str) -> pa.Table:
-    """The rows of a finished set, one a clip."""
-    return _table(join(location, "rows.parquet"))
+    """The rows of a finished set, one a clip, mapped from a file on this node. Raises FileNotFoundError, RuntimeError.
+
+    On s3:// and gs:// the first process of a node that asks for it copies the file.
+    """
+    path = filesystem_of(join(location, _ROWS))[1] if is_local(location) else str(_rows_on_this_node(location))
+    try:
+        return pa.ipc.open_file(pa.memory_map(path)).read_all()
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path}: no such file; run jobs/prepare.py with the same experiment") from error
+    except (pa.ArrowException, OSError) as error:
+        raise RuntimeError(f"{path}: {error}; run jobs/prepare.py with the same experiment") from error
+
+
+def _rows_on_this_node(location: str) -> Path:
+    """A copy of the rows of a remote set that all processes of this node share."""
+    store, _, key = location.rsplit("/", 2)
+    copy = _node_folder() / "sets" / store.rpartition("/")[2] / f"{key}.arrow"
+    if copy.exists():
+        return copy
+    filesystem, remote = filesystem_of(join(location, _ROWS))
+    sha256 = json.loads(_text(join(location, "set.json")))["rows_sha256"]
+    if not node_cache(None).bring(copy, filesystem, remote, sha256):
+        raise ConfigError(f"{copy.parent}: the disk is full; free some of it, or set TMPDIR to a larger one")
+    return copy
+
+
+def _node_folder() -> Path:
+    return Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}"
+
+
+class Column(Sequence[Any]):
+    """The values of an Arrow column as a sequence. An item becomes a Python object only when it is asked for.
+
+    Slices are lists. Equal to any sequence, such as a list, of the same values.
+    """
+
+    def __init__(self, values: pa.ChunkedArray):
+        self._values = values
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    @overload
+    def __getitem__(self, index: SupportsIndex) -> Any: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+    def __getitem__(self, index: SupportsIndex | slice) -> Any:
+        if isinstance(index, slice):
+            return self._values[index].to_pylist()
+        return self._values[index].as_py()
+
+    def __iter__(self) -> Iterator[Any]:
+        for first in range(0, len(self), _READ_ROWS):
+            yield from self._values.slice(first, _READ_ROWS).to_pylist()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+
+    __hash__ = None  # type: ignore[assignment]  # like a list's
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """[len]: objects, of which equal ones of a column with few values are the same."""
+        return np.asarray(self._values.to_numpy(zero_copy_only=False), dtype)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self[:3]))
+        return f"Column([{shown}{', ...' if len(self) > 3 else ''}], {len(self)} values)"
 
 
 class Store:
     """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use.
+
+    Opening it maps its columns: it takes the same time and memory however many clips there are.
 
     `node_cache_gb`: the most that these copies may take on a node, as `data.node_cache_gb`.
     """
@@ -146,23 +250,22 @@ class Store:
         about = json.loads(_text(join(location, "set.json")))
         self.name: str = about["name"]  # of the data set
         self.root: str = about["root"]  # where its videos were when it was prepared
+        self.fingerprint: str = about["fingerprint"]  # see `fingerprint_of`
         self._limits = LimitsConfig(**about["limits"])
+        self._reject_count: int = about["rejects"]
         self.recipe = Recipe.from_json(_text(join(self._store, "recipe.json")))
         self.clip = self.recipe.clip
-        self.rejects: list[dict] = _table(join(location, "rejects.parquet")).to_pylist()
         rows = read_set(location)
-        self.ids: list[str] = rows["id"].to_pylist()
-        self.categories: list[str] = rows["category"].to_pylist()
-        self.sources: list[str] = rows["source"].to_pylist()  # what each clip was cut from
+        self.ids = Column(rows["id"])
+        self._categories = rows["category"]
+        self.categories = Column(self._categories)
+        self.sources = Column(rows["source"])  # what each clip was cut from
         self.facts: pa.Table = rows.select(
             ["codec", "source_width", "source_height", "source_fps", "seconds", "hdr", "padded", "frames"]
         )
-        self._splits = np.asarray(rows["split"].to_pylist(), dtype=str)
-        self._paths, self._times_s = rows["path"], rows["times_s"]
-        self._shards: list[str] = rows["shard"].to_pylist()
-        self._firsts, self._frames = rows["first"].to_numpy(), rows["frames"].to_numpy()
-        self.bytes = int(self._frames.sum()) * self.clip.height * self.clip.width * 3 if self.recipe.keep else 0
-        self.fingerprint = fingerprint_of(rows)
+        self._splits, self._paths, self._times_s = rows["split"], rows["path"], rows["times_s"]
+        self._shards, self._firsts, self._frames = rows["shard"], rows["first"], rows["frames"]
+        self.bytes = about["frames"] * self.clip.height * self.clip.width * 3 if self.recipe.keep else 0
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __reduce__(self):
@@ -173,7 +276,9 @@ class Store:
 
     def rows_of(self, split: str) -> np.ndarray:
         """int64: the rows of the clips of a split, in order of their ids."""
-        return np.flatnonzero(self._splits == split)
+        # By the numbers of the dictionary, so that no text is compared.
+        chosen = [part.indices.to_numpy() == part.dictionary.index(split).as_py() for part in self._splits.chunks]
+        return np.flatnonzero(np.concatenate([np.empty(0, bool), *chosen]))
 
     def frames_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         """All frames that are kept of a video: uint8 [frames, height, width, 3], not to be written to; float64
@@ -183,10 +288,10 @@ class Store:
         """
         if not self.recipe.keep:
             return self._decoded(row)
-        first, frames = self._firsts[row], self._frames[row]
-        pixels = self._mapped(self._shards[row])[first : first + frames]
+        shard, first, frames = (column[row].as_py() for column in (self._shards, self._firsts, self._frames))
+        pixels = self._mapped(shard)[first : first + frames]
         if len(pixels) != frames:
-            path = shard_path(self._store, self._shards[row])
+            path = shard_path(self._store, shard)
             raise RuntimeError(f"{path}: it was cut off; run jobs/prepare.py, which decodes its videos again")
         return pixels, self._times_of(row)
 
@@ -200,10 +305,26 @@ class Store:
 
     def counts(self) -> dict[str, int]:
         """How many clips there are of each split, and rejects."""
-        return {**Counter(self._splits.tolist()), "rejects": len(self.rejects)}
+        return {**_counted(self._splits), "rejects": self._reject_count}
+
+    def category_counts(self) -> Counter[tuple[str, str]]:
+        """How many clips there are of each category in each split: (category, split) -> clips."""
+        pairs = pa.table({"category": self._categories, "split": self._splits})
+        counted = pairs.group_by(["category", "split"], use_threads=False).aggregate([([], "count_all")])
+        return Counter({(row["category"], row["split"]): row["count_all"] for row in counted.to_pylist()})
+
+    @property
+    def rejects(self) -> Sequence[dict[str, Any]]:
+        """The videos that gave no clip, in order of their ids: id, path, category, split, reason, detail."""
+        return Column(pa.chunked_array(self._rejects.to_struct_array()))
+
+    @functools.cached_property
+    def _rejects(self) -> pa.Table:
+        """Read on first use: workers do without it."""
+        return _table(join(self.location, "rejects.parquet"))
 
     def reject_counts(self) -> Counter[str]:
-        return Counter(reject["reason"] for reject in self.rejects)
+        return _counted(self._rejects["reason"])
 
     def _times_of(self, row: int) -> np.ndarray:
         if self.recipe.every:
@@ -241,8 +362,7 @@ class Store:
 
 def node_cache(limit_gb: float | None, release: Callable[[], None] = lambda: None) -> NodeCache:
     """Of this node, for shards that lie on s3:// or gs://. `release` drops the maps of this process."""
-    folder = Path(tempfile.gettempdir()) / f"giffy_ray-{os.getuid()}" / "shards"
-    return NodeCache(folder, None if limit_gb is None else limit_gb * 1e9, release)
+    return NodeCache(_node_folder() / "shards", None if limit_gb is None else limit_gb * 1e9, release)
 
 
 def fingerprint_of(rows: pa.Table) -> str:
@@ -250,9 +370,14 @@ def fingerprint_of(rows: pa.Table) -> str:
     with what else is kept of the videos.
     """
     digest = hashlib.sha256()
-    for row in rows.select(["id", "split", "size_bytes", "sha256"]).to_pylist():
-        digest.update("{id}\0{split}\0{size_bytes}\0{sha256}\n".format(**row).encode())
+    for first in range(0, len(rows), _READ_ROWS):
+        columns = (rows[name].slice(first, _READ_ROWS).to_pylist() for name in ("id", "split", "size_bytes", "sha256"))
+        digest.update("".join("{}\0{}\0{}\0{}\n".format(*row) for row in zip(*columns, strict=True)).encode())
     return digest.hexdigest()[:16]
+
+
+def _counted(values: pa.ChunkedArray) -> Counter[str]:
+    return Counter({pair["values"]: pair["counts"] for pair in values.value_counts().to_pylist()})
 
 
 def _text(location: str) -> str:

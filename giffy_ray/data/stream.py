@@ -30,7 +30,8 @@ from giffy_ray.shapes import Clips, Positions, Times
 
 _PREFETCH = 2
 _STEPS_PER_DEAL = 4  # dealing a number costs Ray Data as much as gathering its clips costs us
-_STEPS_PER_BLOCK = 100
+_STEPS_PER_DEALT_BLOCK = 10_000
+_STEPS_PER_TASK = 100  # which decodes them one after another
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,8 @@ class Batch:
 def decode_all(chunks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
     """Runs `decode` on each chunk in a task of its own and gives what it returns, in the order that tasks end."""
     _be_quiet()
-    dataset = ray.data.from_arrow(list(chunks)).map_batches(decode, batch_size=None, batch_format="pyarrow")
+    # Not `from_arrow`, which starts a task for each table only to count its rows.
+    dataset = ray.data.from_blocks(list(chunks)).map_batches(decode, batch_size=None, batch_format="pyarrow")
     yield from cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
@@ -94,11 +96,9 @@ def batches(
     """
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    # From here, not from tasks: they would want a CPU, and workers that come back on fewer nodes may have taken all.
-    numbers = ray.data.from_items(list(range(len(steps))), override_num_blocks=max(1, len(steps) // _STEPS_PER_BLOCK))
     deal = _Deal(Dealer(store, data, seed), batch, rank, workers, steps.start)
     if store.recipe.keep:
-        dealing = numbers.iter_torch_batches(
+        dealing = _numbers(len(steps), _STEPS_PER_DEALT_BLOCK).iter_torch_batches(
             batch_size=_STEPS_PER_DEAL, prefetch_batches=_PREFETCH, collate_fn=_Gathered(deal)
         )
     else:
@@ -106,11 +106,26 @@ def batches(
         def decode(numbers: Any) -> dict[str, np.ndarray]:
             return deal(int(numbers["item"][0]))
 
-        dealing = numbers.map_batches(decode, batch_size=1).iter_torch_batches(
-            batch_size=len(slice_of(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
+        dealing = (
+            _numbers(len(steps), _STEPS_PER_TASK)
+            .map_batches(decode, batch_size=1)
+            .iter_torch_batches(
+                batch_size=len(slice_of(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
+            )
         )
     for dealt in cast(Iterator[list[Batch]], dealing):
         yield from dealt
+
+
+def _numbers(count: int, block: int) -> ray.data.Dataset:
+    """The numbers below `count` as the column `item`, `block` of them together.
+
+    Put into the object store from here, not by tasks: those would want a CPU, and workers that come back on fewer
+    nodes may have taken all. As arrays, because Ray Data takes 20 us for each item of a list.
+    """
+    return ray.data.from_blocks(
+        [pa.table({"item": np.arange(first, min(first + block, count))}) for first in range(0, max(count, 1), block)]
+    )
 
 
 def _be_quiet() -> None:

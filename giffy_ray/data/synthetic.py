@@ -11,6 +11,7 @@ they are shown. Every split has seeds of its own, and the same seed gives the sa
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from giffy_ray.storage import join, read_text, write_if_different, write_text
 NAME = "synthetic"
 _SEEDS_PER_SPLIT = 1_000_000
 _CLIPS_PER_TASK = 4
+_TASKS_AT_ONCE = 10_000  # are known to Ray, so that a cluster that grows sees how much there is to do
 
 
 class Planned(NamedTuple):
@@ -100,9 +102,15 @@ def render_all(root: str, videos: list[Planned]) -> None:
     render = ray.remote(num_cpus=1)(_render)
     parts = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
     with Bar("rendering the built-in videos", len(videos), "videos") as bar:
-        waiting = [render.remote(root, part) for part in parts]
-        while waiting:
-            done, waiting = ray.wait(waiting)
+        unsubmitted, waiting = iter(parts), []
+        while True:
+            waiting += [
+                render.remote(root, part) for part in itertools.islice(unsubmitted, _TASKS_AT_ONCE - len(waiting))
+            ]
+            if not waiting:
+                break
+            # All that end within a second at once: each look at the tasks that run takes time for all of them.
+            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
             bar.advance(sum(ray.get(done)))
     for split in dict.fromkeys(one.split for one in videos):
         lines = [f"{one.category}/{one.name},{one.category},3,0\n" for one in videos if one.split == split]

@@ -312,3 +312,37 @@ def test_files_that_are_not_used_are_named_by_their_ending(experiment, tmp_path,
         r"  1 .mpg: dogs/new\nline.mpg",
         "  4 .wmv: cats/a.wmv, cats/b.WMV, dogs/c.wmv, ...",
     ]
+
+
+@pytest.mark.parametrize("damage", [lambda rows: rows.unlink(), lambda rows: rows.write_bytes(rows.read_bytes()[:-1])])
+def test_rows_of_a_set_that_are_lost_are_written_again_and_nothing_is_decoded(experiment, monkeypatch, damage):
+    store = prepare(experiment)
+    content = (rows := Path(store.location) / "rows.arrow").read_bytes()
+    damage(rows)
+    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
+    again = prepare(experiment)
+    assert again.location == store.location and rows.read_bytes() == content and whole(again)
+    rows.write_bytes(bytes(len(content)))
+    assert whole(prepare(experiment, again=True)) and rows.read_bytes() == content
+
+
+def test_a_set_of_another_format_is_written_again_and_nothing_is_decoded(experiment, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(stores, "_FORMAT", 1)
+        before = prepare(experiment)
+    (Path(before.location) / "rows.arrow").unlink()
+    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
+    after = prepare(experiment)
+    assert after.fingerprint == before.fingerprint and whole(after)
+
+
+def test_many_damaged_shards_take_one_pass_over_the_rows(experiment, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD_VIDEOS", 1)
+    store = prepare(experiment, decoder="tests.data.hostile:sample")
+    before = files_in(tmp_path)
+    for path in tmp_path.glob("runs/stores/*/shards/*.u8"):
+        path.unlink()
+    calls, members_of = [], shards.members_of
+    monkeypatch.setattr(shards, "members_of", lambda rows, found: calls.append(len(found)) or members_of(rows, found))
+    assert whole(prepare(experiment))
+    assert calls == [len(store)] and files_in(tmp_path).keys() == before.keys()

@@ -1,6 +1,11 @@
 """What is stored of a data set, shard by shard; Ray Data's part in it is in tests/data/test_prepare.py."""
 
 import hashlib
+import json
+import shutil
+import tempfile
+import tracemalloc
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -13,10 +18,11 @@ from giffy_ray.config import ClipConfig, ConfigError, DataConfig, LimitsConfig
 from giffy_ray.data import catalog as catalogs
 from giffy_ray.data import shards
 from giffy_ray.data import store as stores
-from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.catalog import Catalog, Video, read_catalog
 from giffy_ray.data.decode import RejectedVideo, decode_clip, sample_source
 from giffy_ray.data.shards import Recipe
 from giffy_ray.data.store import Store
+from giffy_ray.storage import filesystem_of, read_bytes, write_bytes
 from tests.conftest import moving_video
 
 CLIP = ClipConfig(frames=6, fps=10, height=16, width=16)
@@ -278,3 +284,173 @@ def test_a_bucket_that_cannot_be_listed_is_told_in_one_line(monkeypatch: pytest.
     monkeypatch.setattr(catalogs, "filesystem_of", lambda root: (Away(), "bucket/set"))
     with pytest.raises(ConfigError, match=r"data\.root: it cannot be read: AWS Error ACCESS_DENIED .*s3://bucket/set"):
         read_catalog("s3://bucket/set", DataConfig())
+
+
+# --- many rows, of videos that nobody decodes
+
+ROWS = 5_000
+
+
+def large_catalog(count: int = ROWS) -> Catalog:
+    splits = ("training", "training", "training", "validation", "test")
+    videos = [
+        Video(
+            id=f"c{number % 7}/é {number:06}.mp4",
+            path=f"/videos/c{number % 7}/é {number:06}.mp4",
+            category=f"c{number % 7}",
+            split=splits[number % 5],
+            source=f"film {number // 3}",
+            size_bytes=number,
+            modified_ns=1,
+        )
+        for number in range(count)
+    ]
+    return Catalog(
+        "large", "/videos", fs.LocalFileSystem(), tuple(sorted(videos, key=lambda video: video.id)), "/videos"
+    )
+
+
+def large_index(catalog: Catalog) -> pa.Table:
+    """Of every tenth video a reject, of the others a clip, 32 to a shard."""
+    columns: dict[str, list] = {name: [] for name in shards.ROW_SCHEMA.names}
+    for number, video in enumerate(catalog.videos):
+        known = number % 10 > 0
+        row = {"identity": video.identity, "frames": 6, "first": number % 32 * 6, "codec": "h264", "hdr": False}
+        row |= {"shard": hashlib.sha256(b"%d" % (number // 32)).hexdigest(), "shard_bytes": 32 * 6 * 16 * 16 * 3}
+        row |= {"sha256": hashlib.sha256(video.id.encode()).hexdigest(), "padded": number % 2}
+        if not known:
+            row = {"identity": video.identity, "reason": f"reason {number % 3}", "detail": str(number)}
+        for name, column in columns.items():
+            column.append(row.get(name))
+    return pa.table(columns, shards.ROW_SCHEMA)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Catalog]:
+    """(location, catalog) of a set of many rows, in more than one batch of Arrow."""
+    location, catalog = str(tmp_path_factory.mktemp("large") / "store"), large_catalog()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stores, "_BATCH_ROWS", 2000)
+        shards.write_recipe(location, Recipe(CLIP))
+        return stores.write_set(location, catalog, large_index(catalog), LIMITS), catalog
+
+
+def test_opening_a_store_maps_its_rows_and_copies_none(large: tuple[str, Catalog]):
+    location, _ = large
+    Store(location)  # what is imported on first use
+    allocated = pa.total_allocated_bytes()
+    tracemalloc.start()
+    store = Store(location)
+    taken, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert pa.total_allocated_bytes() - allocated < 10_000
+    assert taken < 100_000  # the ids alone take 350 kB as Python strings
+    assert f"{location}/rows.arrow" in Path("/proc/self/maps").read_text()
+    assert len(store) == ROWS * 9 // 10
+    row = store.rows_of("validation")[-1]
+    assert store.ids[row] and store.categories[row] and store.sources[row]
+    assert pa.total_allocated_bytes() - allocated < 10_000
+
+
+def test_columns_are_the_lists_of_the_catalog(large: tuple[str, Catalog]):
+    location, catalog = large
+    store = Store(location)
+    clips = [video for number, video in enumerate(catalog.videos) if number % 10]
+    for column, field in ((store.ids, "id"), (store.categories, "category"), (store.sources, "source")):
+        expected = [getattr(video, field) for video in clips]
+        assert list(column) == expected and column == expected and expected == column
+        assert column != expected[:-1] and column != [*expected[:-1], "other"] and column != "text"
+        assert column[17] == column[np.int64(17)] == expected[17] and column[-1] == expected[-1]
+        assert column[3:4400:2] == expected[3:4400:2] and column[:0] == []
+        assert np.asarray(column).tolist() == expected
+        assert column.index(expected[4_200]) == expected.index(expected[4_200])
+        assert column.count(expected[5]) == expected.count(expected[5])
+        assert "no such text" not in column
+        with pytest.raises(IndexError):
+            column[len(expected)]
+    splits = np.asarray([video.split for video in clips])
+    for split in ("training", "validation", "test", "shifted"):
+        rows = store.rows_of(split)
+        assert rows.dtype == np.int64 and np.array_equal(rows, np.flatnonzero(splits == split))
+    assert store.counts() == {**Counter(splits.tolist()), "rejects": ROWS // 10}
+    assert store.category_counts() == Counter((video.category, video.split) for video in clips)
+    assert store.bytes == len(clips) * 6 * 16 * 16 * 3
+    assert store.facts["padded"].to_pylist() == [number % 2 for number in range(ROWS) if number % 10]
+
+
+def test_rejects_are_read_when_they_are_asked_for(large: tuple[str, Catalog]):
+    location, catalog = large
+    store = Store(location)
+    rejected = [(number, video) for number, video in enumerate(catalog.videos) if number % 10 == 0]
+    expected = [
+        {name: getattr(video, name) for name in ("id", "path", "category", "split")}
+        | {"reason": f"reason {number % 3}", "detail": str(number)}
+        for number, video in rejected
+    ]
+    assert store.rejects == expected and len(store.rejects) == ROWS // 10 and store.rejects[:2] == expected[:2]
+    assert store.reject_counts() == Counter(reject["reason"] for reject in expected)
+    none = Store(
+        stores.write_set(location.rpartition("/sets/")[0], large_catalog(0), large_index(large_catalog(0)), LIMITS)
+    )
+    assert not none.rejects and not none.ids and list(none.rows_of("training")) == []
+    assert none.counts() == {"rejects": 0} and none.reject_counts() == {}
+
+
+def test_the_fingerprint_is_stored_and_what_it_always_was(large: tuple[str, Catalog], tmp_path: Path):
+    location, _ = large
+    digest = hashlib.sha256()
+    for row in stores.read_set(location).to_pylist():
+        digest.update("{id}\0{split}\0{size_bytes}\0{sha256}\n".format(**row).encode())
+    assert Store(location).fingerprint == digest.hexdigest()[:16]
+    copy = tmp_path / "store" / "sets" / "key"
+    shutil.copytree(Path(location).parent.parent, tmp_path / "store")
+    Path(tmp_path, "store", "sets", Path(location).name).rename(copy)
+    about = json.loads((copy / "set.json").read_text())
+    (copy / "set.json").write_text(json.dumps(about | {"fingerprint": "as stored"}))
+    assert Store(str(copy)).fingerprint == "as stored"
+
+
+def test_a_set_whose_rows_are_lost_or_cut_off_is_told_and_is_no_set(large: tuple[str, Catalog], tmp_path: Path):
+    location, catalog = large
+    store = tmp_path / "store"
+    shutil.copytree(Path(location).parent.parent, store)
+    place = str(store / "sets" / Path(location).name)
+    assert stores.choose_set(str(store), catalog, place) == place == stores.set_location(str(store), catalog)
+    rows = Path(place, "rows.arrow")
+    rows.write_bytes(rows.read_bytes()[:-1000])
+    with pytest.raises(RuntimeError, match=r"rows\.arrow: .*; run jobs/prepare\.py"):
+        Store(place)
+    assert stores.set_location(str(store), catalog) is None
+    rows.unlink()
+    with pytest.raises(FileNotFoundError, match=r"rows\.arrow: no such file; run jobs/prepare\.py"):
+        Store(place)
+    assert stores.set_location(str(store), catalog) is None
+
+
+def test_a_node_copies_the_rows_of_a_remote_set_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    location, catalog = f"{bucket}/remote rows", large_catalog(50)
+    shards.write_recipe(location, Recipe(CLIP))
+    place = stores.write_set(location, catalog, large_index(catalog), LIMITS)
+    filesystem, remote = filesystem_of(f"{place}/rows.arrow")
+    content = read_bytes(f"{place}/rows.arrow")
+    write_bytes(f"{place}/rows.arrow", content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(RuntimeError, match=r"rows\.arrow: its sha256 is .*; run jobs/prepare\.py"):
+        Store(place)
+    write_bytes(f"{place}/rows.arrow", content)
+    assert Store(place).ids == [video.id for number, video in enumerate(catalog.videos) if number % 10]
+    filesystem.delete_file(remote)
+    assert Store(place).ids[0] == catalog.videos[1].id
+    (copy,) = tmp_path.glob("giffy_ray-*/sets/*/*.arrow")
+    assert copy.read_bytes() == content
+
+
+def test_members_of_shards_are_found_in_one_pass():
+    rows = large_index(large_catalog(3000))
+    twice = pa.concat_tables([rows, rows]).take(np.random.default_rng(0).permutation(6000))
+    wanted = list(dict.fromkeys(shard for shard in rows["shard"].to_pylist() if shard))[::2]
+    by_order = sorted((r for r in rows.to_pylist() if r["shard"]), key=lambda row: row["first"])
+    expected = {shard: [row["identity"] for row in by_order if row["shard"] == shard] for shard in wanted}
+    assert shards.members_of(twice, wanted) == expected
+    assert shards.members_of(twice, {}) == {} == shards.members_of(twice, ["no such shard"])
+    assert shards.are_in(rows, wanted).to_pylist() == [row["shard"] in wanted for row in rows.to_pylist()]

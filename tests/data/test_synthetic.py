@@ -74,3 +74,30 @@ def test_a_video_is_there_whole_or_not_at_all_and_is_not_written_twice(tmp_path:
         one: stat.st_mtime_ns for one, stat in before.items()
     }
     assert {path.name for path in left_by_others.parent.iterdir()} == {one.name for one in planned}
+
+
+def test_each_look_at_the_tasks_takes_all_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Of n tasks, looking at each one that ends and at all that still run is n²/2 looks."""
+    rendered: list[synthetic.Planned] = []
+    looked, submitted = [], []
+
+    class Task:
+        def remote(self, root: str, videos: list[synthetic.Planned]) -> int:
+            submitted.append(len(videos))
+            rendered.extend(videos)
+            return len(videos)
+
+    def wait(tasks: list[int], num_returns: int = 1, timeout: float | None = None) -> tuple[list[int], list[int]]:
+        looked.append(len(tasks))
+        ended = min(num_returns, 3)  # so many end within a second
+        return tasks[:ended], tasks[ended:]
+
+    monkeypatch.setattr("ray.remote", lambda **resources: lambda function: Task())
+    monkeypatch.setattr("ray.wait", wait)
+    monkeypatch.setattr("ray.get", lambda tasks: tasks)
+    monkeypatch.setattr(synthetic, "_TASKS_AT_ONCE", 6)
+    planned = synthetic.plan(SyntheticConfig(training_clips=100, validation_clips=1, test_clips=1, shifted_clips=1))
+    synthetic.render_all(str(tmp_path), planned)
+    assert rendered == planned and sum(submitted) == len(planned)
+    assert max(looked) == 6 and sum(looked) <= 2 * len(submitted) + 6
+    assert (tmp_path / "moments_categories.txt").exists()
