@@ -118,12 +118,9 @@ def check_evaluation(experiment: Experiment, store: Store | None = None) -> None
     """
     settings = experiment.evaluate
     baseline_methods(settings.baselines, experiment.clip)
-    unused = [name for name in settings.weights if name not in settings.perceptual]
-    if unused:
-        raise ConfigError(
-            f"evaluate.weights.{unused[0]}: evaluate.perceptual does not name {unused[0]}, so its network is not used "
-            f"(value {settings.weights[unused[0]]!r})"
-        )
+    for name, path in settings.weights.items():
+        if name not in settings.perceptual:
+            raise ConfigError(f"evaluate.weights.{name}: evaluate.perceptual does not name {name} (value {path!r})")
     perceptual.require(settings.perceptual, settings.weights)
     if store is not None and not len(store.rows_of(settings.split)):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {settings.split!r})")
