@@ -212,6 +212,31 @@ def origin(experiment: Experiment) -> str | None:
     return newest(run)
 
 
+def check_start(location: str, learner: Learner) -> None:
+    """Raises what `start_from` would raise, as far as the experiment of the checkpoint tells; no weights are read.
+
+    `learner` may be on the meta device. Raises ConfigError, DamagedCheckpoint.
+    """
+    manifest(location)
+    text = read_text(join(location, "experiment.yaml"))
+    try:
+        with torch.device("meta"):
+            networks = learners.build(from_yaml(text or ""), torch.device("meta")).networks
+    except ConfigError:
+        return  # of another version of us; `start_from` needs only the networks
+    shared = [name for name in learner.networks if text and name in networks and not name.endswith(AVERAGE)]
+    for name in shared:
+        ours, theirs = _shapes(learner.networks[name]), _shapes(networks[name])
+        layer = next((key for key in (*ours, *theirs) if ours.get(key) != theirs.get(key)), None)
+        if layer is not None:
+            sizes = " and ".join(str(shapes.get(layer, "not there")) for shapes in (theirs, ours))
+            raise ConfigError(f"{location} is of another model: {layer} of its {name} and of ours is {sizes}")
+
+
+def _shapes(network: nn.Module) -> dict[str, list[int]]:
+    return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
+
+
 def start_from(location: str, learner: Learner) -> None:
     """Takes those networks of a checkpoint that the learner has too; what it has besides keeps its first weights.
 

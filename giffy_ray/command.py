@@ -80,6 +80,8 @@ def parse(usage: str | None, words: Sequence[str], flags: Mapping[str, str] = Ma
     for name, text in flags.items():
         parser.add_argument(f"--{name.replace('_', '-')}", action="store_true", help=text)
     options = parser.parse_intermixed_args(words)
+    if "" in options.words:  # "$EXPERIMENT" where the variable is not set
+        parser.error("unexpected '': expected an experiment file or section.field=value")
     files = [word for word in options.words if _is_file(word)]
     if len(files) > 1:
         parser.error(f"unexpected {files[1]!r}: the experiment file is {files[0]!r}; expected section.field=value")

@@ -299,4 +299,10 @@ def _supplied(metric: str, weights: str | Path | None, device: torch.device) -> 
             f"{metric}: needs the path of a TorchScript file with its network, evaluate.weights={{{metric}: ...}}, and "
             f"downloads none (value {weights})"
         )
-    return torch.jit.load(str(weights), map_location=device).eval()
+    try:
+        return torch.jit.load(str(weights), map_location=device).eval()
+    except (RuntimeError, OSError, ValueError) as error:
+        why = str(error).strip().partition("\n")[0]
+        raise ConfigError(
+            f"evaluate.weights.{metric}: is no TorchScript file: {why} (value {str(weights)!r})"
+        ) from error

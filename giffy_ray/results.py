@@ -124,14 +124,28 @@ def show_search(study: Experiment, found: Study, store: Store, tracker: Tracker)
     _log_files(files, [tracker])
 
 
+def check_evaluation(experiment: Experiment, store: Store | None = None) -> None:
+    """Raises ConfigError for what `show_results` could not show, before the training that it comes after.
+
+    `store`: of the clips, where they are known.
+    """
+    settings = experiment.evaluate
+    baseline_methods(settings.baselines, experiment.clip)
+    for name, path in settings.weights.items():
+        if name not in settings.perceptual:
+            raise ConfigError(f"evaluate.weights.{name}: evaluate.perceptual does not name {name} (value {path!r})")
+    perceptual.require(settings.perceptual, settings.weights)
+    if store is not None and not len(store.rows_of(settings.split)):
+        raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {settings.split!r})")
+
+
 def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:
     """Trains, then shows the trained model beside linear interpolation on the validation clips, and registers it.
 
     It is the checkpoint with the best validation in both cases. Everything goes to the training's own MLflow run, and
     to `parent`, the search that it belongs to, which goes on.
     """
-    baseline_methods(experiment.evaluate.baselines, store.clip)  # what cannot be shown is told before the training
-    perceptual.require(experiment.evaluate.perceptual, experiment.evaluate.weights)
+    check_evaluation(experiment, store)
     clips, cluster = len(store.rows_of("training")), experiment.cluster
     workers = str(cluster.most) if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
     print(f"training {experiment.name}: {clips} clips, {workers} workers", flush=True)

@@ -45,13 +45,13 @@ def checked_location(location: str) -> str:
     if not location.strip() or "\0" in location:
         raise ValueError("is empty" if "\0" not in location else "a path cannot hold a null character")
     scheme, separator, rest = location.partition(":")
-    if not separator or not re.fullmatch(r"[A-Za-z][A-Za-z0-9+.-]+", scheme):
-        return expand_home(location)
     scheme = scheme.lower()
-    if not rest.startswith("//"):
-        if _SCHEMES.fullmatch(scheme):
+    if "://" not in location:
+        if separator and _SCHEMES.fullmatch(scheme):
             raise ValueError(f"an address begins with {scheme}://; expected {_KNOWN}")
-        return location
+        return expand_home(location)
+    if not rest.startswith("//"):
+        raise ValueError(f"'://' is for addresses only; expected {_KNOWN}")
     if scheme not in ("s3", "gs", "file"):
         raise (SecretInAddress if "@" in rest else ValueError)(f"{scheme}:// is not supported; expected {_KNOWN}")
     return _checked_file(rest[2:]) if scheme == "file" else _checked_bucket(scheme, rest[2:])
@@ -130,7 +130,7 @@ def settle(location: str) -> str:
     """
     if "://" in location:
         return location
-    path, here = Path(location).expanduser(), Path.cwd()
+    path, here = Path(expand_home(location)), Path.cwd()
     if not path.is_absolute():
         path = (Path.home() / "giffy_ray" if "runtime_resources" in here.parts else here) / path
     return str(path)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import math
 import os
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -21,7 +22,17 @@ from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
 from giffy_ray import checkpoints, learners, listen, restarts, shared_folders
 from giffy_ray.cluster import Share
-from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, to_yaml
+from giffy_ray.config import (
+    ClipConfig,
+    ConfigError,
+    DataConfig,
+    Experiment,
+    IntervalsConfig,
+    ModelConfig,
+    flatten,
+    from_yaml,
+    to_yaml,
+)
 from giffy_ray.data.prune import DATA_SET_LOCATION
 from giffy_ray.data.store import Store
 from giffy_ray.lease import Lease, LeaseLost, Watch, held
@@ -63,10 +74,12 @@ def train(
     share: Share,
     parent: str | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
+    searched: Collection[str] = (),
 ) -> str:
     """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
 
-    `parent` is the place of the run that this one is shown under. Raises ConfigError before anything starts,
+    `parent` is the place of the run that this one is shown under. `searched`: in a trial, the fields that its search
+    varies. Raises ConfigError before anything starts,
     ray.train.TrainingFailedError or loop.RunFailure after. On SIGTERM and Ctrl-C the training ends after the
     step that it is at, with a checkpoint; then SystemExit is raised. Where it has no workers, as it waits for machines,
     the process ends.
@@ -74,7 +87,7 @@ def train(
     failure = join(experiment.storage, experiment.name, FAILURE)
     # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
     aside = ThreadPoolExecutor(1)
-    with claimed(experiment, store) as lease, _ended_by_signals(experiment) as signals:
+    with claimed(experiment, store, searched=searched) as lease, _ended_by_signals(experiment) as signals:
         _warn_of_little_space(experiment)
         delete_file(failure)
         checkpoints.forget_reported(experiment)
@@ -116,13 +129,18 @@ def _end(training: Future, watch: Watch) -> None:
 
 
 @contextmanager
-def claimed(experiment: Experiment, store: Store, may_change: tuple[str, ...] = MAY_CHANGE) -> Iterator[Lease]:
+def claimed(
+    experiment: Experiment,
+    store: Store,
+    may_change: tuple[str, ...] = MAY_CHANGE,
+    searched: Collection[str] = (),
+) -> Iterator[Lease]:
     """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
 
     LeaseLost at the end of the block where it was lost. `may_change`: what may differ from before, fields, and sections
-    that end with a point.
+    that end with a point. `searched`: see learners.check.
     """
-    check(experiment, store)
+    check(experiment, store, searched)
     with held(experiment) as lease:
         _claim(experiment, store, may_change)
         yield lease
@@ -185,13 +203,35 @@ def _trainer(
     )
 
 
-def check(experiment: Experiment, store: Store) -> None:
-    """What can be known to be wrong before anything starts. Raises ConfigError."""
-    learners.check(experiment)
-    _build_without_memory(experiment)  # says what the model cannot do
+def check_experiment(experiment: Experiment, searched: Collection[str] = ()) -> None:
+    """What can be known to be wrong without clips and a cluster. `searched`: see learners.check. Raises ConfigError."""
+    learners.check(experiment, searched)
+    _build_on_meta(experiment.model, experiment.clip, experiment.data.intervals.frames)
     batch, workers = experiment.train.batch, experiment.cluster.most
     if batch < workers:
         raise ConfigError(f"train.batch: there must be a clip for each of cluster.workers={workers} (value {batch})")
+    if read_text(join(experiment.storage, experiment.name, "experiment.yaml")) is None:
+        _check_start(experiment)
+
+
+@functools.lru_cache(maxsize=32)
+def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int) -> learners.Learner:
+    """The learner, without the memory that it takes, that trains on parts of `frames` frames, or on whole clips if 0.
+
+    Raises ConfigError for what the model cannot do.
+    """
+    data = DataConfig(intervals=IntervalsConfig(frames=frames))
+    try:
+        with torch.device("meta"):
+            return learners.build(Experiment(model=model, clip=clip, data=data), torch.device("meta"))
+    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product torch cannot hold
+        why = str(error).partition("\n")[0]
+        raise ConfigError(f"model: torch cannot build a {model.kind} of these sizes: {why}") from error
+
+
+def check(experiment: Experiment, store: Store, searched: Collection[str] = ()) -> None:
+    """What can be known to be wrong before anything starts. Raises ConfigError."""
+    check_experiment(experiment, searched)
     for split in ("training", "validation"):
         if not len(store.rows_of(split)):
             raise ConfigError(f"data.root: no {split} clips in it; see {store.location} for what was rejected")
@@ -309,7 +349,8 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
             f"epochs, so its learning rate would jump (value {now['train.epochs']}); give another name=... and "
             f"train.start_from={experiment.name}"
         )
-    for name in now:
+    # The kind of model first: with another one, the fields of the section are others too.
+    for name in ("model.kind", *now):
         if without_secrets(str(before[name])) != without_secrets(str(now[name])) and not name.startswith(may_change):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
@@ -320,11 +361,12 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
 
 
 def _check_start(experiment: Experiment) -> None:
-    """Raises ConfigError where a new run is to start from what is not there."""
+    """Raises ConfigError where a new run is to start from what is not there, or from a network of other layers."""
     try:
         origin = checkpoints.origin(experiment)
         if origin is not None:
-            checkpoints.manifest(origin)
+            ours = _build_on_meta(experiment.model, experiment.clip, experiment.data.intervals.frames)
+            checkpoints.check_start(origin, ours)
     except (ConfigError, checkpoints.DamagedCheckpoint) as error:
         start = experiment.train.start_from
         raise ConfigError(f"train.start_from: {error} (value {start!r}; a path is read from {os.getcwd()})") from error

@@ -33,6 +33,12 @@ def main(experiment: Experiment) -> None:
         show_results(experiment, runs, store, [tracker])
 
 
+def check(experiment: Experiment) -> None:
+    from giffy_ray.results import check_evaluation
+
+    check_evaluation(experiment)
+
+
 def without_file(experiment: Experiment, words: Sequence[str]) -> Experiment:
     """The experiment of the run `name`, with the overrides, or `experiment` where there is no such run.
 
@@ -51,4 +57,4 @@ def without_file(experiment: Experiment, words: Sequence[str]) -> Experiment:
 
 if __name__ == "__main__":
     demo = Path(__file__).parent / "experiments" / "demo.yaml"
-    command.run(main, __doc__, demo, without_file=without_file)
+    command.run(main, __doc__, demo, check=check, without_file=without_file)

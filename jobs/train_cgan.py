@@ -5,9 +5,9 @@ Started again with the same name=..., a run goes on from its last checkpoint.
 
 from pathlib import Path
 
-from train_cvae import main  # every model is trained by the same job
+from train_cvae import check, main  # every model is trained by the same job
 
 from giffy_ray import command
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)

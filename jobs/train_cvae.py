@@ -22,5 +22,13 @@ def main(experiment: Experiment) -> None:
     train_and_show(experiment, store, share)
 
 
+def check(experiment: Experiment) -> None:
+    from giffy_ray.results import check_evaluation
+    from giffy_ray.train import check_experiment
+
+    check_experiment(experiment)
+    check_evaluation(experiment)
+
+
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
+    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", check=check)

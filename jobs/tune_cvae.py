@@ -15,7 +15,7 @@ def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
     from giffy_ray import cluster, tune
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.results import log_data_set, show_search, train_and_show
+    from giffy_ray.results import check_evaluation, log_data_set, show_search, train_and_show
     from giffy_ray.tracking import check_tracking, open_run
 
     study = tune.named(experiment)
@@ -23,6 +23,7 @@ def main(experiment: Experiment) -> None:
     share, share_of_trials = cluster.share_of(study), cluster.share_of_trials(study)
     points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)
+    check_evaluation(experiment, store)
 
     with tune.claim(study, store) as lease, open_run(study) as parent:
         log_data_set(store, [parent])
@@ -42,8 +43,11 @@ def main(experiment: Experiment) -> None:
 
 def check(experiment: Experiment) -> None:
     from giffy_ray import tune
+    from giffy_ray.results import check_evaluation
 
     tune.check_search(experiment)
+    tune.check_trainings(experiment)
+    check_evaluation(experiment)
 
 
 if __name__ == "__main__":

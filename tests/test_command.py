@@ -84,6 +84,8 @@ def test_the_job_gets_the_experiment(type_in, place: Path, words: list[str], nam
         (["--resume", "soon"], "invalid choice: 'soon'"),
         (["a.yaml", "b.yaml"], "unexpected 'b.yaml': the experiment file is 'a.yaml'"),
         (["a.yaml", "train.epochs"], "unexpected 'train.epochs'"),
+        ([""], "unexpected '': expected an experiment file"),
+        (["", "name=mine"], "unexpected '': expected an experiment file"),
         (["b.yaml"], "b.yaml: no such experiment file"),
         (["."], ".: is a folder"),
         (["optim.lrr=1"], "optim.lrr: no such field (value 1); did you mean 'optim.lr'?"),

@@ -383,3 +383,50 @@ def test_text_is_taken_as_it_is_typed(text: str):
     experiment = load(None, [f"tracking.experiment={text}"])
     assert experiment.tracking.experiment == text
     assert from_yaml(to_yaml(experiment)) == experiment
+
+
+@pytest.mark.parametrize(
+    ("word", "file"),
+    [
+        ("train.epochs=true", "train: {epochs: true}"),
+        ("data.augment.crop=True", "data: {augment: {crop: True}}"),
+        ("cluster.workers=false", "cluster: {workers: false}"),
+    ],
+)
+def test_a_boolean_is_no_number(word: str, file: str, tmp_path: Path):
+    (tmp_path / "experiment.yaml").write_text(file)
+    for path, words in ((None, [word]), (tmp_path / "experiment.yaml", [])):
+        with pytest.raises(ConfigError, match=word.partition("=")[0]):
+            load(path, words)
+
+
+@pytest.mark.parametrize(
+    "word", ["cluster.workers=x", "cluster.workers=[1]", "data.intervals.frames=1", "model.image_widths=8,8"]
+)
+def test_a_field_of_several_types_has_one_line(word: str):
+    with pytest.raises(ConfigError) as raised:
+        load(None, [word])
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith(word.partition("=")[0] + ": ")
+    assert "constrained-int" not in line
+    assert "literal[0]" not in line
+
+
+@pytest.mark.parametrize(
+    "field", ["clip.frames", "train.epochs", "model.latent", "optim.warmup_steps", "search.trials"]
+)
+def test_a_count_is_one_that_ray_and_torch_can_hold(field: str):
+    with pytest.raises(ConfigError, match=rf"{field}: .*less than 2147483648"):
+        load(None, [f"{field}=99999999999999999999"])
+
+
+def test_an_empty_document_is_the_defaults(tmp_path: Path):
+    (tmp_path / "empty.yaml").write_text("---\n")
+    assert load(tmp_path / "empty.yaml") == Experiment()
+
+
+def test_null_may_be_searched_where_a_kind_of_model_takes_it():
+    space = "{model.frame_weight: {choice: [null, 1]}}"
+    assert load(None, ["model.kind=two_stream", f"search.space={space}"]).search.space == {
+        "model.frame_weight": {"choice": (None, 1)}
+    }

@@ -528,3 +528,35 @@ def test_two_streams_frame_weight_follows_from_the_size_of_the_frames():
     assert learners.build(fixed, CPU).frame_weight == 0.5  # type: ignore[attr-defined]
     at_64 = override(Experiment(), TWO_STREAM | {"clip.height": 64, "clip.width": 64})
     assert learners.build(at_64, torch.device("meta")).frame_weight == 20 / 12288  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("changes", "needed"),
+    [
+        ({"data.intervals.shortest_s": 2.0}, "data.intervals.frames"),
+        ({"data.keep": False, "data.keep_gb": 3.0}, "data.keep"),
+        ({"model.batch_norm": False, "model.image_batch_statistics": True}, "model.batch_norm"),
+        ({"model.batch_norm": False, "speed.sync_batch_norm": True}, "model.batch_norm"),
+        ({"model.kind": "cgan", "model.adversarial_loss": "hinge", "model.real_label": 0.8}, "model.adversarial_loss"),
+        ({"model.kind": "between", "model.adversarial_from_step": 9}, "model.adversarial_weight"),
+        ({"model.kind": "between", "model.discriminator_widths": (2, 2, 2)}, "model.adversarial_weight"),
+        ({"model.kind": "between", "model.kl_weight": 0, "model.free_nats": 1.0}, "model.kl_weight"),
+        ({"model.kind": "between", "model.sampled_share": 0, "model.kl_weight": 1.0}, "model.sampled_share"),
+    ],
+)
+def test_a_field_that_acts_only_with_another_one_is_refused_without_it(changes: dict, needed: str):
+    experiment, field = override(Experiment(), changes), list(changes)[-1]
+    with pytest.raises(ConfigError, match=rf"{field}: has no effect with {needed}=".replace(".", r"\.")):
+        learners.check(experiment)
+    learners.check(experiment, searched=[needed])  # other trials give the field its effect
+
+
+def test_defaults_need_no_other_field():
+    hinge = {"model.kind": "cgan", "model.adversarial_loss": "hinge"}
+    for changes in (hinge, {"model.kind": "between", "model.kl_weight": 0}, {"model.batch_norm": False}):
+        learners.check(override(Experiment(), changes))
+
+
+def test_between_has_no_batch_norm_to_synchronise():
+    with pytest.raises(ConfigError, match=r"speed\.sync_batch_norm: model\.kind=between"):
+        learners.check(override(Experiment(), {"model.kind": "between", "speed.sync_batch_norm": True}))

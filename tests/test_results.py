@@ -425,3 +425,12 @@ def raising(error: BaseException) -> Any:
         raise error
 
     return fail
+
+
+def test_what_could_not_be_shown_is_refused_before_the_training(tmp_path: Path):
+    (tmp_path / "text").write_text("no network")
+    with pytest.raises(ConfigError, match=r"evaluate\.weights\.fid: evaluate\.perceptual does not name fid"):
+        results.check_evaluation(override(Experiment(), {"evaluate.weights": {"fid": "x"}}))
+    weights = {"evaluate.perceptual": ("fid",), "evaluate.weights": {"fid": str(tmp_path / "text")}}
+    with pytest.raises(ConfigError, match=r"evaluate\.weights\.fid: is no TorchScript file"):
+        results.check_evaluation(override(Experiment(), weights))

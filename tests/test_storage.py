@@ -109,3 +109,16 @@ def test_a_bucket_that_does_not_answer_is_waited_for_a_bounded_time(
         check_writable("s3://bucket/runs")
     assert time.monotonic() - began_s < 20
     assert os.environ["AWS_ENDPOINT_URL"].endswith(str(silent_server))
+
+
+@pytest.mark.parametrize("location", ["a://b", "1://b", "://b", "s3 ://b", "/data/a://b"])
+def test_what_looks_like_an_address_and_is_none_is_refused(location: str):
+    with pytest.raises(ValueError, match="expected a folder, s3://"):
+        checked_location(location)
+
+
+def test_a_folder_called_tilde_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The message about unknown home folders names this spelling."""
+    monkeypatch.chdir(tmp_path)
+    assert storage.settle("./~") == f"{tmp_path}/~"
+    assert storage.settle("~/runs") == f"{Path.home()}/runs"

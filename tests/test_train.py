@@ -8,18 +8,27 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.core.generated import autoscaler_pb2
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 
-from giffy_ray import cluster, restarts, shared_folders, tune
+from giffy_ray import checkpoints, cluster, learners, restarts, shared_folders, tune
 from giffy_ray import train as train_module
 from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
 from giffy_ray.loop import validations
-from giffy_ray.train import _trainer, _warn_of_little_space, check, checkpoint_bytes, claimed, train
+from giffy_ray.train import (
+    _trainer,
+    _warn_of_little_space,
+    check,
+    check_experiment,
+    checkpoint_bytes,
+    claimed,
+    train,
+)
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
@@ -77,6 +86,27 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     changed = override(experiment, {"optim.lr": 0.5})
     with pytest.raises(ConfigError, match=r"optim\.lr: the run 'mine' was started with 0\.0001 \(value 0\.5\)"):
         train(changed, store, share)  # type: ignore[arg-type]
+    changed = override(experiment, {"model.kind": "cgan"})
+    with pytest.raises(ConfigError, match=r"model\.kind: the run 'mine' was started with 'cvae' \(value 'cgan'\)"):
+        train(changed, store, share)  # type: ignore[arg-type]
+
+
+def test_a_run_that_starts_from_other_layers_is_refused_before_anything_starts(tiny: Experiment, tmp_path):
+    there = override(tiny, {"storage": str(tmp_path), "name": "there"})
+    learner = learners.build(there, torch.device("cpu"))
+    snapshot = checkpoints.Snapshot(learner, there, checkpoints.Position(0))
+    place = checkpoints.place_of_new(there)
+    snapshot.write(*checkpoints.filesystem_of(place))
+    ours = override(there, {"name": "mine", "train.start_from": place})
+    check_experiment(ours)
+    with pytest.raises(ConfigError, match=r"train\.start_from: .* is of another model: .*cvae"):
+        check_experiment(override(ours, {"model.latent": 5}))
+
+
+def test_a_network_of_sizes_that_no_tensor_has_is_refused():
+    sizes = {"model.latent": 2**31 - 1, "model.video_hidden": 2**31 - 1}
+    with pytest.raises(ConfigError, match="model: torch cannot build a cvae of these sizes"):
+        check_experiment(override(Experiment(), sizes))
 
 
 def test_a_training_whose_checkpoints_do_not_fit_is_refused_before_anything_starts(tmp_path, tiny, monkeypatch, capsys):

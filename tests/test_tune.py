@@ -351,3 +351,38 @@ def test_what_a_training_reports_is_known(kind: str, words: list[str]):
     measured = loop.validate(lambda start, end, ids: clips, store, 2, torch.device("cpu"))
     known = {name for name in reported_by(asked) if name not in ("speed/gpu_memory_gb", "speed/model_flop_utilisation")}
     assert {**meter.means(), **measured}.keys() == known
+
+
+@pytest.mark.parametrize(
+    ("space", "words", "message"),
+    [
+        ("{train.batch: {int: [1, 8]}}", [], r"a trial with train\.batch=1 cannot run: train\.batch"),
+        ("{train.batch: {int: [2, 8]}}", ["cluster.workers=2"], r"the training of the best trial with train\.batch=2"),
+        ("{speed.micro_batch: {choice: [0, 4]}}", [], r"a trial with speed\.micro_batch=4 cannot run"),
+        ("{train.start_from: {choice: [null, nothing]}}", [], r"a trial with train\.start_from=nothing cannot run"),
+        ("{data.intervals.frames: {choice: [30, 9]}}", ["data.intervals.frames=30"], r"a trial with data\.intervals"),
+    ],
+)
+def test_values_with_which_a_training_cannot_run_are_refused(
+    space: str, words: list[str], message: str, tmp_path: Path
+):
+    with pytest.raises(ConfigError, match=rf"search\.space: {message}"):
+        tune.check_trainings(searching(space, f"storage={tmp_path}", *words))
+
+
+@pytest.mark.parametrize(
+    "space",
+    [
+        "{data.augment.pan: {uniform: [0.1, 0.5]}, data.augment.crop: {uniform: [0.5, 1]}}",
+        "{model.batch_norm: {choice: [true, false]}, model.image_batch_statistics: {choice: [true, false]}}",
+        "{train.batch: {int: [2, 40]}}",
+    ],
+)
+def test_what_has_no_effect_in_some_trials_only_may_be_searched(space: str, tmp_path: Path):
+    tune.check_trainings(searching(space, f"storage={tmp_path}"))
+
+
+def test_patience_with_several_objectives_is_refused():
+    words = ["search.objectives={val/skill: larger, val/blur: smaller}", "search.patience=3"]
+    with pytest.raises(ConfigError, match=r"search\.patience: has no effect with several"):
+        tune.check_search(searching("{optim.lr: {uniform: [0.1, 1]}}", *words))

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ _EXPERIMENT = TypeAdapter(Experiment)
 # Fields whose names the user chooses: values, not sections.
 _OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")
 _KIND = "model.kind"
+_TYPE = re.compile(r"constrained-\w+|\w*\[.*\]")  # in the place of a pydantic error: which type of a union it is of
 MISSING = "???"  # the value of a text field in an experiment file that the user must give
 
 
@@ -203,7 +205,13 @@ def _validate(tree: Mapping[str, Any]) -> Experiment:
     try:
         return _EXPERIMENT.validate_python(tree)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(one) for one in error.errors())) from None
+        # pydantic has an error for each type of a union, and for each value that a list lacks.
+        by_field: dict[str, list[str]] = {}
+        for one in error.errors():
+            field, _, message = _explain(one).partition(": ")
+            by_field.setdefault(field, []).append(message)
+        lines = [f"{field}: {'; or: '.join(dict.fromkeys(messages))}" for field, messages in by_field.items()]
+        raise ConfigError("\n".join(lines)) from None
 
 
 def _explain(error: Any) -> str:
@@ -212,10 +220,14 @@ def _explain(error: Any) -> str:
         return f"{_KIND}: must be one of {error['ctx']['expected_tags']} (value {error['ctx']['tag']!r})"
     if path[:1] == ["model"] and len(path) > 1:
         kind = path.pop(1)
+    path = [part for part in path if not _TYPE.fullmatch(str(part))]
+    if error["type"] == "missing":
+        return f"{'.'.join(map(str, path[:-1]))}: more values are required (value {_shown(value)})"
     dotted = ".".join(str(part) for part in path)
     if error["type"] not in ("unexpected_keyword_argument", "extra_forbidden"):
         message = error["msg"].removeprefix("Value error, ")
-        if isinstance(error.get("ctx", {}).get("error"), SecretInAddress):
+        whole_section = isinstance(value, Mapping) and error["type"] == "value_error"
+        if whole_section or isinstance(error.get("ctx", {}).get("error"), SecretInAddress):
             return f"{dotted}: {message}"
         return f"{dotted}: {message} (value {_shown(value)})"
     if len(path) == 1 and "." in dotted and dotted in _defaults(kind):

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from giffy_ray.config.values import Positive, Share, Strict, Weight
+from giffy_ray.config.values import Count, Positive, Share, Strict, Weight
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Encoders(Strict):
     image_batch_statistics: bool = False
     reconstruction_weight: Weight = 2.0  # lambda1 of equation 1
     ends_weight: Weight = 2.0  # lambda2 of equation 1
-    kl_warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which the divergence from the prior comes in
+    kl_warmup_steps: Count = 0  # over which the divergence from the prior comes in
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class TwoStreamConfig(Adversarial):
     """Vondrick et al. 2016 [2], conditional on both end images: a moving foreground before a still background."""
 
     kind: Literal["two_stream"] = "two_stream"
-    latent: Annotated[int, Field(ge=0)] = 0  # they give their conditional generator no noise
+    latent: Count = 0  # they give their conditional generator no noise
     widths: tuple[Positive, Positive, Positive, Positive] = (128, 256, 512, 1024)  # of all its streams, fine to coarse
     mask_weight: Weight = 0.1  # of the mask's mean, so that the foreground stays small
     real_label: Share = 1.0
@@ -116,7 +116,7 @@ class BetweenConfig(Strict):
     latent: Positive = 8
     sampled_share: Share = 0.5  # of the clips are made from q(latent | clip) in training, the others from the prior
     kl_weight: Weight = 1e-4  # relative to a squared error as large as linear interpolation's
-    kl_warmup_steps: Annotated[int, Field(ge=0)] = 500
+    kl_warmup_steps: Count = 500
     free_nats: Weight = 0.05  # of each value of the latent, that cost nothing
     # Mean squared errors below this count as one of its size: what is nearly still is not worth a large weight.
     error_floor: Annotated[float, Field(gt=0)] = 0.002
@@ -124,7 +124,7 @@ class BetweenConfig(Strict):
     self_ensemble: Literal[1, 2, 4] = 1
     # Above 0, a discriminator that sees the end images judges the made frames.
     adversarial_weight: Weight = 0.0
-    adversarial_from_step: Annotated[int, Field(ge=0)] = 0  # until then the generator learns by itself
+    adversarial_from_step: Count = 0  # until then the generator learns by itself
     discriminator_widths: tuple[Positive, Positive, Positive] = (32, 64, 128)
 
 

@@ -66,7 +66,7 @@ def read_text(text: str, root: type, source: str) -> dict[str, Any]:
     """The same of the text of a file; `source` names it in messages. Raises ConfigError."""
     reader = _Reader(source, root)
     node = reader.compose(text)
-    if node is None:
+    if node is None or (isinstance(node, ScalarNode) and node.value == "" and node.style is None):  # --- by itself
         return {}
     if not isinstance(node, MappingNode):
         kind = "a list" if isinstance(node, SequenceNode) else repr(node.value)
@@ -191,7 +191,8 @@ class _Reader:
             members = [member for member in members if _kind_of(member) == kind.value] or members
         hints: dict[str, Any] = {}
         if dotted == _SPACE:  # the values of a searched field are read as those of the field
-            hints = {name: dict[str, tuple[hint_of(self._root, name), ...]] for name in pairs}
+            # null too: which kinds of model take it is found out when each value is tried.
+            hints = {name: dict[str, tuple[hint_of(self._root, name) | None, ...]] for name in pairs}
         elif members:
             member = members[0]
             of_dict = get_origin(member) is dict
@@ -230,10 +231,13 @@ class _Reader:
 
 
 def _plain(text: str, boolean: bool) -> Any:
-    """A number, `true`, `false`, or the text itself. `boolean`: the field is one, so `on` and `no` are too."""
+    """A number, `true`, `false`, or the text itself. `boolean`: the field is one, so `on` and `no` are too.
+
+    In the field of a number `true` stays text, which is then refused: pydantic would take it for 1.
+    """
     if boolean and text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
-    if text in _CONSTANTS:
+    if text in _CONSTANTS and (boolean or not isinstance(_CONSTANTS[text], bool)):
         return _CONSTANTS[text]
     try:
         if _INT.fullmatch(text):

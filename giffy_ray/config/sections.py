@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from pydantic import Field, PlainValidator
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
-from giffy_ray.config.values import LocalPath, Location, Positive, Run, Seed, Share, Strict, TrackingUri, Weight
+from giffy_ray.config.values import Count, LocalPath, Location, Positive, Run, Seed, Share, Strict, TrackingUri, Weight
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
@@ -61,7 +61,7 @@ class LimitsConfig(Strict):
 class IntervalsConfig(Strict):
     """Training on parts of the videos: the store keeps all their frames, and random intervals of them are dealt."""
 
-    frames: Literal[0] | Annotated[int, Field(ge=2)] = 0  # dealt of each interval; 0: whole clips are dealt
+    frames: Literal[0] | Annotated[int, Field(ge=2, lt=2**31)] = 0  # dealt of each interval; 0: whole clips are dealt
     shortest_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
     moments: Literal["even", "random"] = "even"  # of the frames between start and end
 
@@ -104,7 +104,7 @@ class DataConfig(Strict):
 class ClipConfig(Strict):
     """What is kept of a video: `frames` frames at `fps`, from its beginning (30 at 10 fps: the first 3 s)."""
 
-    frames: Annotated[int, Field(ge=3)] = 30
+    frames: Annotated[int, Field(ge=3, lt=2**31)] = 30
     fps: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 10.0
     height: Positive = 64
     width: Positive = 64
@@ -121,7 +121,7 @@ class OptimConfig(Strict):
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.8
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.999
     weight_decay: Weight = 0.0  # decoupled from the gradient (AdamW)
-    warmup_steps: Annotated[int, Field(ge=0)] = 0  # over which the learning rate rises to its value
+    warmup_steps: Count = 0  # over which the learning rate rises to its value
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to nothing at the last step
     clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient of a network
     ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, which then makes the clips
@@ -132,10 +132,10 @@ class TrainConfig(Strict):
     epochs: Positive = 100
     batch: Positive = 20  # clips per optimiser step, over all workers together
     validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
-    checkpoint_every: Annotated[int, Field(ge=0)] = 0  # steps between further checkpoints; 0: none
+    checkpoint_every: Count = 0  # steps between further checkpoints; 0: none
     keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
     start_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
-    most_skipped: Annotated[int, Field(ge=0)] = 10  # steps without a finite gradient before a run is stopped
+    most_skipped: Count = 10  # steps without a finite gradient before a run is stopped
     seed: Seed = 0
 
 
@@ -146,7 +146,7 @@ class SpeedConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bfloat16 on a GPU
     compile: bool = False  # by torch.compile: a minute at the start, for faster steps
     channels_last: bool = False  # how clips and weights lie in memory; some GPUs convolve faster so
-    micro_batch: Annotated[int, Field(ge=0)] = 0  # most clips that a worker takes at once; 0: its whole share
+    micro_batch: Count = 0  # most clips that a worker takes at once; 0: its whole share
     compress_gradients: bool = False  # workers send each other bfloat16
     sync_batch_norm: bool = False  # statistics of the clips of all workers, on GPUs
     profile: bool = False  # a torch.profiler trace of a few steps, among the run's files in MLflow; or say --profile
@@ -156,8 +156,8 @@ class SpeedConfig(Strict):
 class ClusterConfig(Strict):
     # DDP workers; [fewest, most]: as many as there is room for, more and fewer while the training runs.
     workers: Positive | tuple[Positive, Positive] = 1
-    max_failures: Annotated[int, Field(ge=0)] = 3  # restarts from the last checkpoint before a run is given up
-    max_preemptions: Annotated[int, Field(ge=0)] = 100  # restarts for machines that were taken away, counted apart
+    max_failures: Count = 3  # restarts from the last checkpoint before a run is given up
+    max_preemptions: Count = 100  # restarts for machines that were taken away, counted apart
     gpu: bool | None = None  # a GPU for each worker; none: where the cluster has GPUs, or may add them
     shared_storage: bool = False  # nodes that an autoscaler adds mount the local `storage` and `data.root`, too
 
@@ -210,7 +210,7 @@ class SearchConfig(Strict):
     sampler: Literal["tpe", "random", "pbt"] = "tpe"
     asha: bool = True  # of one metric, and not of pbt
     grace_epochs: Positive = 2  # no trial is ended before
-    reduction_factor: Annotated[int, Field(ge=2)] = 2  # of so many trials at a rung, one goes on
+    reduction_factor: Annotated[int, Field(ge=2, lt=2**31)] = 2  # of so many trials at a rung, one goes on
     seed: Seed = 0
     workers: Positive = 1  # of a trial; one trains in the trial's own process
     # Below 1, trials share a GPU; that takes trials of one worker.

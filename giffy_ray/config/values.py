@@ -10,7 +10,9 @@ from pydantic import AfterValidator, ConfigDict, Field
 
 from giffy_ray.storage import SecretInAddress, checked_location, expand_home
 
-Positive = Annotated[int, Field(gt=0)]
+# Counts fit into the 32-bit integers of Ray and the 64-bit products of torch's sizes.
+Positive = Annotated[int, Field(gt=0, lt=2**31)]
+Count = Annotated[int, Field(ge=0, lt=2**31)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Seed = Annotated[int, Field(ge=0, lt=2**31)]  # what numpy, torch and Optuna all take
 Share = Annotated[float, Field(ge=0, le=1)]

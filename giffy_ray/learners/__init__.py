@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from giffy_ray.config import Adversarial, BetweenConfig, CGANConfig, ConfigError, Encoders, Experiment
+from giffy_ray.config import (
+    Adversarial,
+    BetweenConfig,
+    CGANConfig,
+    ConfigError,
+    Encoders,
+    Experiment,
+    effects,
+    flatten,
+    override,
+)
 from giffy_ray.learners.between import BetweenLearner
 from giffy_ray.learners.cvae import CVAELearner
 from giffy_ray.learners.gan import GANLearner
@@ -70,19 +81,41 @@ def _refuse_micro_batches(experiment: Experiment) -> None:
         )
 
 
-def check(experiment: Experiment) -> None:
+def check(experiment: Experiment, searched: Collection[str] = ()) -> None:
     """Raises ConfigError where a training would compute something else than its fields say, or ignore one.
 
-    Not part of `build`, which also loads checkpoints to make clips.
+    `searched`: fields that a search varies. What has no effect because of one of them has one in other trials. Not part
+    of `build`, which also loads checkpoints to make clips.
     """
+    _refuse_single_clips(experiment)
+    _refuse_micro_batches(experiment)
     _refuse_batch_norm_of_parts(experiment)
     _refuse_moments(experiment)
-    _refuse_discriminator_rate(experiment)
+    _refuse_discriminator_rate(experiment, searched)
     augment = experiment.data.augment
-    if augment.pan and augment.crop == 1:
+    if augment.pan and augment.crop == 1 and "data.augment.crop" not in searched:
         raise ConfigError(
             f"data.augment.pan: moves what data.augment.crop cuts out; give a crop below 1 (value {augment.pan})"
         )
+    _refuse_without_effect(experiment, searched)
+    _refuse_sync_without_batch_norm(experiment, searched)
+
+
+def _refuse_without_effect(experiment: Experiment, searched: Collection[str]) -> None:
+    fields = flatten(experiment)
+    defaults = flatten(override(Experiment(), {"model.kind": experiment.model.kind}))
+    for name, needed, words in effects.without_effect(fields, defaults):
+        if needed not in searched and "model.kind" not in searched:
+            raise ConfigError(
+                f"{name}: has no effect with {needed}={fields[needed]}, only with {words} (value {fields[name]}); "
+                "change one of them"
+            )
+
+
+def _refuse_sync_without_batch_norm(experiment: Experiment, searched: Collection[str]) -> None:
+    synced, model = experiment.speed.sync_batch_norm, experiment.model
+    if synced and isinstance(model, BetweenConfig) and "model.kind" not in searched:
+        raise ConfigError("speed.sync_batch_norm: model.kind=between has no batch norm (value True); leave it out")
 
 
 def _refuse_batch_norm_of_parts(experiment: Experiment) -> None:
@@ -110,10 +143,10 @@ def _refuse_moments(experiment: Experiment) -> None:
     raise ConfigError(f"data.intervals.moments: {why} (value {intervals.moments!r}); use 'even'")
 
 
-def _refuse_discriminator_rate(experiment: Experiment) -> None:
+def _refuse_discriminator_rate(experiment: Experiment, searched: Collection[str]) -> None:
     model, rate = experiment.model, experiment.optim.discriminator_lr
     adversarial = isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)
-    if rate is not None and not adversarial:
+    if rate is not None and not adversarial and not {"model.kind", "model.adversarial_weight"} & {*searched}:
         hint = "; set model.adversarial_weight, or leave it out" if isinstance(model, BetweenConfig) else ""
         raise ConfigError(
             f"optim.discriminator_lr: model.kind={model.kind} trains no discriminator (value {rate}){hint}"

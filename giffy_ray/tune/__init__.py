@@ -30,12 +30,12 @@ from giffy_ray.reports import line_of
 from giffy_ray.shared_folders import leave_token, remove_token
 from giffy_ray.storage import join, read_text
 from giffy_ray.tracking import params_of, tracking_uri
-from giffy_ray.train import check, checkpoint_bytes, claimed
+from giffy_ray.train import check, check_experiment, checkpoint_bytes, claimed
 from giffy_ray.tune.ledger import ENDED, EPOCH, Ledger
 from giffy_ray.tune.metrics import check_metrics, objectives
 from giffy_ray.tune.population import Population
 from giffy_ray.tune.population import check as check_population
-from giffy_ray.tune.space import Values, combinations, distributions, earlier_point, reports_point
+from giffy_ray.tune.space import Values, combinations, distributions, earlier_point, edges, reports_point
 from giffy_ray.tune.stored import opened, refuse_database_of
 from giffy_ray.tune.trial import FAILED, experiment_of, name_of, trial
 
@@ -43,6 +43,7 @@ __all__ = [
     "Study",
     "Trial",
     "check_search",
+    "check_trainings",
     "claim",
     "experiment_of",
     "first_points",
@@ -103,7 +104,8 @@ def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
     Raises ConfigError before anything starts.
     """
     check_search(experiment)
-    check(experiment_of(experiment, 0, {}), store)
+    values = {name: edges(distribution)[0] for name, distribution in distributions(experiment).items()}
+    check(experiment_of(experiment, 0, values), store, values)
     with claimed(experiment, store, _MAY_CHANGE) as lease:
         _warn_of_little_space(experiment)
         yield lease
@@ -166,8 +168,33 @@ def check_search(experiment: Experiment) -> None:
     """What can be known to be wrong with the `search` section without a cluster or clips. Raises ConfigError."""
     distributions(experiment)
     check_metrics(experiment)
+    if experiment.search.patience and len(experiment.search.objectives) > 1:
+        raise ConfigError(
+            f"search.patience: has no effect with several search.objectives, of which no trial is the best (value "
+            f"{experiment.search.patience}); leave it out, or give one objective"
+        )
     if experiment.search.sampler == "pbt":
         check_population(experiment)
+
+
+def check_trainings(experiment: Experiment) -> None:
+    """Raises ConfigError where a trial, or the training of the best one, would be refused with a value of the space.
+
+    Each bound and choice is tried, with the first one of the other fields.
+    """
+    study, space = named(experiment), distributions(experiment)
+    ends = {name: edges(distribution) for name, distribution in space.items()}
+    first = {name: values[0] for name, values in ends.items()}
+    for values in [first, *({**first, name: value} for name, others in ends.items() for value in others[1:])]:
+        for what, training in (
+            ("a trial", experiment_of(study, 0, values)),
+            ("the training of the best trial", override(experiment, values)),
+        ):
+            try:
+                check_experiment(training, space)
+            except ConfigError as error:
+                said = ", ".join(f"{name}={value}" for name, value in values.items())
+                raise ConfigError(f"search.space: {what} with {said} cannot run: {error}") from error
 
 
 def most_trials(experiment: Experiment) -> int:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import itertools
 import math
 import random
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 
-from giffy_ray.config import Adversarial, ConfigError, Distribution, Experiment, flatten, override
+from giffy_ray.config import Adversarial, ConfigError, Distribution, Experiment, effects, flatten, override
 
 Values = dict[str, Any]  # of the experiment's fields, by dotted name
 
@@ -32,13 +32,8 @@ _REFUSED = {
     "evaluate.": "it acts after the training",
     "search.": "it describes the search, not a trial",
 }
-# Field -> (the field that it needs, the values of that with which it acts, these in words).
-_NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
-    "data.augment.pan": ("data.augment.crop", lambda crop: crop < 1, "below 1"),
-    "data.intervals.shortest_s": ("data.intervals.frames", bool, "above 0"),
-    "data.intervals.moments": ("data.intervals.frames", bool, "above 0"),
-    "model.real_label": ("model.adversarial_loss", lambda loss: loss == "logistic", "logistic"),
-    "model.adversarial_from_step": ("model.adversarial_weight", bool, "above 0"),
+# As `effects.NEEDS`, of a trial.
+_NEEDS = effects.NEEDS | {
     "speed.sync_batch_norm": ("search.workers", lambda workers: workers > 1, "above 1"),
     "speed.compress_gradients": ("search.workers", lambda workers: workers > 1, "above 1"),
 }
@@ -84,7 +79,7 @@ def _why_refused(experiment: Experiment, name: str) -> str:
         judged = fields.get("model.adversarial_weight") or "model.adversarial_weight" in space
         return "" if judged else "this model has no discriminator"
     needed, acts, words = _NEEDS.get(name, ("", bool, ""))
-    if needed and needed not in space and not acts(fields.get(needed, 0)):
+    if needed in fields and needed not in space and not acts(fields[needed]):
         return f"it acts only with {needed} {words} (value {fields.get(needed)!r})"
     return ""
 
@@ -150,6 +145,14 @@ def _is_finite(value: Any) -> bool:
         return not isinstance(value, int | float) or math.isfinite(value)
     except OverflowError:
         return False
+
+
+def edges(distribution: BaseDistribution) -> Sequence[Any]:
+    """All choices, or both bounds."""
+    if isinstance(distribution, CategoricalDistribution):
+        return distribution.choices
+    assert isinstance(distribution, FloatDistribution | IntDistribution)
+    return distribution.low, distribution.high
 
 
 def combinations(space: Mapping[str, BaseDistribution]) -> int | None:

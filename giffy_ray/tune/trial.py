@@ -61,7 +61,7 @@ def trial(config: dict[str, Any], study: str, store: str, share: Share, parent: 
     clips = functools.partial(Store, store, experiment.data.node_cache_gb)
     try:
         if experiment.cluster.most > 1:
-            train(experiment, clips(), share, parent, [TuneReportCallback()])
+            train(experiment, clips(), share, parent, [TuneReportCallback()], whole.search.space)
         elif "until" in config:
             _turn(experiment, whole, clips(), parent, config["until"], config["take"])
         else:
@@ -76,7 +76,7 @@ def _alone(experiment: Experiment, store: Store, parent: str) -> None:
     os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_LEAVE_S)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tags = {"data.fingerprint": store.fingerprint}
-    with claimed(experiment, store) as lease:
+    with claimed(experiment, store, searched=experiment.search.space) as lease:
         done = checkpoints.reported(experiment)
         if done:  # it may have been cut before the search took it down
             tune.report(done)
@@ -99,7 +99,8 @@ def _turn(
     """
     tags = {"data.fingerprint": store.fingerprint}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    with claimed(experiment, store, (*MAY_CHANGE, *study.search.space)) as lease, contextlib.suppress(_TurnIsOver):
+    space = study.search.space
+    with claimed(experiment, store, (*MAY_CHANGE, *space), space) as lease, contextlib.suppress(_TurnIsOver):
         watch = Watch(experiment, lease.holder)
         if take:
             checkpoints.take_over(experiment, override(experiment, {"name": name_of(take[1])}), take[0])
