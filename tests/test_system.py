@@ -121,6 +121,27 @@ def test_a_machine_without_nvidias_driver_has_no_gpus(monkeypatch: pytest.Monkey
     assert system.gpus_here() == []
 
 
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH),  # after an update of the driver
+        pynvml.NVMLLibraryMismatchError("Unversioned function called"),  # no NVMLError
+        OSError("libnvidia-ml.so: file too short"),
+    ],
+)
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
+def test_nvml_that_fails_costs_no_other_value_and_is_named_once(
+    nvml: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str, failure: Exception
+):
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(pynvml, call, fail)
+    for _ in range(2):
+        assert system.of_gpus(system.gpus_here()) == {}
+    assert [type(failure).__name__ in said for said in caplog.messages] == [True] * (2 if "Handle" in call else 1)
+
+
 @pytest.fixture
 def experiment(tmp_path: Path) -> Experiment:
     return override(Experiment(), {"name": "run", "storage": str(tmp_path / "runs")})

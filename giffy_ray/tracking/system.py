@@ -20,6 +20,7 @@ import pynvml
 from giffy_ray.storage import join, read_text, write_text
 
 EVERY_S = 10.0  # MLflow's interval
+_NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 _NOTHING = {"samples": 0, "cpu_hours": 0.0, "gpu_hours": 0.0}
 _log = logging.getLogger(__name__)
 
@@ -100,7 +101,9 @@ def gpus_here() -> list[Any]:
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
+    except Exception as failure:  # some of pynvml's are no NVMLError
+        if getattr(failure, "value", None) not in _NO_DRIVER:  # as after an update of the driver without a restart
+            _warn_once(f"GPUs cannot be sampled: {failure!r}")
         return []
     return [_handle(number) for number in range(count)]
 
@@ -117,7 +120,7 @@ def of_gpus(gpus: Sequence[Any]) -> dict[str, float]:
 def _handle(number: int) -> Any:
     try:
         return pynvml.nvmlDeviceGetHandleByIndex(number)
-    except pynvml.NVMLError as failure:  # it fell off the bus, or this user has no permission
+    except Exception as failure:  # it fell off the bus, or this user has no permission
         _warn_once(f"GPU {number} cannot be sampled: {failure!r}")
         return None
 
