@@ -14,6 +14,7 @@ from types import FrameType
 import ray
 import ray.train
 import torch
+from pydantic import SecretStr
 from ray._private.state import state  # the public list of actors needs the dashboard
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
@@ -95,15 +96,25 @@ def train(
 def _end(training: Future, watch: Watch) -> None:
     """Raises what `fit` raised, or LeaseLost where its workers have ended because another process has the run."""
     try:
-        training.result()
+        result = training.result()
     except ray.train.TrainingFailedError as error:
-        lost = watch.look()
+        lost = _look(watch)
         if lost:
             raise LeaseLost(lost) from error
         raise
-    lost = watch.look()
+    # Rank 0 may have found it to be lost when this process did not, as where it was paused and goes on.
+    lost = (result and result.return_value) or _look(watch)
     if lost:
         raise LeaseLost(lost)
+
+
+def _look(watch: Watch) -> str:
+    """As `watch.look`. A storage that fails does not hide how the training ended: the lease has its own deadline."""
+    try:
+        return watch.look()
+    except Exception as failure:
+        _log.warning("%s: could not be read (%r)", watch.location, failure)
+        return ""
 
 
 @contextmanager
@@ -137,7 +148,7 @@ def _trainer(
     return restarts.Trainer(
         train_loop,
         train_loop_config={
-            "experiment": to_yaml(experiment),
+            "experiment": SecretStr(to_yaml(experiment)),  # Ray's dashboard shows these settings
             "store": store.location,
             "fingerprint": store.fingerprint,
             "parent": parent,
