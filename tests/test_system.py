@@ -113,6 +113,17 @@ def test_what_a_run_costs_is_logged_whatever_cannot_be_read(
     assert sample["cost/cpu_hours"] == pytest.approx(2 * sample["cost/gpu_hours"])
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"samples": "x", "cpu_hours": 1, "gpu_hours": 1}'])
+def test_a_damaged_count_of_what_a_run_has_cost_costs_no_sample(content: bytes, tmp_path: Path):
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "used.json").write_bytes(content)
+    logged: list[dict[str, float]] = []
+    system.Sampler(lambda values, step: logged.append(values), str(tmp_path), cpus=2, gpus=1).end()
+    (sample,) = logged
+    assert {"cost/cpu_hours", "cost/gpu_hours"} <= sample.keys()
+    assert sample["cost/cpu_hours"] < 0.01
+
+
 def test_a_machine_without_nvidias_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch):
     def absent() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)

@@ -597,6 +597,21 @@ def test_a_letter_that_is_damaged_blocks_nothing(experiment: Experiment, client:
     assert refused_of(experiment) == ["00000000000000000001-"]
 
 
+def test_files_of_a_run_that_are_damaged_block_nothing(experiment: Experiment, client: MlflowClient):
+    """The copy of the letter that began it, and the id of its run, which is found again by its folder."""
+    open_run(experiment).finish()
+    Path(experiment.storage, "run", "mlflow_run").write_bytes(b"\xff\xfe")
+    tracker = open_run(experiment)
+    tracker.flush()
+    Path(experiment.storage, "run", "tracking", "begun").write_bytes(b"\xff[]")
+    tracker.log_metrics({"": 1.0}, 1)  # which MLflow refuses
+    tracker.log_metrics({"val/psnr": 1.0}, 2)
+    tracker.finish()
+    run = run_of(experiment, client)
+    assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
+    assert len(refused_of(experiment)) == 1
+
+
 def test_letters_keep_their_order_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Outbox(str(tmp_path)).put({"kind": "status"})
     monkeypatch.setattr(outbox.time, "time_ns", lambda: 5)

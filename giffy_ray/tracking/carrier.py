@@ -95,7 +95,7 @@ class Carrier:
 
     def __init__(self, outbox: Outbox, uri: str, experiment: str, artifacts: str | None, place: str):
         self.outbox, self.uri, self.experiment, self.artifacts, self.place = outbox, uri, experiment, artifacts, place
-        self._run_id: str | None = read_text(join(place, "mlflow_run"))
+        self._run_id: str | None = read_text(join(place, "mlflow_run"), "replace")
         self._event_queue, self._file_queue = _Queue(uri, experiment, "events"), _Queue(uri, experiment, "files")
         self._current = self._event_queue  # the queue that is being sent
         self._kinds: dict[str, str] = {}  # of letters whose name does not say it

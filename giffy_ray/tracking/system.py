@@ -68,13 +68,25 @@ class Sampler:
 
     def _used(self, seconds: float) -> dict[str, Any]:
         """What the run has used by now; in the file before it is logged, so no step is logged twice."""
-        used = json.loads(read_text(self._file) or json.dumps(_NOTHING))
+        used = _parsed(read_text(self._file, "replace"), self._file)
         cpus, gpus = self._held
         used["samples"] += 1
         used["cpu_hours"] += cpus * seconds / 3600
         used["gpu_hours"] += gpus * seconds / 3600
         write_text(self._file, json.dumps(used))
         return used
+
+
+def _parsed(text: str | None, known_as: str) -> dict[str, Any]:
+    """What the file of an earlier start says; nothing where there is none, or it is damaged."""
+    if text is None:
+        return dict(_NOTHING)
+    try:
+        said = json.loads(text)
+        return {name: type(nothing)(said[name]) for name, nothing in _NOTHING.items()}
+    except (ValueError, KeyError, TypeError) as damage:
+        _warn_once(f"{known_as} is damaged ({damage!r}): cost/ counts from here on")
+        return dict(_NOTHING)
 
 
 def machine() -> dict[str, float]:
