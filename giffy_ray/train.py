@@ -247,7 +247,7 @@ def _worker_runs() -> bool:
 def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) -> None:
     """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there."""
     folder = join(experiment.storage, experiment.name)
-    text = read_text(join(folder, "experiment.yaml"))
+    text = read_text(join(folder, "experiment.yaml"), "replace")
     if text is None:
         _check_start(experiment)
         write_text(join(folder, "data_set"), store.fingerprint)
@@ -258,14 +258,17 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
             f"data.root: the run {experiment.name!r} was started with other clips than there are now in "
             f"{store.location}; give another name=..., or remove {folder}"
         )
-    before, now = flatten(from_yaml(text)), flatten(experiment)
+    try:
+        before, now = flatten(from_yaml(text)), flatten(experiment)
+    except ConfigError as error:
+        raise ConfigError(f"{join(folder, 'experiment.yaml')}, which the run was started with: {error}") from error
     if experiment.optim.schedule == "cosine" and before["train.epochs"] != now["train.epochs"]:
         raise ConfigError(
             f"train.epochs: the cosine schedule of the run {experiment.name!r} ends after {before['train.epochs']} "
             f"epochs, so its learning rate would jump (value {now['train.epochs']}); give another name=... and "
             f"train.start_from={experiment.name}"
         )
-    for name in now:
+    for name in ("model.kind", *now):  # the kind first: another one has other fields
         if without_secrets(str(before[name])) != without_secrets(str(now[name])) and not name.startswith(may_change):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "

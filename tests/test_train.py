@@ -21,7 +21,7 @@ from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
 from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.loop import validations
-from giffy_ray.train import _trainer, check, train
+from giffy_ray.train import MAY_CHANGE, _claim, _trainer, check, train
 
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
@@ -79,6 +79,23 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     changed = override(experiment, {"optim.lr": 0.5})
     with pytest.raises(ConfigError, match=r"optim\.lr: the run 'mine' was started with 0\.0001 \(value 0\.5\)"):
         train(changed, store, share)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["cgan", "between", "two_stream", "direct_3d"])
+def test_a_run_is_not_continued_with_another_model(tmp_path, kind: str):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"model\.kind: the run 'mine' was started with 'cvae' \(value '{kind}'\)"):
+        _claim(override(experiment, {"model.kind": kind}), Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"name: [", b"a_field_of_tomorrow: 1"])
+def test_what_a_run_was_started_with_is_named_where_it_cannot_be_read(tmp_path, content: bytes):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+    (tmp_path / "mine" / "experiment.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"/mine/experiment\.yaml, which the run was started with: "):
+        _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("epochs", [50, 200])
