@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from pyarrow import fs
@@ -44,6 +44,7 @@ _CHUNK_BYTES = 2**24
 _RAY_TRAINS_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Positions = Mapping[str, Mapping[str, Any]]  # of checkpoints, by where they lie; empty where it cannot be told
 
 
@@ -345,6 +346,20 @@ def select(experiment: Experiment) -> str:
     validated = {location: measured[METRIC] for location, measured in metrics.items() if METRIC in measured}
     others = [location for location in positions if location not in validated]
     return _first_whole(experiment, [*_ranked(validated), *others])
+
+
+def read_chosen(choose: Callable[[], str], read: Callable[[str], T]) -> tuple[str, T]:
+    """What `choose` returns, such as `select`, and what `read` makes of it.
+
+    A training that goes on may remove the checkpoint in between; then another one is chosen.
+    """
+    while True:
+        location = choose()
+        try:
+            return location, read(location)
+        except (FileNotFoundError, DamagedCheckpoint):
+            if read_text(join(location, _MANIFEST)) is not None:  # the first file that is removed
+                raise
 
 
 def describe(location: str) -> str:

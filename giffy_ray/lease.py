@@ -191,7 +191,7 @@ class Watch:
 
     def look(self) -> str:
         """Why the run is no longer the holder's; an empty string while it is. Raises what reading raises."""
-        text, now_s = read_text(self.location), time.monotonic()
+        text, now_s = read_text(self.location, "replace"), time.monotonic()
         why = ""
         if _parsed(text).get("holder") != self.holder:
             why = _why_not_ours(text)
@@ -252,7 +252,7 @@ class _LocalFile:
         self._location, self._path = location, Path(filesystem_of(location)[1])
 
     def read(self) -> _Seen:
-        return _Seen(read_text(self._location))
+        return _Seen(read_text(self._location, "replace"))
 
     def write(self, text: str | None, seen: _Seen) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -267,7 +267,7 @@ class _LocalFile:
 
 
 class _S3Object:
-    # Some servers that speak S3 ignore the conditions.
+    # Some servers that speak S3 ignore the conditions, and some refuse requests that have any.
     is_exclusive = False
 
     def __init__(self, location: str):
@@ -278,6 +278,7 @@ class _S3Object:
         # By default a request is tried for minutes, and the lease expires meanwhile.
         patience = Config(connect_timeout=_PATIENCE_S, read_timeout=_PATIENCE_S, retries={"total_max_attempts": 2})
         self._client: Any = boto3.Session().client("s3", config=patience)
+        self._has_conditions = True
 
     def read(self) -> _Seen:
         try:
@@ -290,7 +291,10 @@ class _S3Object:
         from botocore.exceptions import ClientError
 
         where = {"Bucket": self._bucket, "Key": self._key}
-        where |= {"IfNoneMatch": "*"} if seen.text is None else {"IfMatch": seen.version}
+        if self._has_conditions:
+            where |= {"IfNoneMatch": "*"} if seen.text is None else {"IfMatch": seen.version}
+        elif self.read() != seen:
+            raise _Changed
         try:
             if text is None:
                 self._client.delete_object(**where)
@@ -299,7 +303,10 @@ class _S3Object:
         except ClientError as error:
             if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
                 raise _Changed from error
-            raise
+            if error.response["Error"]["Code"] != "NotImplemented" or not self._has_conditions:
+                raise
+            self._has_conditions = False
+            self.write(text, seen)
 
 
 class _PlainFile:
@@ -311,7 +318,7 @@ class _PlainFile:
         self._location = location
 
     def read(self) -> _Seen:
-        return _Seen(read_text(self._location))
+        return _Seen(read_text(self._location, "replace"))
 
     def write(self, text: str | None, seen: _Seen) -> None:
         if self.read() != seen:
@@ -333,7 +340,7 @@ def _parsed(text: str | None) -> dict[str, Any]:
     """What a lease says; nothing where it cannot be read."""
     try:
         lease = json.loads(text or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return {}
     return lease if isinstance(lease, dict) else {}
 

@@ -12,7 +12,7 @@ import torch
 from giffy_ray import ranks, restarts
 from giffy_ray.config import Experiment
 from giffy_ray.lease import LeaseLost, Watch
-from giffy_ray.storage import filesystem_of, join, read_text, write_text
+from giffy_ray.storage import delete_file, is_file, join, write_text
 
 _STOP = "stop"  # a file of this name in a run's folder ends it, with a checkpoint
 _LOOK_S = 1.0
@@ -25,10 +25,7 @@ def ask_to_stop(experiment: Experiment) -> None:
 
 
 def forget_stop(experiment: Experiment) -> None:
-    location = join(experiment.storage, experiment.name, _STOP)
-    if read_text(location) is not None:
-        filesystem, path = filesystem_of(location)
-        filesystem.delete_file(path)
+    delete_file(join(experiment.storage, experiment.name, _STOP))
 
 
 class Listener:
@@ -110,7 +107,7 @@ class Listener:
                 fails = False
 
     def _read(self, due: bool) -> None:
-        if read_text(self.location) is not None:
+        if is_file(self.location):  # its content does not matter: some shells write UTF-16
             self._stop.set()
         if due and self._watch and not self._lost:
             self._lost = self._watch.look()

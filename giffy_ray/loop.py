@@ -52,16 +52,17 @@ class RunFailure(RuntimeError):
     """A failure that all workers of a run meet at the same place, and would meet again if they were restarted."""
 
 
-def train_loop(settings: dict[str, Any]) -> None:
-    """What a worker of Ray Train runs.
+def train_loop(settings: dict[str, Any]) -> str:
+    """What a worker of Ray Train runs. Returns why the lease of the run is lost; an empty string where it is not.
 
-    `settings`: the experiment as YAML, where its store is, the fingerprint that the store had when the training began,
-    the place of the run that this one is shown under, who holds the lease of the run, and by what to tell that this
-    node shares the folders of the node that started the training (`token`, `root`, `files`).
+    `settings`: the experiment as YAML (SecretStr, as addresses may hold passwords), where its store is, the fingerprint
+    that the store had when the training began, the place of the run that this one is shown under, who holds the lease
+    of the run, and by what to tell that this node shares the folders of the node that started the training (`token`,
+    `root`, `files`).
     """
-    experiment = from_yaml(settings["experiment"])
+    experiment = from_yaml(settings["experiment"].get_secret_value())
     if not _shares_folders(experiment, settings):
-        return
+        return ""
     if not experiment.data.keep:
         _warn_of_full_nodes()
     store = Store(settings["store"], experiment.data.node_cache_gb)
@@ -74,10 +75,12 @@ def train_loop(settings: dict[str, Any]) -> None:
             run(experiment, store, tracker, ray.train.torch.get_device(), tell, ray.train.get_preemption_info, watch)
     # Not raised here: Ray Train would start the workers again, to fail in the same way.
     except LeaseLost as lost:
-        _log.error("%s", lost)  # `train` finds the same
+        _log.error("%s", lost)
+        return str(lost)  # `train` raises it
     except RunFailure as failure:
         if ranks.rank() == 0:
             write_text(join(experiment.storage, experiment.name, FAILURE), str(failure))
+    return ""
 
 
 def _shares_folders(experiment: Experiment, settings: dict[str, Any]) -> bool:
@@ -217,7 +220,8 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
     location = ranks.from_first(chosen)[0]
     if location is not None:
         return checkpoints.restore(location, learner)
-    origin = checkpoints.origin(experiment)
+    # Rank 0's, as a run that is being trained may have a newer one at any moment.
+    origin = ranks.from_first([checkpoints.origin(experiment) if ranks.rank() == 0 else None])[0]
     if origin is not None:
         checkpoints.start_from(origin, learner)
     return Position(0)

@@ -23,13 +23,13 @@ from giffy_ray.transfer import Fetched
 # Dense bfloat16 products (float16 where there is no bfloat16) in 10^12 operations a second, from the makers' data
 # sheets, by words of the name that NVML and torch give a device. The first entry whose words are all there counts.
 _PEAK_TFLOPS = {
-    **{"H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989},
+    **{"H100 PCIe": 756, "H100 HBM2e": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989},
     **{"H800 PCIe": 756, "H800": 989, "H20": 148, "B200": 2250, "GB200": 2500},
     **{"A100": 312, "A800": 312, "A40": 150, "A30": 165, "A10": 125, "A10G": 70},
-    **{"L40S": 362, "L40": 181, "L4": 121, "V100 PCIE": 112, "V100S": 130, "V100": 125, "T4": 65},
+    **{"L40S": 362, "L40": 181, "L4": 121, "V100 PCIE": 112, "V100 FHHL": 105, "V100S": 130, "V100": 125, "T4": 65},
 }
-# A slice of a GPU: an instance of MIG, or a profile of vGPU (A10-24Q, A100-1-5C), which has a part of its peak.
-_SLICE = re.compile(r"MIG|\d+[ABCQ]")
+# A slice of a GPU: an instance of MIG, or a profile of vGPU (A10-24Q, A100-1-5CME), which has a part of its peak.
+_SLICE = re.compile(r"MIG|GRID|\d+[ABCQ](ME)?")
 _TRACED = schedule(wait=5, warmup=2, active=5, repeat=1)  # steps
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from giffy_ray import checkpoints
 from giffy_ray.config import ClipConfig, ConfigError, Experiment
@@ -50,14 +52,19 @@ def register(experiment: Experiment) -> str:
     if run_id is None:
         why = "run jobs/replay_tracking.py, which sends it"
         raise ConfigError(f"name: MLflow has no run of {place} yet (value {experiment.name!r}); {why}")
-    location = checkpoints.best(experiment, _METRIC)
     with tempfile.TemporaryDirectory() as folder:
         published = Path(folder, registry.CHECKPOINT)
-        checkpoints.publish(location, published)
+
+        def read(location: str) -> dict[str, Any]:
+            position = checkpoints.position_of(location)
+            checkpoints.publish(location, published)
+            return position
+
+        _, position = checkpoints.read_chosen(functools.partial(checkpoints.best, experiment, _METRIC), read)
         learner, trained = checkpoints.load(str(published))
         registry.describe(Path(folder), trained.clip, learner.latent, "giffy_ray.pyfunc")
         digest = hashlib.sha256((published / "manifest.json").read_bytes()).hexdigest()
-        version = registry.add(uri, name, run_id, Path(folder), digest, facts(experiment, trained, location))
+        version = registry.add(uri, name, run_id, Path(folder), digest, facts(experiment, trained, position))
     before = registry.champion(uri, name)
     crowned, why = verdict(version, before)
     if crowned:
@@ -65,19 +72,18 @@ def register(experiment: Experiment) -> str:
     return f"models:/{name}/{version.number}: {why}"
 
 
-def facts(experiment: Experiment, trained: Experiment, location: str) -> dict[str, str]:
+def facts(experiment: Experiment, trained: Experiment, position: Mapping[str, Any]) -> dict[str, str]:
     """What is known of a checkpoint, as tags of its version: its metrics, and on which clips they were measured."""
     place = join(experiment.storage, experiment.name)
-    measured = checkpoints.position_of(location)
     tags = {
         "giffy_ray.run": without_secrets(place),
         "model.kind": trained.model.kind,
-        "steps_done": str(measured["steps_done"]),
+        "steps_done": str(position["steps_done"]),
         "data.fingerprint": read_text(join(place, "data_set")) or "",
         "data.split": "validation",
         "clip": _words(trained.clip),
     }
-    return tags | {name: repr(value) for name, value in measured["metrics"].items() if name.startswith("val/")}
+    return tags | {name: repr(value) for name, value in position["metrics"].items() if name.startswith("val/")}
 
 
 def verdict(new: Version, champion: Version | None) -> tuple[bool, str]:

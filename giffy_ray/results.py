@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import logging
 import re
 import tempfile
 from collections import Counter
@@ -61,6 +63,7 @@ _MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
 _REGISTERED = "models:/"  # in MLflow's registry
 _MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
 _MOST_TRIALS, _MOST_CLIPS = 5, 6  # of a search, and of each of these, that its page shows
+_log = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
@@ -158,8 +161,11 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
         with relayed(show) as relay:
             train(experiment, store, share, parent.place if parent else None, [relay])
     except ray.train.TrainingFailedError:
-        with lease.held(experiment), open_run(experiment) as tracker:  # workers that were killed have not said so
-            tracker.finish("FAILED")
+        try:
+            with lease.held(experiment), open_run(experiment) as tracker:  # workers that were killed have not said so
+                tracker.finish("FAILED")
+        except Exception as failure:  # must not hide why the training failed
+            _log.warning("MLflow was not told that %r has failed (%r)", experiment.name, failure)
         raise
     with lease.held(experiment):  # the training's is over, and another one would write to the same run
         checkpoint = checkpoints.select(experiment)
@@ -202,8 +208,8 @@ def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
 
 
 def _selected(experiment: Experiment) -> tuple[Learner, Experiment]:
-    location = checkpoints.select(experiment)
-    loaded = checkpoints.load(location)
+    choose = functools.partial(checkpoints.select, experiment)  # a training may be running
+    location, loaded = checkpoints.read_chosen(choose, checkpoints.load)
     print(f"evaluating {checkpoints.describe(location)}", flush=True)
     return loaded
 

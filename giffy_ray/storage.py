@@ -136,13 +136,18 @@ def settle(location: str) -> str:
     return str(path)
 
 
-def read_text(location: str) -> str | None:
-    """The text of a file, or none where there is no such file."""
+def read_text(location: str, errors: str = "strict") -> str | None:
+    """The text of a file, or none where there is no such file. `errors`: as of bytes.decode."""
     filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).type != fs.FileType.File:
         return None
     with filesystem.open_input_stream(path) as stream:
-        return stream.read().decode()
+        return stream.read().decode(errors=errors)
+
+
+def is_file(location: str) -> bool:
+    filesystem, path = filesystem_of(location)
+    return filesystem.get_file_info(path).type == fs.FileType.File
 
 
 def read_bytes(location: str) -> bytes:

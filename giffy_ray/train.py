@@ -17,6 +17,7 @@ from types import FrameType
 import ray
 import ray.train
 import torch
+from pydantic import SecretStr
 from ray._private.state import state  # the public list of actors needs the dashboard
 from ray.train.v2._internal.execution.worker_group.worker import RayTrainWorker
 
@@ -117,15 +118,25 @@ def train(
 def _end(training: Future, watch: Watch) -> None:
     """Raises what `fit` raised, or LeaseLost where its workers have ended because another process has the run."""
     try:
-        training.result()
+        result = training.result()
     except ray.train.TrainingFailedError as error:
-        lost = watch.look()
+        lost = _look(watch)
         if lost:
             raise LeaseLost(lost) from error
         raise
-    lost = watch.look()
+    # Rank 0 may have found it to be lost when this process did not, as where it was paused and goes on.
+    lost = (result and result.return_value) or _look(watch)
     if lost:
         raise LeaseLost(lost)
+
+
+def _look(watch: Watch) -> str:
+    """As `watch.look`. A storage that fails does not hide how the training ended: the lease has its own deadline."""
+    try:
+        return watch.look()
+    except Exception as failure:
+        _log.warning("%s: could not be read (%r)", watch.location, failure)
+        return ""
 
 
 @contextmanager
@@ -166,7 +177,7 @@ def _trainer(
         train_loop,
         decodes=not experiment.data.keep,
         train_loop_config={
-            "experiment": to_yaml(experiment),
+            "experiment": SecretStr(to_yaml(experiment)),  # Ray's dashboard shows these settings
             "store": store.location,
             "fingerprint": store.fingerprint,
             "parent": parent,
@@ -329,7 +340,7 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
     Also where its clips are, which `jobs/prepare.py --prune` leaves alone while the run's lease is held.
     """
     folder = join(experiment.storage, experiment.name)
-    text = read_text(join(folder, "experiment.yaml"))
+    text = read_text(join(folder, "experiment.yaml"), "replace")
     if text is None:
         _check_start(experiment)
         _check_space(experiment)
@@ -342,15 +353,17 @@ def _claim(experiment: Experiment, store: Store, may_change: tuple[str, ...]) ->
             f"data.root: the run {experiment.name!r} was started with other clips than there are now in "
             f"{store.location}; give another name=..., or remove {folder}"
         )
-    before, now = flatten(from_yaml(text)), flatten(experiment)
+    try:
+        before, now = flatten(from_yaml(text)), flatten(experiment)
+    except ConfigError as error:
+        raise ConfigError(f"{join(folder, 'experiment.yaml')}, which the run was started with: {error}") from error
     if experiment.optim.schedule == "cosine" and before["train.epochs"] != now["train.epochs"]:
         raise ConfigError(
             f"train.epochs: the cosine schedule of the run {experiment.name!r} ends after {before['train.epochs']} "
             f"epochs, so its learning rate would jump (value {now['train.epochs']}); give another name=... and "
             f"train.start_from={experiment.name}"
         )
-    # The kind of model first: with another one, the fields of the section are others too.
-    for name in ("model.kind", *now):
+    for name in ("model.kind", *now):  # the kind first: another one has other fields
         if without_secrets(str(before[name])) != without_secrets(str(now[name])) and not name.startswith(may_change):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "

@@ -5,6 +5,7 @@ experiment the fields that make clips (clip, model, train.seed). The folder that
 local `storage`, is a checkpoint that evaluate.runs and train.start_from take.
 """
 
+import functools
 from pathlib import Path
 
 from giffy_ray import command
@@ -19,8 +20,8 @@ def main(experiment: Experiment) -> None:
     from giffy_ray import checkpoints
 
     folder = Path(experiment.storage, "published", experiment.name)
-    location = checkpoints.select(experiment)
-    checkpoints.publish(location, folder)
+    choose = functools.partial(checkpoints.select, experiment)  # a training may be running
+    location, _ = checkpoints.read_chosen(choose, lambda chosen: checkpoints.publish(chosen, folder))
     print(f"publishing {checkpoints.describe(location)}")
     print(folder)
 

@@ -19,7 +19,7 @@ SAVE_S, STEP_S = 5.0, 0.05  # longer than Ray's 3 s between SIGTERM and SIGKILL;
 def slow_loop(settings: dict[str, Any]) -> None:
     """Runs in a worker, which receives this function by value. A line: step, number of workers, node of rank 0."""
     save, add = Snapshot.save, Meter.add
-    steps = Path(from_yaml(settings["experiment"]).storage, "steps.txt")
+    steps = Path(from_yaml(settings["experiment"].get_secret_value()).storage, "steps.txt")
 
     def save_slowly(self: Snapshot, *settings: Any) -> None:
         time.sleep(SAVE_S)

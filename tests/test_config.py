@@ -61,6 +61,7 @@ def test_words_override_the_file(tmp_path: Path):
         ("model.video_widths=[8, 8]", "model.video_widths", "", "required"),
         ("optim=3", "optim", "3", "section"),
         ("name=a b", "name", "'a b'", "pattern"),
+        (f"name={'x' * 201}", "name", "xxx", "at most 200 characters"),
     ],
 )
 def test_a_mistake_names_field_value_and_what_would_do(word: str, field: str, value: str, nearest: str):

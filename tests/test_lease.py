@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from giffy_ray import lease
 from giffy_ray.config import ConfigError, Experiment, override
@@ -166,9 +167,10 @@ def test_what_cannot_be_looked_up_here_is_free_when_nobody_renews_it(
     assert "waiting up to 1 s to see whether 'run' is still being trained" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text", ["", "[]", "\0\0\0"])
-def test_a_lease_that_cannot_be_read_expires_as_any_other(text: str, experiment: Experiment):
-    file_of(experiment).write_text(text)
+@pytest.mark.parametrize("content", [b"", b"[]", b"\0\0\0", b"\xff\xfe{", b"[" * 100_000], ids=range(5))
+def test_a_lease_that_cannot_be_read_expires_as_any_other(content: bytes, experiment: Experiment):
+    file_of(experiment).write_bytes(content)
+    assert "has taken the run" in Watch(experiment, "x").look()
     assert seconds_to_get(experiment) >= lease.EXPIRES_S
 
 
@@ -267,6 +269,33 @@ def test_a_lease_in_a_bucket_is_renewed_and_taken_over(in_bucket: Experiment):
     assert text_of(in_bucket) is None
 
 
+def test_a_bucket_without_conditional_requests_is_compared_before_each_write(
+    in_bucket: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    """As of servers that answer "A header you provided implies functionality that is not implemented"."""
+    file: Any = lease._file_at(lease.location_of(in_bucket))
+
+    def without_conditions(method: Any) -> Any:
+        def refuse(**request: Any) -> Any:
+            if {"IfMatch", "IfNoneMatch"} & request.keys():
+                raise ClientError({"Error": {"Code": "NotImplemented"}}, method.__name__)
+            return method(**request)
+
+        return refuse
+
+    for name in ("put_object", "delete_object"):
+        monkeypatch.setattr(file._client, name, without_conditions(getattr(file._client, name)))
+    file.write("ours", file.read())
+    seen = file.read()
+    assert seen.text == "ours"
+    leave(in_bucket)
+    for text in ("ours again", None):
+        with pytest.raises(lease._Changed):
+            file.write(text, seen)
+    file.write(None, file.read())
+    assert text_of(in_bucket) is None
+
+
 def test_a_storage_that_fails_for_a_moment_costs_nothing(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
@@ -361,15 +390,15 @@ def test_a_worker_follows_the_lease_of_its_training(experiment: Experiment):
             assert watch.look() == ""
             time.sleep(0.5)
         watch.check()
-        leave(experiment, holder="y", host="there", pid=7)
-        assert "'run' is lost" in watch.look() and "process 7 on there" in watch.look()
-        with pytest.raises(LeaseLost, match="process 7 on there"):
-            watch.check()
-        filesystem, path = filesystem_of(lease.location_of(experiment))
-        filesystem.delete_file(path)
-        with pytest.raises(LeaseLost, match="its file was deleted"):
-            watch.check()
-        leave(experiment, holder=held.holder)
+    # Outside: the holder looks too, and may be the first to find it.
+    leave(experiment, holder="y", host="there", pid=7)
+    assert "'run' is lost" in watch.look() and "process 7 on there" in watch.look()
+    with pytest.raises(LeaseLost, match="process 7 on there"):
+        watch.check()
+    filesystem, path = filesystem_of(lease.location_of(experiment))
+    filesystem.delete_file(path)
+    with pytest.raises(LeaseLost, match="its file was deleted"):
+        watch.check()
 
 
 def test_a_worker_notices_that_nobody_renews_the_lease_of_its_training(experiment: Experiment):

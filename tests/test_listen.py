@@ -48,6 +48,16 @@ def test_a_file_in_its_folder_stops_a_run(experiment: Experiment):
     another.end()
 
 
+def test_a_stop_file_may_hold_anything(experiment: Experiment, tmp_path: Path):
+    """Such as the byte order mark of UTF-16, which some shells write."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "stop").write_bytes("\r\n".encode("utf-16"))
+    with Listener(experiment, 0, torch.device("cpu"), nothing) as listener:
+        assert until(lambda: listener.heard()[0])
+    forget_stop(experiment)
+    assert not (tmp_path / "run" / "stop").exists()
+
+
 def test_a_notice_is_told_once(experiment: Experiment):
     notices = [None]
     listener = Listener(experiment, 0, torch.device("cpu"), lambda: notices[0])
@@ -88,7 +98,7 @@ def test_a_storage_that_fails_for_a_moment_does_not_make_it_deaf(
     notices = [None]
     with Listener(experiment, 0, torch.device("cpu"), lambda: notices[0]) as listener:
         with monkeypatch.context() as away:
-            away.setattr(listen, "read_text", fail)
+            away.setattr(listen, "is_file", fail)
             time.sleep(0.2)  # ten looks
             notices[0] = "node a goes away"  # type: ignore[call-overload]
             assert until(lambda: listener.heard()[1])  # Ray is asked all the same

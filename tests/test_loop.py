@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pyarrow import fs
+from pydantic import SecretStr
 
 from giffy_ray import checkpoints, learners, lease, listen, loop, train
 from giffy_ray.cluster import Share
@@ -195,6 +196,27 @@ def test_precision_float32_turns_tf32_off_for_products_and_convolutions():
         torch.set_float32_matmul_precision("highest")
 
 
+def test_all_workers_start_from_the_checkpoint_that_rank_0_has_chosen(
+    tiny: Experiment, monkeypatch: pytest.MonkeyPatch
+):
+    """Of a run that is still being trained, which has another newest one by the time that a second worker looks."""
+    started, answers = [], iter([[None], ["the first's"]])
+    monkeypatch.setattr(loop.ranks, "rank", lambda: 1)
+    monkeypatch.setattr(loop.ranks, "from_first", lambda _: next(answers))
+    monkeypatch.setattr(checkpoints, "origin", lambda _: "a newer one")
+    monkeypatch.setattr(checkpoints, "start_from", lambda origin, _: started.append(origin))
+    loop.begin(built(tiny), tiny)
+    assert started == ["the first's"]
+
+
+def test_a_worker_returns_why_the_lease_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(loop, "Store", lambda location: SimpleNamespace(location=location, fingerprint="abc"))
+    run = override(Experiment(), {"storage": str(tmp_path), "name": "run"})
+    write_text(lease.location_of(run), '{"holder": "they", "pid": 7, "host": "there"}')
+    settings = {"experiment": SecretStr(to_yaml(run)), "store": "", "fingerprint": "abc", "holder": "we"}
+    assert "process 7 on there has taken the run" in loop.train_loop(settings)
+
+
 def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Experiment, tmp_path: Path):
     ours = built(override(tiny, {"train.seed": 5}))
     place = tmp_path / "mine" / "checkpoint_1"
@@ -237,12 +259,14 @@ def test_the_peak_of_a_gpu_is_found_by_its_name():
         *(("NVIDIA H100 NVL", 835), ("NVIDIA H200", 989), ("NVIDIA H200 NVL", 835), ("NVIDIA GH200 480GB", 989)),
         *(("NVIDIA A800-SXM4-80GB", 312), ("NVIDIA H800", 989), ("NVIDIA H20", 148), ("NVIDIA B200", 2250)),
         *(("NVIDIA A10", 125), ("NVIDIA A30", 165), ("NVIDIA A40", 150), ("NVIDIA L4", 121), ("NVIDIA L40", 181)),
+        *(("NVIDIA H100 80GB HBM2e", 756), ("NVIDIA H20-3e", 148), ("Tesla V100-FHHL-16GB", 105)),
         *(("Tesla V100-SXM2-16GB", 125), ("Tesla V100-PCIE-32GB", 112), ("Tesla V100S-PCIE-32GB", 130)),
         *((name, None) for name in ("NVIDIA RTX A1000", "NVIDIA RTX A4000", "NVIDIA A100X", "NVIDIA A16", "NVIDIA A2")),
         *((name, None) for name in ("NVIDIA T400", "NVIDIA T400 4GB", "NVIDIA T1000", "NVIDIA T4G", "NVIDIA L40G")),
         *((name, None) for name in ("Tesla K80", "NVIDIA GeForce RTX 4090", "NVIDIA A10M", "Quadro T2000", "")),
         # Slices, which have a part of the peak.
         *((name, None) for name in ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", "NVIDIA A10-24Q", "GRID T4-16C")),
+        *((name, None) for name in ("NVIDIA A100-1-5CME", "GRID A100D-1-10CME", "GRID T4", "NVIDIA H100-40C")),
         *((name, None) for name in ("NVIDIA A100-1-5C", "NVIDIA H100 80GB HBM3 MIG 3g.40gb", "NVIDIA L4-4A")),
     ],
 )
@@ -285,7 +309,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
             self.statuses.append(kind)
 
         def fit(self) -> None:
-            settings = {"experiment": to_yaml(experiment), "store": "the-store", "parent": None}
+            settings = {"experiment": SecretStr(to_yaml(experiment)), "store": "the-store", "parent": None}
             loop.train_loop(settings | {"fingerprint": "abc", "holder": self.holder})
 
     def diverge(*_: object) -> None:
@@ -324,7 +348,8 @@ def test_a_worker_that_starts_again_on_other_clips_says_so(monkeypatch: pytest.M
     store = SimpleNamespace(location="here/sets/abc", fingerprint="now")
     monkeypatch.setattr(loop, "Store", lambda location: store)
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
-    settings = {"experiment": to_yaml(experiment), "store": "here/sets/abc", "fingerprint": "before", "parent": None}
+    settings = {"experiment": SecretStr(to_yaml(experiment)), "store": "here/sets/abc", "parent": None}
+    settings["fingerprint"] = "before"
     write_text(lease.location_of(experiment), '{"holder": "we"}')
     loop.train_loop(settings | {"holder": "we"})  # without an error, at which Ray Train would start it again
     why = (tmp_path / "mine" / loop.FAILURE).read_text()

@@ -3,6 +3,8 @@
 import math
 import os
 import re
+import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -202,6 +204,39 @@ def test_a_model_of_others_is_refused(champion: Experiment, tmp_path: Path):
     client.create_model_version("theirs", str(tmp_path / "theirs"))
     with pytest.raises(ConfigError, match=r"evaluate\.runs: theirs 1 was not registered by giffy_ray"):
         trained_runs(override(champion, {"evaluate.runs": ["models:/theirs/1"]}), champion.clip)
+
+
+@pytest.mark.parametrize("job", ["register", "evaluate", "publish"])
+def test_a_checkpoint_that_a_training_removes_meanwhile_is_chosen_anew(
+    champion: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+):
+    """As the training has a better one now, with which the search for it ends."""
+    run = override(champion, {"name": "training"})
+    folders = [tmp_path / "runs" / "training" / f"checkpoint_{number}" for number in range(2)]
+    run = override(run, {"storage": str(tmp_path / "runs"), "tracking.uri": tracking_uri(champion)})
+    for folder, l2 in zip(folders, (5.0, 4.0), strict=True):
+        folder.mkdir(parents=True)
+        position = checkpoints.Position(int(l2), {"val/l2_report": l2})
+        checkpoints.Snapshot(built(run), run, position).save(folder)
+    shutil.copy(Path(champion.storage, champion.name, "mlflow_run"), folders[0].parent)
+    load, loaded = checkpoints.load, []
+
+    def load_late(location: str) -> object:
+        loaded.append(location)
+        if location == str(folders[1]):
+            checkpoints._remove(location)
+        return load(location)
+
+    monkeypatch.setattr(checkpoints, "load", load_late)
+    if job == "register":
+        assert "val/l2_report 5.00" in registry.register(override(run, {"tracking.model": "raced"}))
+    elif job == "evaluate":
+        trained_runs(run, run.clip)
+    else:
+        main = runpy.run_path(str(ROOT / "jobs" / "publish.py"))["main"]
+        main(run)
+        checkpoints.verify(str(tmp_path / "runs" / "published" / "training"))
+    assert loaded[:2] == [str(folders[1]), str(folders[0])]
 
 
 def test_a_registry_that_is_away_fails_no_training_and_how_to_repeat_it_is_said(

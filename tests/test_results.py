@@ -394,6 +394,15 @@ def test_a_training_whose_workers_were_killed_does_not_seem_to_run(
     assert run.info.status == "FAILED"
 
 
+def test_why_a_training_failed_is_said_also_where_nobody_can_be_told(
+    run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(results, "train", raising(ray.train.TrainingFailedError("3 workers died")))
+    monkeypatch.setattr(results, "open_run", raising(OSError("the bucket is away")))
+    with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
+        results.train_and_show(run_with_checkpoints, SixFrames(tmp_path), Share(1, 0, 1))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("raised", "status"),
     [(RuntimeError("none of 2 trials came to a value"), "FAILED"), (SystemExit(143), "KILLED")],

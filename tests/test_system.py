@@ -113,12 +113,44 @@ def test_what_a_run_costs_is_logged_whatever_cannot_be_read(
     assert sample["cost/cpu_hours"] == pytest.approx(2 * sample["cost/gpu_hours"])
 
 
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}", b'{"samples": "x", "cpu_hours": 1, "gpu_hours": 1}'])
+def test_a_damaged_count_of_what_a_run_has_cost_costs_no_sample(content: bytes, tmp_path: Path):
+    (tmp_path / "tracking").mkdir()
+    (tmp_path / "tracking" / "used.json").write_bytes(content)
+    logged: list[dict[str, float]] = []
+    system.Sampler(lambda values, step: logged.append(values), str(tmp_path), cpus=2, gpus=1).end()
+    (sample,) = logged
+    assert {"cost/cpu_hours", "cost/gpu_hours"} <= sample.keys()
+    assert sample["cost/cpu_hours"] < 0.01
+
+
 def test_a_machine_without_nvidias_driver_has_no_gpus(monkeypatch: pytest.MonkeyPatch):
     def absent() -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_LIBRARY_NOT_FOUND)
 
     monkeypatch.setattr(pynvml, "nvmlInit", absent)
     assert system.gpus_here() == []
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH),  # after an update of the driver
+        pynvml.NVMLLibraryMismatchError("Unversioned function called"),  # no NVMLError
+        OSError("libnvidia-ml.so: file too short"),
+    ],
+)
+@pytest.mark.parametrize("call", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
+def test_nvml_that_fails_costs_no_other_value_and_is_named_once(
+    nvml: None, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str, failure: Exception
+):
+    def fail(*_: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(pynvml, call, fail)
+    for _ in range(2):
+        assert system.of_gpus(system.gpus_here()) == {}
+    assert [type(failure).__name__ in said for said in caplog.messages] == [True] * (2 if "Handle" in call else 1)
 
 
 @pytest.fixture

@@ -497,6 +497,31 @@ def test_a_run_that_was_deleted_is_made_again_when_it_is_started_again(
     assert not refused_of(experiment)
 
 
+def test_a_storage_that_fails_while_a_deleted_run_is_looked_for_ends_no_thread(
+    experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(carrier, "_WAITS_S", (0.02,))
+    tracker = open_run(experiment)
+    tracker.flush()
+    client.delete_run(tracker.run_id)
+    looked = []
+
+    def fail(*_: object) -> None:
+        looked.append(threading.current_thread())
+        raise OSError("Input/output error")
+
+    with monkeypatch.context() as away:
+        away.setattr(carrier.Carrier, "_make_another_run", fail)
+        tracker.log_metrics({"val/psnr": 1.0}, 1)
+        deadline_s = time.monotonic() + 5
+        while len(looked) < 3 and time.monotonic() < deadline_s:
+            time.sleep(0.01)
+    client.restore_run(tracker.run_id)
+    tracker.finish()
+    assert len(looked) >= 3
+    assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 1.0}
+
+
 @pytest.mark.parametrize("name", ["", "x" * 600])
 def test_a_run_that_mlflow_does_not_let_begin_is_kept_whole(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture, name: str
@@ -570,6 +595,21 @@ def test_a_letter_that_is_damaged_blocks_nothing(experiment: Experiment, client:
     tracker.finish()
     assert run_of(experiment, client).info.status == "FINISHED"
     assert refused_of(experiment) == ["00000000000000000001-"]
+
+
+def test_files_of_a_run_that_are_damaged_block_nothing(experiment: Experiment, client: MlflowClient):
+    """The copy of the letter that began it, and the id of its run, which is found again by its folder."""
+    open_run(experiment).finish()
+    Path(experiment.storage, "run", "mlflow_run").write_bytes(b"\xff\xfe")
+    tracker = open_run(experiment)
+    tracker.flush()
+    Path(experiment.storage, "run", "tracking", "begun").write_bytes(b"\xff[]")
+    tracker.log_metrics({"": 1.0}, 1)  # which MLflow refuses
+    tracker.log_metrics({"val/psnr": 1.0}, 2)
+    tracker.finish()
+    run = run_of(experiment, client)
+    assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
+    assert len(refused_of(experiment)) == 1
 
 
 def test_letters_keep_their_order_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -715,6 +755,22 @@ def test_a_server_that_takes_nothing_is_waited_for(served: Experiment, server: F
         run = run_of(experiment, client)
         assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
         assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
+
+
+def test_a_file_that_a_login_page_has_taken_is_sent_again(served: Experiment, server: FaultyServer):
+    """It answers 200 to everything, so that only what MLflow itself would say tells it apart."""
+    tracker = open_run(served)
+    tracker.flush()
+    server.fault = EVERYTHING["a login page"]
+    tracker.log_text("words", "notes.txt")
+    deadline_s = time.monotonic() + 5
+    while not (failure := tracker._carrier._failure) and time.monotonic() < deadline_s:  # type: ignore[union-attr]
+        time.sleep(0.01)
+    assert "not in a valid JSON format" in failure
+    server.fault = None
+    tracker.finish()
+    client = MlflowClient(server.address)
+    assert "notes.txt" in {item.path for item in client.list_artifacts(run_of(served, client).info.run_id)}
 
 
 def test_a_proxy_that_takes_no_large_file_keeps_nothing_else_back(

@@ -8,19 +8,24 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import ray.train
 import torch
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 from ray.core.generated import autoscaler_pb2
 from ray.dashboard.modules.job.job_supervisor import JobSupervisor
 from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
+from ray.train.v2._internal.state.schema import RunSettings
 
 from giffy_ray import checkpoints, cluster, learners, restarts, shared_folders, tune
 from giffy_ray import train as train_module
 from giffy_ray.cluster import Share, share_of, share_of_trials
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
 from giffy_ray.head import JOB_STOP_WAIT
+from giffy_ray.lease import LeaseLost, Watch
 from giffy_ray.loop import validations
 from giffy_ray.train import (
+    MAY_CHANGE,
+    _claim,
     _trainer,
     _warn_of_little_space,
     check,
@@ -136,6 +141,23 @@ def test_a_search_whose_checkpoints_do_not_fit_says_so(tmp_path, tiny, monkeypat
         with tune.claim(study, Store(5, 5)):  # type: ignore[arg-type]
             pass
         assert ("warning: search.trials: the checkpoints of 50 trials" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize("kind", ["cgan", "between", "two_stream", "direct_3d"])
+def test_a_run_is_not_continued_with_another_model(tmp_path, kind: str):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=rf"model\.kind: the run 'mine' was started with 'cvae' \(value '{kind}'\)"):
+        _claim(override(experiment, {"model.kind": kind}), Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"name: [", b"a_field_of_tomorrow: 1"])
+def test_what_a_run_was_started_with_is_named_where_it_cannot_be_read(tmp_path, content: bytes):
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
+    (tmp_path / "mine" / "experiment.yaml").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"/mine/experiment\.yaml, which the run was started with: "):
+        _claim(experiment, Store(5, 5), MAY_CHANGE)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("epochs", [50, 200])
@@ -367,6 +389,43 @@ def test_workers_are_given_the_fingerprint_of_the_clips_that_they_are_to_see():
     trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert trainer.train_loop_config is not None
     assert trainer.train_loop_config["fingerprint"] == Store.fingerprint
+
+
+def ended(monkeypatch: pytest.MonkeyPatch, tmp_path, fit) -> None:
+    """A training whose TorchTrainer is stood in for by `fit`, with a checkpoint of what it has done by then."""
+    monkeypatch.setattr(train_module, "_trainer", lambda *_: SimpleNamespace(fit=fit))
+    monkeypatch.setattr(train_module.checkpoints, "newest", lambda _: "a checkpoint of half of the training")
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
+    train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+
+
+def test_a_lease_that_only_the_workers_found_to_be_lost_ends_the_training(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    """Its process was paused, say, and goes on: what there is must not pass for the end of the training."""
+    said = "the lease of the run 'mine' is lost: it was not renewed for 30 s"
+    with pytest.raises(LeaseLost, match=said):
+        ended(monkeypatch, tmp_path, lambda: SimpleNamespace(return_value=said))
+    ended(monkeypatch, tmp_path, lambda: SimpleNamespace(return_value=""))
+
+
+def test_a_storage_that_is_away_does_not_hide_why_a_training_failed(tmp_path, monkeypatch: pytest.MonkeyPatch):
+    def away(_: object) -> str:
+        raise OSError("the bucket is away")
+
+    def fail() -> None:
+        raise ray.train.TrainingFailedError("3 workers died")
+
+    monkeypatch.setattr(Watch, "look", away)
+    with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
+        ended(monkeypatch, tmp_path, fail)
+
+
+def test_rays_dashboard_shows_no_password_of_a_training():
+    secret = override(Experiment(), {"tracking.uri": "http://me:hush@host:5000"})
+    trainer = _trainer(secret, Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
+    shown = RunSettings._sanitize_train_loop_config(trainer.train_loop_config)
+    assert shown["fingerprint"] == Store.fingerprint
+    assert "hush" not in str(shown)
+    assert trainer.train_loop_config and "hush" in trainer.train_loop_config["experiment"].get_secret_value()
 
 
 def test_a_stop_request_that_cannot_be_written_is_tried_again(tmp_path, monkeypatch: pytest.MonkeyPatch):

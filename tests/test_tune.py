@@ -86,6 +86,12 @@ def test_the_name_of_a_search_says_whether_it_goes_on(tmp_path: Path):
     assert tune.named(must).name == "mine-study"
 
 
+def test_a_name_that_leaves_no_room_for_that_of_the_best_training_is_refused_before_the_search():
+    assert tune.named(override(Experiment(), {"name": "x" * 189})).name.endswith("x-study")
+    with pytest.raises(ConfigError, match=r"name: .*at most 200 characters"):
+        tune.named(override(Experiment(), {"name": "x" * 190}))
+
+
 REFUSED = {
     "name": "a name of its own",
     "storage": "the search's folder",

@@ -233,7 +233,8 @@ class SearchConfig(Strict):
 
 @dataclass(frozen=True)
 class Experiment(Strict):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] = "default"
+    # Most file systems take 255 characters in the name of a folder, and MLflow 250 in that of a run.
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=200)] = "default"
     storage: Location = "runs/"  # where runs, stores and results are written: a folder, s3://... or gs://...
     data: DataConfig = field(default_factory=DataConfig)
     clip: ClipConfig = field(default_factory=ClipConfig)

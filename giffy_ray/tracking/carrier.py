@@ -95,7 +95,7 @@ class Carrier:
 
     def __init__(self, outbox: Outbox, uri: str, experiment: str, artifacts: str | None, place: str):
         self.outbox, self.uri, self.experiment, self.artifacts, self.place = outbox, uri, experiment, artifacts, place
-        self._run_id: str | None = read_text(join(place, "mlflow_run"))
+        self._run_id: str | None = read_text(join(place, "mlflow_run"), "replace")
         self._event_queue, self._file_queue = _Queue(uri, experiment, "events"), _Queue(uri, experiment, "files")
         self._current = self._event_queue  # the queue that is being sent
         self._kinds: dict[str, str] = {}  # of letters whose name does not say it
@@ -365,10 +365,10 @@ class Carrier:
             return failure
         try:
             self._make_another_run(client)
-        except MlflowException:
-            return failure
         except LookupError as why:
             return why
+        except Exception:  # the storage, or the server again: it is the first failure that is reported
+            return failure
         return failure
 
     def _make_another_run(self, client: Any) -> None:
@@ -472,6 +472,7 @@ class Carrier:
             for name in letter.head["names"]:
                 Path(folder, name).write_bytes(letter.content)
             client.log_artifacts(self._run_id or "", folder, letter.head["folder"])
+        client.get_run(self._run_id or "")  # only MLflow can answer this: a login page takes any file without an error
         for name, value in letter.head["tags"].items():
             client.set_tag(self._run_id or "", name, value)
 

@@ -152,12 +152,17 @@ class Outbox:
         write_bytes(join(self.folder, "begun"), _folded({**letter.head, "letter": letter.name}, letter.content))
 
     def begun(self) -> Letter | None:
-        """The letter that last began the run, or None before the first and for runs of earlier versions."""
+        """The letter that last began the run. None before the first, for runs of earlier versions, and if it is
+        damaged."""
         if "begun" not in _names(self.folder):
             return None
         head, _, content = read_bytes(join(self.folder, "begun")).partition(b"\n")
-        head = json.loads(head)
-        return Letter(head.pop("letter"), head, content)
+        try:
+            head = json.loads(head)
+            return Letter(head.pop("letter"), head, content)
+        except (ValueError, KeyError, TypeError, AttributeError) as damage:
+            _log.warning("%s/begun is damaged: %r", self.folder, damage)
+            return None
 
     def _remove(self, folder: str, name: str) -> None:
         filesystem, path = filesystem_of(join(self.folder, folder, name))

@@ -20,6 +20,7 @@ import pynvml
 from giffy_ray.storage import join, read_text, write_text
 
 EVERY_S = 10.0  # MLflow's interval
+_NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
 _NOTHING = {"samples": 0, "cpu_hours": 0.0, "gpu_hours": 0.0}
 _log = logging.getLogger(__name__)
 
@@ -67,13 +68,25 @@ class Sampler:
 
     def _used(self, seconds: float) -> dict[str, Any]:
         """What the run has used by now; in the file before it is logged, so no step is logged twice."""
-        used = json.loads(read_text(self._file) or json.dumps(_NOTHING))
+        used = _parsed(read_text(self._file, "replace"), self._file)
         cpus, gpus = self._held
         used["samples"] += 1
         used["cpu_hours"] += cpus * seconds / 3600
         used["gpu_hours"] += gpus * seconds / 3600
         write_text(self._file, json.dumps(used))
         return used
+
+
+def _parsed(text: str | None, known_as: str) -> dict[str, Any]:
+    """What the file of an earlier start says; nothing where there is none, or it is damaged."""
+    if text is None:
+        return dict(_NOTHING)
+    try:
+        said = json.loads(text)
+        return {name: type(nothing)(said[name]) for name, nothing in _NOTHING.items()}
+    except (ValueError, KeyError, TypeError) as damage:
+        _warn_once(f"{known_as} is damaged ({damage!r}): cost/ counts from here on")
+        return dict(_NOTHING)
 
 
 def machine() -> dict[str, float]:
@@ -100,7 +113,9 @@ def gpus_here() -> list[Any]:
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-    except pynvml.NVMLError:
+    except Exception as failure:  # some of pynvml's are no NVMLError
+        if getattr(failure, "value", None) not in _NO_DRIVER:  # as after an update of the driver without a restart
+            _warn_once(f"GPUs cannot be sampled: {failure!r}")
         return []
     return [_handle(number) for number in range(count)]
 
@@ -117,7 +132,7 @@ def of_gpus(gpus: Sequence[Any]) -> dict[str, float]:
 def _handle(number: int) -> Any:
     try:
         return pynvml.nvmlDeviceGetHandleByIndex(number)
-    except pynvml.NVMLError as failure:  # it fell off the bus, or this user has no permission
+    except Exception as failure:  # it fell off the bus, or this user has no permission
         _warn_once(f"GPU {number} cannot be sampled: {failure!r}")
         return None
 

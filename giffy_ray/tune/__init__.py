@@ -157,7 +157,8 @@ def named(experiment: Experiment) -> Experiment:
     """
     name = f"{experiment.name}-study"
     if experiment.search.resume == "never":
-        return override(experiment, {"name": f"{name}-{datetime.now():%Y%m%d-%H%M%S}"})
+        name = f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    override(experiment, {"name": _best_name(name)})  # one that is too long is refused now, not after the search
     study = override(experiment, {"name": name})
     if experiment.search.resume == "must" and read_text(join(study.storage, name, "experiment.yaml")) is None:
         raise ConfigError(f"search.resume: there is no search {name!r} in {study.storage} to go on with (value 'must')")
@@ -221,10 +222,14 @@ def first_points(experiment: Experiment) -> list[Values]:
 def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Experiment:
     """The training of the best trial's values. They were the last of several in a population: on from its weights."""
     best = found.best[0]
-    changes = best.values | {"name": f"{study.name}-best"}
+    changes = best.values | {"name": _best_name(study.name)}
     if study.search.sampler == "pbt":
         changes["train.start_from"] = checkpoints.newest(experiment_of(study, best.number, best.values))
     return override(experiment, changes)
+
+
+def _best_name(study: str) -> str:
+    return f"{study}-best"
 
 
 def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger, lease: Lease) -> tune.Tuner:
