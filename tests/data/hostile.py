@@ -18,6 +18,9 @@ def sample(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
             os.kill(os.getpid(), signal.SIGSEGV)
         case b"hangs":
             time.sleep(1000)
+        case b"slows":
+            time.sleep(0.5)
+            return sample_clip(video[5:], clip, limits)
         case b"grows":
             bytearray(limits.memory_mb * 2**20)
         case b"exits":
