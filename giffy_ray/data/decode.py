@@ -23,7 +23,7 @@ from av.stream import Disposition
 
 from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data.headers import Crop, fragments_of, is_matroska_cut, matroska_crop, mp4_crop
-from giffy_ray.data.scaling import FrameScaler, TooLargeError
+from giffy_ray.data.scaling import FrameScaler, TooLargeError, UnsupportedColourError
 
 # Containers that hold pictures. Playlists and concat scripts, which open other files, are not among them.
 _CONTAINERS = "mov,mp4,matroska,webm,avi"
@@ -193,6 +193,8 @@ def _sample_stream(
         frames = _decode(stream, chosen, scaler, limits)
     except TooLargeError as error:
         raise RejectedVideo("too_large", f"{error} is over data.limits.pixels={limits.pixels}") from error
+    except UnsupportedColourError as error:
+        raise RejectedVideo("no_decoder", str(error)) from error
     except (MemoryError, av.error.MemoryError) as error:
         raise RejectedVideo("memory", _short(error)) from error
     except _UNREADABLE as error:
@@ -398,9 +400,9 @@ def _decode(
     frames, first = _decode_packets(context, chosen, scaler, dropping=False)
     missing = [time for time in chosen.times if time not in frames]
     # Said without an error: what the decoder leaves out at the start lacks what it is predicted from.
-    if first is not None and 0 < (first - chosen.shown[0]) * chosen.unit_s <= _MAX_LEADING_S:
-        if not chosen.stamped or (missing and missing[-1] < first):
-            raise _LaterStart(first)
+    late = first is not None and 0 < (first - chosen.shown[0]) * chosen.unit_s <= _MAX_LEADING_S
+    if first is not None and late and (not chosen.stamped or (missing and missing[-1] < first)):
+        raise _LaterStart(first)
     if not missing:
         return frames
     raise RejectedVideo("damaged", f"{len(missing)} of {len(chosen.times)} frames did not decode")

@@ -614,14 +614,11 @@ def test_an_avi_that_was_cut_off_anywhere(codec: str):
     video = encode(moving_frames(), 30, "avi", codec, strict="unofficial")
     whole = sample_clip(video, CLIP)
     first = video.index(b"00dc", video.index(b"movi")) + 4000
-    for cut in np.linspace(first, len(video), 12, endpoint=False).astype(int):
-        try:
-            sampled = sample_clip(video[:cut], CLIP)
-        except RejectedVideo as rejected:
-            assert rejected.reason == "damaged"
-        else:
-            assert cut > 0.9 * len(video)
-            assert np.array_equal(sampled.clip, whole.clip)
+    for cut in np.linspace(first, 0.7 * len(video), 10).astype(int):
+        with pytest.raises(RejectedVideo, match="damaged"):
+            sample_clip(video[:cut], CLIP)
+    for cut in (len(video) - 1, video.rindex(b"idx1")):
+        assert np.array_equal(sample_clip(video[:cut], CLIP).clip, whole.clip)
 
 
 def test_an_mkv_that_states_no_length_is_cut_off_within_a_frame():
