@@ -17,7 +17,7 @@ from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
 from giffy_ray.data.store import Store
 from giffy_ray.progress import Bar
-from giffy_ray.storage import filesystem_of, is_local, join, read_text
+from giffy_ray.storage import filesystem_of, is_local, join
 
 _USUAL_FPS = 30
 _LISTED_REJECTS = 20
@@ -42,8 +42,13 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     catalog, data = catalog_of(experiment), experiment.data
     recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
     location = join(experiment.storage, "stores", recipe.key)
+    shards.write_recipe(location, recipe)
     place = stores.set_location(location, catalog)
-    broken = place is not None and bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
+    broken = place is not None and not stores.is_whole(place)
+    if broken:
+        print(f"{place}: damaged; it is written again", file=sys.stderr)
+    elif place is not None:
+        broken = bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
     if place is None or broken or again:
         index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
         written = stores.write_set(location, catalog, index, data.limits)
@@ -61,8 +66,6 @@ def _decode_missing(
 ) -> pa.Table:
     """Decodes the videos of a catalog that the store does not know, or has lost. Returns its index."""
     data = experiment.data
-    if read_text(join(location, "recipe.json")) is None:
-        shards.write_recipe(location, recipe)
     rows = shards.read_rows(location)
     damaged = _damaged(location, rows, contents=again)
     whole = rows.filter(pa.array([shard not in damaged for shard in rows["shard"].to_pylist()], pa.bool_()))

@@ -43,15 +43,19 @@ _VIDEO_SCHEMA = pa.schema(
     {name: pa.string() for name in ("identity", "id", "path", "category", "split", "source")}
     | {"size_bytes": pa.int64()}
 )
+_SET_FILES = ("rows.parquet", "rejects.parquet", "set.json")
 _REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
 _MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
 
 
 def set_location(location: str, catalog: Catalog) -> str | None:
     """Where the finished set of these videos is in the store at `location`; none where there is none."""
-    key = read_text(_pointer(location, catalog))
-    place = join(location, "sets", key) if key else None
-    return place if place and read_text(join(place, "set.json")) is not None else None
+    try:
+        key = read_text(_pointer(location, catalog))
+        place = join(location, "sets", key) if key and key.isalnum() else None
+        return place if place and read_text(join(place, "set.json")) is not None else None
+    except UnicodeDecodeError:  # a file that was damaged
+        return None
 
 
 def choose_set(location: str, catalog: Catalog, place: str, replace: bool = False) -> str:
@@ -114,13 +118,25 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
         "rejects.parquet": _parquet(rejects),
         "set.json": json.dumps(facts, indent=2).encode(),
     }
-    digest = hashlib.sha256()
-    for content in files.values():
-        digest.update(hashlib.sha256(content).digest())
-    place = join(location, "sets", digest.hexdigest()[:16])
+    place = join(location, "sets", _key_of(list(files.values())))
     for name, content in files.items():
         write_if_different(join(place, name), content)
     return place
+
+
+def is_whole(place: str) -> bool:
+    """Whether a set is what was written: a power cut may leave files empty that were there already."""
+    try:
+        return place.rpartition("/")[2] == _key_of([read_bytes(join(place, name)) for name in _SET_FILES])
+    except FileNotFoundError:
+        return False
+
+
+def _key_of(contents: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def _parquet(table: pa.Table) -> bytes:
