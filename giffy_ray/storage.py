@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -175,10 +176,16 @@ def write_bytes(location: str, content: bytes) -> None:
     if is_local(location):
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
         written = f"{path}.{uuid.uuid4().hex}{PARTIAL}"
-    with filesystem.open_output_stream(written) as stream:
-        stream.write(content)
-    if written != path:
-        filesystem.move(written, path)
+    try:
+        with filesystem.open_output_stream(written) as stream:
+            stream.write(content)
+        if written != path:
+            filesystem.move(written, path)
+    except BaseException:
+        if written != path:
+            with suppress(OSError):  # a full disk need not hold what is of no use
+                filesystem.delete_file(written)
+        raise
 
 
 def write_if_different(location: str, content: bytes) -> None:

@@ -1,6 +1,8 @@
 """Where things are written: which addresses are understood, and what is tried before anything starts."""
 
 import os
+import resource
+import signal
 import socket
 import threading
 import time
@@ -10,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from giffy_ray import storage
-from giffy_ray.storage import check_readable, check_writable, checked_location, filesystem_of, read_text, write_text
+from giffy_ray.storage import (
+    check_readable,
+    check_writable,
+    checked_location,
+    filesystem_of,
+    read_text,
+    write_bytes,
+    write_text,
+)
 
 
 @pytest.mark.parametrize(
@@ -122,3 +132,19 @@ def test_a_folder_called_tilde_stays_where_it_is(tmp_path: Path, monkeypatch: py
     monkeypatch.chdir(tmp_path)
     assert storage.settle("./~") == f"{tmp_path}/~"
     assert storage.settle("~/runs") == f"{Path.home()}/runs"
+
+
+def test_what_could_not_be_written_leaves_no_partial_file(tmp_path: Path):
+    """As on a full disk: the file is as it was, and what was begun does not take the last room."""
+    write_bytes(f"{tmp_path}/a.bin", b"before")
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            write_bytes(f"{tmp_path}/a.bin", bytes(5000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    assert (tmp_path / "a.bin").read_bytes() == b"before"

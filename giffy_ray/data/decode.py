@@ -22,8 +22,8 @@ from av.container import InputContainer
 from av.stream import Disposition
 
 from giffy_ray.config import ClipConfig, LimitsConfig
-from giffy_ray.data.headers import Crop, fragments_of, matroska_crop, mp4_crop
-from giffy_ray.data.scaling import FrameScaler, TooLargeError
+from giffy_ray.data.headers import Crop, fragments_of, is_matroska_cut, matroska_crop, mp4_crop
+from giffy_ray.data.scaling import FrameScaler, TooLargeError, UnsupportedColourError
 
 # Containers that hold pictures. Playlists and concat scripts, which open other files, are not among them.
 _CONTAINERS = "mov,mp4,matroska,webm,avi"
@@ -35,6 +35,7 @@ _KEYFRAME_FIRST_DECODERS = ("vp8", "vp9", "mpeg4")
 _SLACK_S = 0.2  # by which a file may end sooner than it says
 # How much of a video may lack the frames that it is predicted from: x264's longest group, 250 frames, at 24 fps.
 _MAX_LEADING_S = 10.5
+_MAX_REORDERED = 16  # frames that a decoder may keep back: of H.264 and HEVC
 _THUMBNAILS_FPS = 2  # a track with fewer, beside one with more, is not the film
 _LIMITS = LimitsConfig()
 
@@ -192,6 +193,8 @@ def _sample_stream(
         frames = _decode(stream, chosen, scaler, limits)
     except TooLargeError as error:
         raise RejectedVideo("too_large", f"{error} is over data.limits.pixels={limits.pixels}") from error
+    except UnsupportedColourError as error:
+        raise RejectedVideo("no_decoder", str(error)) from error
     except (MemoryError, av.error.MemoryError) as error:
         raise RejectedVideo("memory", _short(error)) from error
     except _UNREADABLE as error:
@@ -241,7 +244,9 @@ def _read(
     for packet in demuxed:
         time = packet.pts if packet.pts is not None and (stamped or packet.dts is None) else packet.dts
         if time is None:
-            continue  # the flush packet
+            if packet.size:  # not to be shown (an mkv cannot hold negative times), but others are predicted from it
+                packets.append(packet)
+            continue
         first, end = min(first, time), max(end, time + (packet.duration or 0))
         if not packet.size:
             continue  # the frame before is shown for longer; a decoder would take it for the end
@@ -322,12 +327,16 @@ def _missing_end(
     """
     track_end_s, movie_end_s = 0.0, (container.duration or 0) / av.time_base
     if container.format.name == "avi":
-        track_end_s = movie_end_s = float((stream.duration or 0) * stream.time_base)  # type: ignore[operator]
+        # FFmpeg shortens the duration to what the file has room for. The header's count of frames stays as it is.
+        stated = max(stream.duration or 0, stream.frames)
+        track_end_s = movie_end_s = float(stated * stream.time_base)  # type: ignore[operator]
     elif "matroska" in container.format.name:
         clock = re.fullmatch(r"(\d+):(\d+):(\d+\.\d+)", stream.metadata.get("DURATION", ""))
         if clock:
             parts = zip((3600, 60, 1), clock.groups(), strict=True)
             track_end_s = movie_end_s = sum(unit * float(part) for unit, part in parts)
+        elif not movie_end_s and is_matroska_cut(video):
+            return f"it ends within an element, after {end_s:.2f} s: it was cut off"
     else:
         fragments = fragments_of(video, stream.id)
         if fragments is None:
@@ -390,36 +399,51 @@ def _decode(
         context.flush_buffers()
     frames, first = _decode_packets(context, chosen, scaler, dropping=False)
     missing = [time for time in chosen.times if time not in frames]
+    # Said without an error: what the decoder leaves out at the start lacks what it is predicted from.
+    late = first is not None and 0 < (first - chosen.shown[0]) * chosen.unit_s <= _MAX_LEADING_S
+    if first is not None and late and (not chosen.stamped or (missing and missing[-1] < first)):
+        raise _LaterStart(first)
     if not missing:
         return frames
-    # Said without an error: what the decoder leaves out at the start lacks what it is predicted from.
-    if first is not None and missing[-1] < first and (first - chosen.shown[0]) * chosen.unit_s <= _MAX_LEADING_S:
-        raise _LaterStart(first)
     raise RejectedVideo("damaged", f"{len(missing)} of {len(chosen.times)} frames did not decode")
 
 
 def _decode_packets(
     context: av.VideoCodecContext, chosen: _Chosen, scaler: FrameScaler, dropping: bool
 ) -> tuple[dict[int, np.ndarray], int | None]:
-    """(the wanted frames that decode, when the first of all that decode is shown where the container says that)"""
-    wanted, in_order, frames, first = set(chosen.times), iter(chosen.shown), {}, None
-    for packet in [*chosen.packets, None]:
+    """(the wanted frames that decode, when the first of all that decode is shown)"""
+    wanted, in_order, frames = set(chosen.times), iter(chosen.shown), {}
+    out: list[int] = []  # of each frame, its time; or the number of its packet where the container gives no times
+    for number, packet in enumerate([*chosen.packets, None]):
         if dropping and packet is not None:
             context.skip_frame = "DEFAULT" if packet.pts in wanted else "NONREF"
         elif packet is chosen.packets[0]:
             context.skip_frame = "DEFAULT"
+        if packet is not None and not chosen.stamped:
+            packet.pts = number  # a decoder gives it to the frame
         for frame in context.decode(packet):
             if frame.is_corrupt:
                 raise RejectedVideo("damaged", f"the frame at {frame.time or 0:.2f} s is corrupt")
+            if frame.pts is not None:
+                out.append(frame.pts)
             time = frame.pts if chosen.stamped else next(in_order, None)
-            if chosen.stamped and time is not None and time >= chosen.shown[0]:
-                first = time if first is None else min(first, time)
             if time not in wanted or time in frames:
                 continue
             frames[time] = scaler(frame)
-            if len(frames) == len(wanted):
-                return frames, first
-    return frames, first
+            if len(frames) == len(wanted) and (chosen.stamped or len(out) > _MAX_REORDERED):
+                return frames, _first_shown(chosen, out)
+    return frames, _first_shown(chosen, out)
+
+
+def _first_shown(chosen: _Chosen, out: list[int]) -> int | None:
+    """When the first frame that decodes is shown; none where that is not known. `out`: see `_decode_packets`."""
+    if chosen.stamped:
+        return min((time for time in out if time >= chosen.shown[0]), default=None)
+    if len(out) < 2:
+        return None
+    # The frames that are left out at the start are shown before the first keyframe, and follow it in the file.
+    left_out = sorted(out)[1] - 1 - (len(chosen.packets) - len(chosen.shown))
+    return chosen.shown[left_out] if 0 <= left_out < len(chosen.shown) else None
 
 
 def _short(error: BaseException) -> str:

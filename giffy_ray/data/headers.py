@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from typing import NamedTuple
 
 _MAX_PARTS = 100_000  # boxes or elements side by side; files are made that hold more, and real ones do not
+_BOX_HEAD_BYTES = 8
+_BEFORE_FRAMES = (b"styp", b"sidx", b"prft", b"emsg", b"moof")  # boxes of a fragment whose frames follow in an mdat
 _SAMPLE_ENTRY_BYTES = 78  # of a video sample entry, before the boxes that it holds
 _SEGMENT, _TRACKS, _CLUSTER, _TRACK, _TRACK_TYPE, _VIDEO = 0x18538067, 0x1654AE6B, 0x1F43B675, 0xAE, 0x83, 0xE0
 _PIXEL_CROPS = {0x54CC: "left", 0x54DD: "right", 0x54BB: "top", 0x54AA: "bottom"}
@@ -30,7 +32,7 @@ class Fragments(NamedTuple):
 
     track_s: float  # one track, from its first frame on (sidx)
     movie_s: float  # the longest track (mvhd, mehd)
-    is_cut: bool  # whether the file ends within a box
+    is_cut: bool  # whether the file ends within a box, or between the head of a fragment and its frames
 
 
 class _Part(NamedTuple):
@@ -55,7 +57,9 @@ def fragments_of(video: bytes, track_id: int) -> Fragments | None:
         movie_s, spans = 0.0, []
     ours = [(start_s, end_s) for track, start_s, end_s in spans if track == track_id]
     track_s = max(end_s for _, end_s in ours) - min(start_s for start_s, _ in ours) if ours else 0.0
-    return Fragments(track_s, movie_s, top[-1].end > len(video))
+    rest = len(video) - top[-1].end
+    is_cut = rest < 0 or 0 < rest < _BOX_HEAD_BYTES or top[-1].kind in map(_fourcc, _BEFORE_FRAMES)
+    return Fragments(track_s, movie_s, is_cut)
 
 
 def mp4_crop(video: bytes, track_id: int, width: int, height: int) -> Crop:
@@ -88,6 +92,22 @@ def matroska_crop(video: bytes, place: int, tracks: int) -> Crop:
     return found[place] if len(found) == tracks else Crop()
 
 
+def is_matroska_cut(video: bytes) -> bool:
+    """Whether the file ends within an element."""
+    start = 0
+    for _ in range(_MAX_PARTS):
+        name = _variable(video, start, len(video), keep_marker=True)
+        size = _variable(video, start + name[1], len(video)) if name else None
+        if name is None or size is None:
+            return start < len(video) and bool(video[start])  # within the head of one, unless zeros fill the file up
+        body = start + name[1] + size[1]
+        end = body if _is_unknown(size) else body + size[0]
+        if end > len(video):
+            return True
+        start = body if name[0] in (_SEGMENT, _CLUSTER) else end
+    return False
+
+
 def _fourcc(kind: bytes) -> int:
     return int.from_bytes(kind, "big")
 
@@ -95,10 +115,10 @@ def _fourcc(kind: bytes) -> int:
 def _boxes(video: bytes, start: int, end: int) -> Iterator[_Part]:
     """The boxes between two offsets; the last may claim to end beyond."""
     for _ in range(_MAX_PARTS):
-        if start + 8 > end:
+        if start + _BOX_HEAD_BYTES > end:
             return
         size, kind = struct.unpack_from(">II", video, start)
-        head = 8
+        head = _BOX_HEAD_BYTES
         if size == 1 and start + 16 <= end:
             (size,), head = struct.unpack_from(">Q", video, start + 8), 16
         elif size == 0:
@@ -159,8 +179,7 @@ def _elements(video: bytes, start: int, end: int) -> Iterator[_Part]:
         if name is None or size is None:
             return
         body = start + name[1] + size[1]
-        unknown = size[0] == (1 << 7 * size[1]) - 1
-        start = end if unknown else min(body + size[0], end)
+        start = end if _is_unknown(size) else min(body + size[0], end)
         yield _Part(name[0], body, start)
 
 
@@ -173,6 +192,11 @@ def _variable(video: bytes, start: int, end: int, keep_marker: bool = False) -> 
         return None
     value = int.from_bytes(video[start : start + length], "big")
     return value if keep_marker else value & (1 << 7 * length) - 1, length
+
+
+def _is_unknown(size: tuple[int, int]) -> bool:
+    """Whether the size of an element, as `_variable` gives it, is all ones: it ends where the next one begins."""
+    return size[0] == (1 << 7 * size[1]) - 1
 
 
 def _number(video: bytes, element: _Part) -> int:

@@ -138,6 +138,9 @@ def manifest(
     for column in ("path", "category"):
         if column not in present:
             raise ConfigError(f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; add it")
+    for column, count in Counter(present).items():
+        if column in MANIFEST_COLUMNS and count > 1:
+            raise ConfigError(f"{where}: {count} columns are named {column!r}; rename or remove all but one")
     listed = []
     for number, record in records:
         at = f"{where}, row {number}"

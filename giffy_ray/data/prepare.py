@@ -19,7 +19,7 @@ from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
 from giffy_ray.data.shards import PASSING, Recipe
 from giffy_ray.data.store import Store
 from giffy_ray.progress import Bar
-from giffy_ray.storage import filesystem_of, is_local, join, read_text
+from giffy_ray.storage import filesystem_of, is_local, join
 
 _USUAL_FPS = 30
 _ANSWER_S = 60  # for a node to say how much it may keep
@@ -45,9 +45,12 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     catalog, data = catalog_of(experiment), experiment.data
     recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
     location = join(experiment.storage, "stores", recipe.key)
+    shards.write_recipe(location, recipe)
     place = stores.set_location(location, catalog)
-    broken = False
-    if place is not None and not again:  # `again` writes the set anew, also where its rows cannot be read
+    broken = place is not None and not stores.is_whole(place)
+    if broken:
+        print(f"{place}: damaged; it is written again", file=sys.stderr)
+    elif place is not None and not again:  # `again` checks all contents anyway
         broken = bool(shards.damaged_shards(location, stores.read_set(place), contents=False))
     if place is None or broken or again:
         with prune.protected(experiment, location):
@@ -68,8 +71,6 @@ def _decode_missing(
 ) -> pa.Table:
     """Decodes the videos of a catalog that the store does not know, or has lost. Returns its index."""
     data = experiment.data
-    if read_text(join(location, "recipe.json")) is None:
-        shards.write_recipe(location, recipe)
     rows = shards.read_rows(location)
     damaged = _damaged(location, rows, contents=again)
     whole = rows.filter(pc.invert(shards.are_in(rows, damaged)))  # type: ignore[attr-defined]

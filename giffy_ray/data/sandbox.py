@@ -62,6 +62,11 @@ class Sandbox:
             except (ValueError, TypeError, KeyError, AttributeError):
                 self._end()
                 raise RejectedVideo("crash", "the decoder's answer is no clip") from None
+            except RejectedVideo:
+                raise
+            except BaseException:  # such as a task that Ray cancels: the next video must not get this one's answer
+                self._end()
+                raise
         raise RejectedVideo("crash", f"it ended the decoder with {ended}")
 
     def _start(self) -> None:
@@ -84,6 +89,9 @@ class Sandbox:
             self._connection.recv_bytes()
         except (EOFError, OSError) as error:
             raise RuntimeError(f"the decoding process did not start ({self._end()}): {' '.join(command)}") from error
+        except BaseException:
+            self._end()
+            raise
 
     def _ask(self, video: bytes) -> Sampled:
         self._connection.send_bytes(video)

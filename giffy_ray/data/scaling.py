@@ -19,13 +19,21 @@ from giffy_ray.data.headers import Crop
 # be scaled is off by four levels without. Colour is taken from where the frame says that its samples lie
 # (`chroma_location`), which FFmpeg's `scale` filter does only where its `in_chroma_loc` says so.
 SCALING = Interpolation.AREA | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-_UNSPECIFIED_MATRIX = 2
+# Matrices by their numbers in ITU-T H.273. FFmpeg converts some; these are taken for one of them, as players do.
+_CONVERTED_MATRICES = (0, 1, 2, 4, 5, 6, 7, 9)
+_UNSPECIFIED_MATRICES = (2, 3)
+_BT2020_CONSTANT_LUMINANCE = 10
+_MATRICES_OF_PRIMARIES = (12, 13)
 _PIXEL_SHAPES = 1 / 8, 8  # width over height; what is beyond is a mistake
 _thread = threading.local()
 
 
 class TooLargeError(Exception):
     """A picture that would be scaled to more pixels than is allowed."""
+
+
+class UnsupportedColourError(Exception):
+    """A picture whose colours are coded in a way that cannot be converted."""
 
 
 class FrameScaler:
@@ -45,7 +53,7 @@ class FrameScaler:
         self.hdr = False  # whether a frame was HDR
 
     def __call__(self, frame: av.VideoFrame) -> np.ndarray:
-        """Raises TooLargeError."""
+        """Raises TooLargeError, UnsupportedColourError."""
         if self._turns is None:
             self._turns = round(frame.rotation / 90) % 4  # counterclockwise, to be upright
             self._mirrored = _is_mirrored(frame)  # upside down, before it is turned
@@ -78,7 +86,7 @@ class FrameScaler:
             height,
             format="rgb48le" if deep else "rgb24",
             interpolation=SCALING,
-            src_colorspace=Colorspace.BT2020 if deep and frame.colorspace == _UNSPECIFIED_MATRIX else None,
+            src_colorspace=_matrix(frame, deep),
             src_color_range=frame.color_range,
             threads=1,
         )
@@ -105,6 +113,20 @@ class FrameScaler:
         graph.link_nodes(source, *steps, graph.add("buffersink")).configure()
         graph.vpush(frame)
         return graph.vpull()
+
+
+def _matrix(frame: av.VideoFrame, deep: bool) -> Colorspace | None:
+    """The matrix that a frame is converted by; none for its own. Raises UnsupportedColourError."""
+    matrix = frame.colorspace
+    if frame.format.is_rgb or (matrix in _CONVERTED_MATRICES and not (deep and matrix in _UNSPECIFIED_MATRICES)):
+        return None
+    if matrix in _UNSPECIFIED_MATRICES:
+        return Colorspace.BT2020 if deep else Colorspace.ITU601
+    if matrix == _BT2020_CONSTANT_LUMINANCE:
+        return Colorspace.BT2020
+    if matrix in _MATRICES_OF_PRIMARIES:
+        return Colorspace.BT2020 if deep else Colorspace.ITU709
+    raise UnsupportedColourError(f"its colours are coded by matrix {matrix} of ITU-T H.273, which is not supported")
 
 
 def _reformatter() -> VideoReformatter:

@@ -36,7 +36,7 @@ from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data.catalog import Video
 from giffy_ray.data.decode import RejectedVideo, Sampled, nearest_frames
 from giffy_ray.data.sandbox import sandbox_for
-from giffy_ray.storage import PARTIAL, filesystem_of, join, write_if_different, write_text
+from giffy_ray.storage import PARTIAL, filesystem_of, join, write_if_different
 
 SHARD_VIDEOS = 32
 VERSION = 3  # of what decoding gives; raise it when the same video would give another clip
@@ -232,7 +232,7 @@ def choose_rows(rows: pa.Table) -> pa.Table:
 
 
 def write_recipe(location: str, recipe: Recipe) -> None:
-    write_text(join(location, "recipe.json"), recipe.to_json())
+    write_if_different(join(location, "recipe.json"), recipe.to_json().encode())
 
 
 def damaged_shards(location: str, rows: pa.Table, contents: bool = True) -> dict[str, str]:

@@ -50,6 +50,7 @@ _REPEATED = ("category", "split", "codec", "shard")  # columns with few values, 
 _BATCH_ROWS = 2**20  # of an IPC file: Arrow's strings hold at most 2 GiB a batch
 _READ_ROWS = 2**14  # turned into Python objects at a time
 _ROWS = "rows.arrow"
+_SET_FILES = (_ROWS, "rejects.parquet", "set.json")
 _REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
 _MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
 
@@ -60,13 +61,12 @@ def set_location(location: str, catalog: Catalog) -> str | None:
 
 
 def _set_of(location: str, pointer: str) -> str | None:
-    key = read_text(pointer)
-    place = join(location, "sets", key) if key else None
-    about = read_text(join(place, "set.json")) if place else None
-    if place is None or about is None:
+    try:
+        key = read_text(pointer)
+        place = join(location, "sets", key) if key and key.isalnum() else None
+        return place if place and read_text(join(place, "set.json")) is not None else None
+    except UnicodeDecodeError:  # a file that was damaged
         return None
-    filesystem, path = filesystem_of(join(place, _ROWS))
-    return place if filesystem.get_file_info(path).size == json.loads(about).get("rows_bytes") else None
 
 
 def choose_set(location: str, catalog: Catalog, place: str, replace: bool = False) -> str:
@@ -131,10 +131,7 @@ def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsCo
         "rejects.parquet": _parquet(rejects),
         "set.json": json.dumps(facts, indent=2).encode(),
     }
-    digest = hashlib.sha256()
-    for content in files.values():
-        digest.update(hashlib.sha256(content).digest())
-    place = join(location, "sets", digest.hexdigest()[:16])
+    place = join(location, "sets", _key_of(list(files.values())))
     for name, content in files.items():
         write_if_different(join(place, name), content)
     return place
@@ -156,6 +153,21 @@ def _ipc_file(rows: pa.Table) -> pa.Buffer:
     with pa.ipc.new_file(content, rows.schema) as writer:
         writer.write_table(rows, max_chunksize=_BATCH_ROWS)
     return content.getvalue()
+
+
+def is_whole(place: str) -> bool:
+    """Whether a set is what was written: a power cut may leave files empty that were there already."""
+    try:
+        return place.rpartition("/")[2] == _key_of([read_bytes(join(place, name)) for name in _SET_FILES])
+    except FileNotFoundError:
+        return False
+
+
+def _key_of(contents: list[bytes]) -> str:
+    digest = hashlib.sha256()
+    for content in contents:
+        digest.update(hashlib.sha256(content).digest())
+    return digest.hexdigest()[:16]
 
 
 def _parquet(table: pa.Table) -> bytes:

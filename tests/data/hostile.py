@@ -40,6 +40,11 @@ def sample(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
     return sample_clip(video, clip, limits)
 
 
+def sample_slow(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
+    time.sleep(0.3)
+    return sample_clip(video, clip, limits)
+
+
 def mark_flaky(video: bytes) -> bytes:
     """An mp4 that `sample_flaky` rejects, and that is otherwise the same video."""
     return video + struct.pack("!I4s", 13, b"free") + b"flaky"

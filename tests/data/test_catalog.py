@@ -651,6 +651,16 @@ def test_a_table_of_pandas_is_read(tmp_path: Path):
         rows(tmp_path / "list.parquet")
 
 
+def test_a_parquet_file_with_two_columns_of_a_name_is_refused(tmp_path: Path):
+    touch(tmp_path, "a.mp4")
+    columns = [pa.array(["a.mp4"]), pa.array(["x"]), pa.array(["y"])]
+    pq.write_table(pa.table(columns, names=["path", "category", "category"]), tmp_path / "list.parquet")
+    with pytest.raises(
+        ConfigError, match=r"list\.parquet: 2 columns are named 'category'; rename or remove all but one"
+    ):
+        rows(tmp_path / "list.parquet")
+
+
 # --- what is a video, and what is told of the rest
 
 

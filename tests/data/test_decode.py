@@ -21,7 +21,7 @@ from giffy_ray.config import ClipConfig
 from giffy_ray.data.decode import RejectedVideo, decode_clip, nearest_frames, sample_clip, sample_source
 from giffy_ray.data.scaling import SCALING
 from tests.conftest import encode, grey_levels, grey_video
-from tests.data.boxes import box, replaced
+from tests.data.boxes import box, boxes, replaced
 from tests.data.corpus import INDEXED, first_fragments, fragmented, of_packets, states_length
 
 CLIP = ClipConfig()
@@ -342,6 +342,53 @@ def test_a_piece_begins_with_the_first_frame_that_decodes(order: str):
     assert source_frames(source.clip) == list(range(90 - len(plain), 90))
 
 
+@pytest.mark.parametrize("pause", [0, 20])
+def test_a_piece_of_an_avi_begins_with_the_first_frame_that_decodes(pause: int):
+    """An avi gives no times to know the frames by. Its first one may stay for longer."""
+    out = io.BytesIO()
+    with (
+        av.open(io.BytesIO(encode(moving_frames(), 30, "mp4", "mpeg4", bf="2", g="12"))) as source,
+        av.open(out, "w", format="avi") as container,
+    ):
+        packets = [packet for packet in source.demux(video=0) if packet.size]
+        packets = packets[second_keyframe(packets) :]
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(packets):
+            packet.pts = packet.dts = number + (pause if number else 0)
+            packet.duration = 1
+            packet.stream, packet.time_base = stream, Fraction(1, 30)
+            container.mux(packet)
+    video = out.getvalue()
+    with av.open(io.BytesIO(video)) as container:
+        decoded = sum(1 for _ in container.decode(video=0))
+    assert decoded == len(packets) - 2
+    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
+    assert source_frames(source.clip) == list(range(90 - decoded, 90))
+    assert np.allclose(source.times_s, np.arange(decoded) / 30)
+    assert source_frames(sampled.clip)[: decoded // 3] == list(range(90 - decoded, 90, 3))[: decoded // 3]
+    assert sampled.padded == sum(3 * moment >= decoded for moment in range(30))
+
+
+def test_frames_without_a_time_are_decoded_for_those_that_have_one():
+    """A trim by `ffmpeg -ss 0.7 -c copy -avoid_negative_ts disabled`: an mkv cannot hold the times before 0."""
+    out = io.BytesIO()
+    with (
+        av.open(io.BytesIO(encode(moving_frames(), 30, "mp4", g="90"))) as source,
+        av.open(out, "w", format="matroska", options={"avoid_negative_ts": "disabled"}) as container,
+    ):
+        stream = container.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(video=0):
+            if packet.size:
+                early = round(0.7 / packet.time_base)
+                packet.stream, packet.pts, packet.dts = stream, packet.pts - early, packet.dts - early
+                container.mux(packet)
+    video = out.getvalue()
+    with av.open(io.BytesIO(video)) as container:
+        assert sum(bool(packet.size) and packet.pts is None for packet in container.demux(video=0)) > 10
+    source = sample_source(video, CLIP)
+    assert source_frames(source.clip) == list(range(21, 90))
+
+
 @pytest.mark.parametrize("order", ["h264, open groups", "hevc", "mpeg4", "vp9", "vp8"])
 def test_frames_before_the_first_keyframe_are_left_out(order: str):
     """Not all decoders say that what they make of these is no picture."""
@@ -473,8 +520,17 @@ def test_a_file_of_nothing_but_single_pictures_is_a_still():
         decode_clip(video, CLIP)
 
 
+EACH_INDEXED = "frag_keyframe+dash"  # each fragment by itself
+
+
+def length_of(video: bytes, kind: str) -> int:
+    """Of the first box of this kind at the top of a file, in bytes."""
+    return next(part.end - part.start for part in boxes(video) if part.kind == kind)
+
+
 WHOLE = {
     "live": fragmented,
+    "each indexed": lambda: fragmented(flags=EACH_INDEXED),
     "sidx": lambda: fragmented(flags=INDEXED),
     "just long enough": lambda: fragmented(30),
     "mehd": lambda: states_length(fragmented(), 5, "mehd"),
@@ -497,6 +553,8 @@ CUT_OFF = {
     "with sound": lambda: first_fragments(states_length(fragmented(sound_s=5), 5, "mehd"), 2),
     "within a header": lambda: first_fragments(fragmented(), 1, partly=60),
     "within pictures": lambda: first_fragments(fragmented(), 1, partly=400),
+    "before pictures": lambda: first_fragments(fragmented(), 1, partly=length_of(fragmented(), "moof")),
+    "within the head of a box": lambda: first_fragments(fragmented(), 1, partly=5),
 }
 
 
@@ -548,3 +606,35 @@ def test_an_mkv_whose_sound_was_cut_off_with_it(tag: bytes):
         cut = next(packet.pos for packet in container.demux(video=0) if packet.pts >= 2000)
     with pytest.raises(RejectedVideo, match="damaged"):
         sample_clip(whole[: cut - 10], CLIP)
+
+
+@pytest.mark.parametrize("codec", ["mjpeg", "mpeg4"])
+def test_an_avi_that_was_cut_off_anywhere(codec: str):
+    """FFmpeg takes what is left of some for the whole."""
+    video = encode(moving_frames(), 30, "avi", codec, strict="unofficial")
+    whole = sample_clip(video, CLIP)
+    first = video.index(b"00dc", video.index(b"movi")) + 4000
+    for cut in np.linspace(first, 0.7 * len(video), 10).astype(int):
+        with pytest.raises(RejectedVideo, match="damaged"):
+            sample_clip(video[:cut], CLIP)
+    for cut in (len(video) - 1, video.rindex(b"idx1")):
+        assert np.array_equal(sample_clip(video[:cut], CLIP).clip, whole.clip)
+
+
+def test_an_mkv_that_states_no_length_is_cut_off_within_a_frame():
+    """As streamed: the sizes of the whole and of its parts are left open, so it may end after any frame."""
+    out = io.BytesIO()
+    with av.open(out, "w", format="matroska", options={"live": "1"}) as container:
+        stream = container.add_stream("mjpeg", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, "yuvj420p"
+        for picture in [*moving_frames()[:20], None]:
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24") if picture is not None else None
+            container.mux(stream.encode(frame))
+    video = out.getvalue()
+    with av.open(io.BytesIO(video)) as container:
+        assert container.duration is None
+        begin, end = [packet.pos for packet in container.demux(video=0) if packet.size][10:12]
+    assert sample_clip(video, CLIP).padded == 10
+    for cut in (begin + 1, begin + 40, end - 1):
+        with pytest.raises(RejectedVideo, match=r"it ends within an element, .*: it was cut off"):
+            sample_clip(video[:cut], CLIP)

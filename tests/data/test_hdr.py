@@ -17,7 +17,7 @@ from av.video.reformatter import ColorPrimaries, ColorTrc
 from giffy_ray.config import ClipConfig, LimitsConfig
 from giffy_ray.data import shards
 from giffy_ray.data.colour import to_bt709
-from giffy_ray.data.decode import Sampled, sample_clip
+from giffy_ray.data.decode import RejectedVideo, Sampled, sample_clip
 from giffy_ray.data.prepare import _tell_hdr
 from giffy_ray.data.sandbox import Sandbox
 from tests.conftest import grey_video
@@ -173,6 +173,18 @@ def test_hdr_without_other_tags_is_taken_as_bt2020():
     signals = pq_signal(np.random.default_rng(2).uniform(1, 300, (10, 3)))
     tagged = colours_of(video_of(signals, NAMES["pq"]), 10)
     assert np.array_equal(colours_of(video_of(signals, NAMES["pq"], tags=""), 10), tagged)
+
+
+@pytest.mark.parametrize("matrix", ["bt2020c", "chroma-derived-nc", "ictcp", "YCgCo"])
+def test_matrices_that_ffmpeg_does_not_convert(matrix: str):
+    """Those that are near one that it converts are taken for it; others are rejected by name, not as damaged."""
+    signals = pq_signal(np.random.default_rng(3).uniform(1, 300, (3, 3)))
+    video = video_of(signals, NAMES["pq"], tags=f"colorprim=bt2020:colormatrix={matrix}")
+    if matrix in ("bt2020c", "chroma-derived-nc"):
+        assert np.array_equal(decoded(video, 3).clip, decoded(video_of(signals, NAMES["pq"]), 3).clip)
+    else:
+        with pytest.raises(RejectedVideo, match=r"no_decoder: its colours are coded by matrix \d+ of ITU-T H\.273"):
+            decoded(video, 3)
 
 
 def test_edges_in_hdr_are_averaged_as_they_are_encoded():

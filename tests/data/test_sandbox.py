@@ -1,4 +1,5 @@
 import os
+import signal
 import time
 
 import numpy as np
@@ -51,6 +52,26 @@ def test_what_a_file_does_to_the_decoder_is_its_own_affair(video: bytes, reason:
         assert np.array_equal(sandbox.sample(good).clip, sample_clip(good, CLIP).clip)
         assert reason_of(sandbox, video) == (reason, detail)
         assert np.array_equal(sandbox.sample(good).clip, sample_clip(good, CLIP).clip)
+
+
+def test_the_answer_to_a_video_that_nobody_waits_for_any_more_is_not_the_next_ones():
+    """As when Ray cancels a task: it raises KeyboardInterrupt in a process that then gets other tasks."""
+
+    def cancel(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    videos = [moving_video(number, 20, 30) for number in range(2)]
+    with Sandbox(CLIP, LIMITS, "tests.data.hostile:sample_slow") as sandbox:
+        sandbox.sample(videos[0])
+        before = signal.signal(signal.SIGALRM, cancel)
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                sandbox.sample(videos[0])
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
+        assert np.array_equal(sandbox.sample(videos[1]).clip, sample_clip(videos[1], CLIP).clip)
 
 
 def test_a_video_in_whose_time_the_decoder_died_by_accident_is_tried_again():

@@ -252,6 +252,22 @@ def test_of_many_that_choose_a_set_at_once_all_choose_the_same(experiment, tmp_p
     assert stores.set_location(location, catalog) is None
 
 
+@pytest.mark.parametrize("content", [b"", b"{"])
+@pytest.mark.parametrize("name", ["recipe.json", "catalogs/*", "set.json", "rows.arrow", "rejects.parquet"])
+def test_what_a_power_cut_left_of_a_set_is_written_again(experiment, tmp_path, capsys, name, content):
+    """A file that was renamed to its place may be there and empty."""
+    first = prepare(experiment, decoder=FLAKY)
+    pattern = name if "/" in name or name == "recipe.json" else f"sets/*/{name}"
+    (damaged,) = (path for path in tmp_path.glob(f"runs/stores/*/{pattern}") if path.suffix != ".lock")
+    before = damaged.read_bytes()
+    damaged.write_bytes(content)
+    mended = prepare(experiment)
+    assert mended.location == first.location and whole(mended)
+    assert damaged.read_bytes() == before
+    told = f"{first.location}: damaged; it is written again\n"
+    assert (told in capsys.readouterr().err) == ("sets/" in pattern)
+
+
 # --- the fingerprint
 
 
