@@ -12,7 +12,7 @@ they are shown. Every split has seeds of its own, and the same seed gives the sa
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.data import scenes
@@ -23,6 +23,8 @@ from giffy_ray.storage import join, read_text, write_if_different, write_text
 NAME = "synthetic"
 _SEEDS_PER_SPLIT = 1_000_000
 _CLIPS_PER_TASK = 4
+# Each look at what is done asks for all tasks in flight. Enough for a cluster to grow by.
+_MAX_TASKS_IN_FLIGHT = 256
 
 
 class Planned(NamedTuple):
@@ -91,7 +93,12 @@ def render_all(root: str, videos: list[Planned]) -> None:
     render = ray.remote(num_cpus=1)(_render)
     parts = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
     with Bar("rendering the built-in videos", len(videos), "videos") as bar:
-        waiting = [render.remote(root, part) for part in parts]
+        waiting: list[Any] = []
+        for part in parts:
+            waiting.append(render.remote(root, part))
+            while len(waiting) >= _MAX_TASKS_IN_FLIGHT:
+                done, waiting = ray.wait(waiting)
+                bar.advance(sum(ray.get(done)))
         while waiting:
             done, waiting = ray.wait(waiting)
             bar.advance(sum(ray.get(done)))

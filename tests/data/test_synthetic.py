@@ -1,5 +1,9 @@
+import functools
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import pytest
@@ -74,3 +78,33 @@ def test_a_video_is_there_whole_or_not_at_all_and_is_not_written_twice(tmp_path:
         one: stat.st_mtime_ns for one, stat in before.items()
     }
     assert {path.name for path in left_by_others.parent.iterdir()} == {one.name for one in planned}
+
+
+class CountingRay:
+    """Stands for Ray: tasks run when they are asked for, and each look at what is done costs one for each task."""
+
+    def __init__(self) -> None:
+        self.looked_at, self.most = 0, 0
+
+    def remote(self, **_: object) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda *words: functools.partial(function, *words))
+
+    def wait(self, tasks: list) -> tuple[list, list]:
+        self.looked_at += len(tasks)
+        self.most = max(self.most, len(tasks))
+        return tasks[:1], tasks[1:]
+
+    def get(self, tasks: list) -> list:
+        return [task() for task in tasks]
+
+
+def test_rendering_looks_at_a_bounded_number_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ray, rendered = CountingRay(), []
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(synthetic, "_render", lambda root, part: len(rendered.extend(part) or part))
+    videos = [synthetic.Planned("training", "skiing", seed) for seed in range(20_002)]
+    synthetic.render_all(str(tmp_path), videos)
+    assert rendered == videos
+    assert len((tmp_path / "trainingSet.csv").read_text().splitlines()) == len(videos)
+    assert ray.most <= 256
+    assert ray.looked_at <= 256 * 5_001  # 12,507,501 if all were looked at each time
