@@ -41,6 +41,7 @@ METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smal
 _MANIFEST, _OPTIMIZERS = "manifest.json", "optimizers.safetensors"
 _PUBLISHED = ("clip.", "model.", "train.seed")  # the fields of an experiment that clips are made with
 _CHUNK_BYTES = 2**24
+_GROUP_BYTES = 2**20  # of the tensors that are broadcast together
 _RAY_TRAINS_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
@@ -286,11 +287,11 @@ class _Tensors:
 
 
 def _grouped(targets: Iterable[_Target]) -> Iterator[list[_Target]]:
-    """In order, in groups of at most `_CHUNK_BYTES`; a larger tensor is alone. Many are scalars."""
+    """In order, in groups of at most `_GROUP_BYTES`; a larger tensor is alone. Many are scalars."""
     group: list[_Target] = []
     size = 0
     for target in targets:
-        if group and size + target.tensor.nbytes > _CHUNK_BYTES:
+        if group and size + target.tensor.nbytes > _GROUP_BYTES:
             yield group
             group, size = [], 0
         group.append(target)
