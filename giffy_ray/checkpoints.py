@@ -18,7 +18,7 @@ import logging
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -27,24 +27,27 @@ from typing import Any, TypeVar, cast
 import torch
 from pyarrow import fs
 from ray.train import Checkpoint
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from giffy_ray import learners
+from giffy_ray import learners, ranks
 from giffy_ray.config import BetweenConfig, ConfigError, Experiment, flatten, from_yaml, override, to_yaml
 from giffy_ray.learners import Learner
 from giffy_ray.learners.descent import AVERAGE
 from giffy_ray.storage import filesystem_of, is_local, join, read_bytes, read_text, write_text
 
 METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smallest
-_MANIFEST = "manifest.json"
+_MANIFEST, _OPTIMIZERS = "manifest.json", "optimizers.safetensors"
 _PUBLISHED = ("clip.", "model.", "train.seed")  # the fields of an experiment that clips are made with
 _CHUNK_BYTES = 2**24
+_GROUP_BYTES = 2**20  # of the tensors that are broadcast together
 _RAY_TRAINS_LIST = "checkpoint_manager_snapshot.json"
 _log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+Layouts = Mapping[str, tuple[list[int], torch.dtype]]  # shape and dtype of the tensors of a file, by their names
 Positions = Mapping[str, Mapping[str, Any]]  # of checkpoints, by where they lie; empty where it cannot be told
 
 
@@ -76,7 +79,7 @@ class Snapshot:
         """Writes it into a local folder, its manifest last."""
         for name, weights in self.networks.items():
             save_file(weights, folder / f"{name}.safetensors")
-        save_file(self.tensors, folder / "optimizers.safetensors")
+        save_file(self.tensors, folder / _OPTIMIZERS)
         (folder / "experiment.yaml").write_text(to_yaml(self.experiment))
         (folder / "position.json").write_text(json.dumps({**vars(self.position), "optimizers": self.numbers}, indent=1))
         _seal(folder, before_manifest)
@@ -184,14 +187,31 @@ def copied(
 
 
 def restore(location: str, learner: Learner) -> Position:
-    """Puts a checkpoint's state into a learner of the same experiment. Raises DamagedCheckpoint, ValueError."""
-    with _fetched(location, None) as folder:
-        load_networks(folder, learner)
-        position = json.loads((folder / "position.json").read_text())
-        tensors = load_file(folder / "optimizers.safetensors")
-    states = _put_together(tensors, position.pop("optimizers"))
+    """Puts a checkpoint's state into a learner of the same experiment, on all workers: each has to call this.
+
+    Rank 0 alone reads the files, one tensor at a time, and broadcasts it. Raises the same error on every worker:
+    DamagedCheckpoint, ValueError.
+    """
+    with contextlib.ExitStack() as stack:
+
+        def read() -> tuple[_Tensors, dict[str, Any]]:
+            names = [*(f"{name}.safetensors" for name in learner.networks), _OPTIMIZERS]
+            every = dict.fromkeys([*manifest(location), *names, "position.json"])
+            folder = stack.enter_context(_fetched(location, list(every)))
+            return _Tensors.of(folder, names), json.loads((folder / "position.json").read_text())
+
+        def match() -> tuple[list[_Target], dict[str, dict[str, Any]]]:
+            targets = []
+            for name, network in learner.networks.items():
+                targets += _matched(f"{name}.safetensors", tensors.layouts[f"{name}.safetensors"], network)
+            states, of_optimizers = _allocated(tensors.layouts[_OPTIMIZERS], numbers, learner.optimizers)
+            return [*targets, *of_optimizers], states
+
+        tensors, position = ranks.on_first(read)
+        numbers = position.pop("optimizers")
+        targets, states = ranks.on_each(match)
+        tensors.copy_into(targets, _device_of(learner))
     for name, optimizer in learner.optimizers.items():
-        _refuse_other_shapes(name, states[name], optimizer)
         optimizer.load_state_dict(states[name])
     return Position(**position)
 
@@ -244,24 +264,35 @@ def start_from(location: str, learner: Learner) -> None:
     Of a network with an average of its weights, which makes the clips, it takes the average. The learner's own average
     starts from the same weights.
 
-    Raises FileNotFoundError, DamagedCheckpoint, ConfigError where a network has other layers, or none is shared.
+    Every worker has to call this; rank 0 alone reads the files, as in `restore`. Raises the same error on every worker:
+    FileNotFoundError, DamagedCheckpoint, ConfigError where a network has other layers, or none is shared.
     """
-    files = manifest(location)
     names = [name for name, network in learner.networks.items() if not isinstance(network, AveragedModel)]
-    shared = [name for name in names if f"{name}.safetensors" in files]
-    if not shared:
-        raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(names)}")
-    averaged = {name: f"{name}{AVERAGE}.safetensors" in files for name in shared}
-    sources = {name: f"{name}{AVERAGE if averaged[name] else ''}.safetensors" for name in shared}
-    with _fetched(location, list(sources.values())) as folder:
-        for name, source in sources.items():
-            weights = load_file(folder / source)
-            if averaged[name]:
-                weights = {key.removeprefix("module."): weights[key] for key in weights if key != "n_averaged"}
-            try:
-                learner.networks[name].load_state_dict(weights)
-            except RuntimeError as error:
-                raise ConfigError(f"train.start_from: {location} is of another model: {error}") from error
+    with contextlib.ExitStack() as stack:
+
+        def read() -> tuple[dict[str, str], _Tensors]:
+            files = manifest(location)
+            shared = [name for name in names if f"{name}.safetensors" in files]
+            if not shared:
+                raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(names)}")
+            candidates = {name: (f"{name}{AVERAGE}.safetensors", f"{name}.safetensors") for name in shared}
+            sources = {name: next(file for file in either if file in files) for name, either in candidates.items()}
+            folder = stack.enter_context(_fetched(location, list(sources.values())))
+            return sources, _Tensors.of(folder, sources.values())
+
+        def match() -> list[_Target]:
+            targets = []
+            for name, file in sources.items():
+                prefix = "module." if file.endswith(f"{AVERAGE}.safetensors") else ""
+                layouts = {key: layout for key, layout in tensors.layouts[file].items() if key.startswith(prefix)}
+                try:
+                    targets += _matched(file, layouts, learner.networks[name], prefix)
+                except ValueError as error:
+                    raise ConfigError(f"train.start_from: {location} is of another model: {error}") from error
+            return targets
+
+        sources, tensors = ranks.on_first(read)
+        tensors.copy_into(ranks.on_each(match), _device_of(learner))
     for name in names:
         average = learner.networks.get(f"{name}{AVERAGE}")
         if average is not None:
@@ -269,8 +300,96 @@ def start_from(location: str, learner: Learner) -> None:
 
 
 def load_networks(folder: Path, learner: Learner) -> None:
+    """Loads the weights of a local checkpoint into the learner's networks, on this worker alone. Raises ValueError."""
     for name, network in learner.networks.items():
-        network.load_state_dict(load_file(folder / f"{name}.safetensors"))
+        path = folder / f"{name}.safetensors"
+        for target in _matched(path.name, _layouts_in(path), network):
+            _copy_tensor(path, target)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a tensor of a checkpoint goes."""
+
+    file: str
+    key: str
+    tensor: torch.Tensor
+
+
+@dataclass
+class _Tensors:
+    """The tensors of a checkpoint's files, which rank 0 alone can read."""
+
+    folder: Path  # on rank 0's machine
+    layouts: Mapping[str, Layouts]  # by the name of the file
+
+    @classmethod
+    def of(cls, folder: Path, files: Iterable[str]) -> _Tensors:
+        return cls(folder, {file: _layouts_in(folder / file) for file in files})
+
+    def copy_into(self, targets: Iterable[_Target], device: torch.device) -> None:
+        """Copies the tensors into their targets, in place and a few at a time, on all workers, which must have the same
+        targets. `device`: that of the learner.
+
+        Rank 0 takes part in the broadcasts to the end also where it fails to read, or the others would wait for ever.
+        """
+        failure = None
+        for group in _grouped(targets):
+            if ranks.rank() == 0 and failure is None:
+                try:
+                    for target in group:
+                        _copy_tensor(self.folder / target.file, target)
+                except Exception as error:
+                    failure = error
+            ranks.broadcast([target.tensor for target in group], device)
+        ranks.raise_first(failure)
+
+
+def _grouped(targets: Iterable[_Target]) -> Iterator[list[_Target]]:
+    """In order, in groups of at most `_GROUP_BYTES`; a larger tensor is alone. Many are scalars."""
+    group: list[_Target] = []
+    size = 0
+    for target in targets:
+        if group and size + target.tensor.nbytes > _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(target)
+        size += target.tensor.nbytes
+    if group:
+        yield group
+
+
+def _layouts_in(path: Path) -> Layouts:
+    with safe_open(path, framework="pt") as opened:
+        tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # mapped and not read yet  # noqa: SIM118
+        return {key: (list(tensor.shape), tensor.dtype) for key, tensor in tensors.items()}
+
+
+def _copy_tensor(path: Path, target: _Target) -> None:
+    """Opens the file anew for each tensor: what was read of a mapped file counts as our memory until it is closed."""
+    with safe_open(path, framework="pt") as opened:
+        target.tensor.copy_(opened.get_tensor(target.key))
+
+
+def _matched(file: str, layouts: Layouts, network: nn.Module, prefix: str = "") -> list[_Target]:
+    """The network's weights and buffers, with their names in the file. Raises ValueError where they do not match."""
+    state = {f"{prefix}{key}": tensor for key, tensor in network.state_dict().items()}
+    there = {key: shape for key, (shape, _) in layouts.items()}
+    here = {key: list(tensor.shape) for key, tensor in state.items()}
+    differing = [key for key in {**here, **there} if there.get(key) != here.get(key)]
+    if differing:
+        key = differing[0]
+        shapes = [f"shape {shapes[key]}" if key in shapes else "none" for shapes in (there, here)]
+        raise ValueError(
+            f"{file}: of {key!r} the checkpoint has {shapes[0]} and this experiment has {shapes[1]} ({len(differing)} "
+            "tensors differ); it is of another experiment"
+        )
+    return [_Target(file, key, tensor) for key, tensor in state.items()]
+
+
+def _device_of(learner: Learner) -> torch.device:
+    weights = (weight for network in learner.networks.values() for weight in network.parameters())
+    return next((weight.device for weight in weights), torch.device("cpu"))
 
 
 def load(location: str) -> tuple[Learner, Experiment]:
@@ -588,30 +707,48 @@ def _taken_apart(states: Mapping[str, dict[str, Any]]) -> tuple[dict[str, torch.
     return tensors, numbers
 
 
-def _put_together(tensors: Mapping[str, torch.Tensor], numbers: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+def _allocated(
+    layouts: Layouts, numbers: Mapping[str, Any], optimizers: Mapping[str, torch.optim.Optimizer]
+) -> tuple[dict[str, dict[str, Any]], list[_Target]]:
+    """State dicts for the optimisers, and their tensors, which nothing has been written into yet. Raises ValueError."""
+    missing = optimizers.keys() - numbers.keys()
+    if missing:
+        raise ValueError(f"optimizer {min(missing)!r}: the checkpoint has none of it; it is of another experiment")
     states: dict[str, dict[str, Any]] = {}
-    for name, plain in numbers.items():
+    for name in optimizers:
+        plain = numbers[name]
         groups = [{key: _as_it_was(key, value) for key, value in group.items()} for group in plain["param_groups"]]
         states[name] = {"state": {int(index): dict(of) for index, of in plain["state"].items()}, "param_groups": groups}
-    for key, tensor in tensors.items():
+    parameters = {
+        name: [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        for name, optimizer in optimizers.items()
+    }
+    targets = []
+    for key, (shape, dtype) in layouts.items():
         name, index, entry = key.rsplit("/", 2)
-        states[name]["state"][int(index)][entry] = tensor
-    return states
+        if name in optimizers:
+            tensor = _empty_state(name, int(index), entry, shape, dtype, parameters[name])
+            states[name]["state"][int(index)][entry] = tensor
+            targets.append(_Target(_OPTIMIZERS, key, tensor))
+    return states, targets
+
+
+def _empty_state(
+    name: str, index: int, entry: str, shape: list[int], dtype: torch.dtype, parameters: list[torch.Tensor]
+) -> torch.Tensor:
+    """A tensor for a parameter's state, which lies in memory as the parameter does; of a scalar on the CPU, from where
+    the optimiser moves it if need be."""
+    if not shape:
+        return torch.empty((), dtype=dtype)
+    here = list(parameters[index].shape) if index < len(parameters) else None
+    if shape != here:  # torch compares the number of parameters, and not their shapes
+        raise ValueError(
+            f"optimizer {name!r}, parameter {index}: the checkpoint has {entry} of shape {shape} where this experiment "
+            f"has {here}; it is of another experiment"
+        )
+    return torch.empty_like(parameters[index], dtype=dtype, requires_grad=False)
 
 
 def _as_it_was(key: str, value: Any) -> Any:
     """JSON knows no tuples, which betas are; params is a list."""
     return tuple(value) if isinstance(value, list) and key != "params" else value
-
-
-def _refuse_other_shapes(name: str, state: Mapping[str, Any], optimizer: torch.optim.Optimizer) -> None:
-    """torch compares the number of parameters, and not their shapes."""
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for index, of_parameter in state["state"].items():
-        there = {key: value.shape for key, value in of_parameter.items() if torch.is_tensor(value) and value.dim()}
-        here = parameters[index].shape if index < len(parameters) else None
-        if any(shape != here for shape in there.values()):
-            raise ValueError(
-                f"optimizer {name!r}, parameter {index}: the checkpoint has shapes {there} where this experiment has "
-                f"{here}; it is of another experiment"
-            )

@@ -216,12 +216,11 @@ def validations(clips: int, experiment: Experiment) -> dict[int, int]:
 
 def begin(learner: Learner, experiment: Experiment) -> Position:
     """Where the run of the experiment's name was cut, or its start; the learner is put in that state on all workers."""
-    chosen = [checkpoints.to_resume(experiment) if ranks.rank() == 0 else None]
-    location = ranks.from_first(chosen)[0]
+    location = ranks.on_first(lambda: checkpoints.to_resume(experiment))
     if location is not None:
         return checkpoints.restore(location, learner)
     # Rank 0's, as a run that is being trained may have a newer one at any moment.
-    origin = ranks.from_first([checkpoints.origin(experiment) if ranks.rank() == 0 else None])[0]
+    origin = ranks.on_first(lambda: checkpoints.origin(experiment))
     if origin is not None:
         checkpoints.start_from(origin, learner)
     return Position(0)
@@ -229,7 +228,7 @@ def begin(learner: Learner, experiment: Experiment) -> Position:
 
 def check_lease(watch: Watch) -> None:
     """Raises LeaseLost on all workers where rank 0 finds the lease of the run to be lost."""
-    lost = ranks.from_first([watch.look() if ranks.rank() == 0 else ""])[0]
+    lost = ranks.on_first(watch.look)
     if lost:
         raise LeaseLost(lost)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any, cast
+import pickle
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compr
 from torch.nn.parallel import DistributedDataParallel
 
 from giffy_ray.transfer import Fetched, sent
+
+Result = TypeVar("Result")
 
 
 def count() -> int:
@@ -90,6 +93,68 @@ def from_all(value: Any) -> list[Any]:
         values = [None] * count()
         dist.all_gather_object(values, value)
     return values
+
+
+def on_first(work: Callable[[], Result]) -> Result:
+    """Runs `work` on rank 0 alone. All workers return what it returned, or raise what it raised."""
+    result, failure = None, None
+    if rank() == 0:
+        try:
+            result = work()
+        except Exception as error:
+            failure = error
+    result, sent_failure = from_first([result, _picklable(failure)])
+    if failure or sent_failure:
+        raise failure or sent_failure
+    return result
+
+
+def on_each(work: Callable[[], Result]) -> Result:
+    """Runs `work` on every worker. Where it raises on any, all raise the error of the lowest rank."""
+    result, failure = None, None
+    try:
+        result = work()
+    except Exception as error:
+        failure = error
+    raise_first(failure)
+    return cast(Result, result)
+
+
+def raise_first(failure: Exception | None) -> None:
+    """Raises on every worker the failure of the lowest rank that has one; all have to call this."""
+    failures: list[Exception | None] = [None] * count()
+    if count() > 1:
+        dist.all_gather_object(failures, _picklable(failure))
+    failures[rank()] = failure  # with its traceback
+    for each in failures:
+        if each is not None:
+            raise each
+
+
+def _picklable(failure: Exception | None) -> Exception | None:
+    try:
+        pickle.loads(pickle.dumps(failure))
+    except Exception:
+        return RuntimeError(f"{type(failure).__name__}: {failure}")
+    return failure
+
+
+def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
+    """Gives the tensors the values that they have on rank 0, on all workers, in place and bit by bit.
+
+    `device`: where the process group takes tensors from; others go there and back. One contiguous tensor there is sent
+    as it is, without a copy; several travel together.
+    """
+    tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
+    if count() == 1 or not tensors:
+        return
+    pieces = [tensor.to(device).contiguous().view(-1).view(torch.uint8) for tensor in tensors]
+    carried = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+    dist.broadcast(carried, src=0)
+    for tensor, part in zip(tensors, carried.split([len(piece) for piece in pieces]), strict=True):
+        if part.data_ptr() != tensor.data_ptr():
+            aligned = part if len(pieces) == 1 else part.clone()
+            tensor.copy_(aligned.view(tensor.dtype).view(tensor.shape))
 
 
 def averaging(network: nn.Module, compressed: bool = False) -> nn.Module:

@@ -111,7 +111,8 @@ def show_search(study: Experiment, found: Study, store: Store, tracker: Tracker)
     ids = [store.ids[row] for row in rows]
     real = torch.from_numpy(store.gather(rows))
     reels = [Reel(REAL, tuple(render.sprite(clip) for clip in real.numpy()))]
-    others = [trial for trial in found.trials if trial not in found.best and not trial.ended]
+    best = {trial.number for trial in found.best}
+    others = [trial for trial in found.trials if trial.number not in best and not trial.ended]
     for trial in [*found.best, *others][:_MOST_TRIALS]:
         try:
             location = checkpoints.select(experiment_of(study, trial.number, trial.values))

@@ -355,3 +355,32 @@ def test_a_trial_touches_no_checkpoint_of_a_run_that_another_process_trains(tiny
             with pytest.raises(ConfigError, match="'run' is being trained by process"):
                 start()
     assert being_written.exists()
+
+
+def test_a_waiting_population_asks_its_database_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ray Tune asks for the next turn again and again while others train."""
+    ledger = Population(experiment(tmp_path))
+    given = []
+    while turn := ledger.ask():
+        given.append(turn)
+    assert len(given) == 8
+    for number, _ in given[:-1]:
+        ledger.report(number, 1, {"val/l2_report": float(number)})
+        ledger.end(number)
+
+    def fail(*_: object, **__: object) -> None:
+        raise AssertionError("the storage is asked")
+
+    with monkeypatch.context() as patch:
+        for name in ("get_trial", "get_all_trials", "get_study_user_attrs", "get_best_trial"):
+            patch.setattr(type(ledger._study._storage), name, fail)
+        for _ in range(100):
+            assert ledger.ask() is None
+            assert ledger.why_ended() == ""
+            assert ledger.turn(given[-1][0]) == {"until": 1, "take": None}
+    ledger.report(given[-1][0], 1, {"val/l2_report": 100.0})
+    ledger.end(given[-1][0])
+    resumed = Population(experiment(tmp_path))
+    while turn := ledger.ask():
+        assert resumed.ask() == turn  # what is in memory is what was stored
+        assert resumed.turn(turn[0]) == ledger.turn(turn[0])

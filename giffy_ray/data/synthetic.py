@@ -11,9 +11,8 @@ they are shown. Every split has seeds of its own, and the same seed gives the sa
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.data import scenes
@@ -24,7 +23,8 @@ from giffy_ray.storage import join, read_text, write_if_different, write_text
 NAME = "synthetic"
 _SEEDS_PER_SPLIT = 1_000_000
 _CLIPS_PER_TASK = 4
-_TASKS_AT_ONCE = 10_000  # are known to Ray, so that a cluster that grows sees how much there is to do
+# Each look at what is done asks for all tasks in flight. Enough for a cluster to grow by.
+_MAX_TASKS_IN_FLIGHT = 256
 
 
 class Planned(NamedTuple):
@@ -102,15 +102,14 @@ def render_all(root: str, videos: list[Planned]) -> None:
     render = ray.remote(num_cpus=1)(_render)
     parts = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
     with Bar("rendering the built-in videos", len(videos), "videos") as bar:
-        unsubmitted, waiting = iter(parts), []
-        while True:
-            waiting += [
-                render.remote(root, part) for part in itertools.islice(unsubmitted, _TASKS_AT_ONCE - len(waiting))
-            ]
-            if not waiting:
-                break
-            # All that end within a second at once: each look at the tasks that run takes time for all of them.
-            done, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=1)
+        waiting: list[Any] = []
+        for part in parts:
+            waiting.append(render.remote(root, part))
+            while len(waiting) >= _MAX_TASKS_IN_FLIGHT:
+                done, waiting = ray.wait(waiting)
+                bar.advance(sum(ray.get(done)))
+        while waiting:
+            done, waiting = ray.wait(waiting)
             bar.advance(sum(ray.get(done)))
     for split in dict.fromkeys(one.split for one in videos):
         lines = [f"{one.category}/{one.name},{one.category},3,0\n" for one in videos if one.split == split]

@@ -377,6 +377,4 @@ def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
     reports = dict(sorted(frozen.intermediate_values.items()))
     epochs = max(reports, default=frozen.user_attrs.get(EPOCH, 0))
     cut, ended = frozen.state == TrialState.PRUNED, frozen.user_attrs.get(ENDED, "")
-    return Trial(
-        frozen.number, ledger.values(frozen.number), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports
-    )
+    return Trial(frozen.number, ledger.params_of(frozen), epochs, tuple(ledger.values_of(frozen)), cut, ended, reports)

@@ -86,7 +86,12 @@ class Ledger:
         return {}
 
     def values(self, number: int) -> Values:
-        return dict(self._study.get_trials(deepcopy=False)[number].params)
+        """Those of a trial that was handed out and is not over."""
+        return dict(self._open[number].params)
+
+    def params_of(self, trial: FrozenTrial) -> Values:
+        """Those of any trial."""
+        return dict(trial.params)
 
     def why_ended(self) -> str:
         """Why no more trials are begun, or an empty string."""

@@ -31,6 +31,15 @@ class Population(Ledger):
     def __init__(self, experiment: Experiment, points: Iterable[Values] = ()):
         check(experiment)
         super().__init__(experiment, points)
+        # In memory too: this process alone writes, and Ray Tune asks again and again while trials train.
+        begun = self.trials()
+        self._begun_count = len(begun)
+        self._epochs = {trial.number: max(trial.intermediate_values, default=0) for trial in begun}
+        # [epoch, whose weights, its values from then on] of each time that a trial took over another.
+        self._taken: dict[int, list[list[Any]]] = {
+            trial.number: list(trial.user_attrs.get(_TAKEN, [])) for trial in begun
+        }
+        self._closed: int = self._study.user_attrs.get(_CLOSED, 0)
         self._open = {left.number: self._reopened(left) for left in self._stale}
         self._stale.clear()
         self._busy: dict[int, int] = {}  # trial -> the epoch that its turn ends with
@@ -43,23 +52,24 @@ class Population(Ledger):
             for number in [one for one in self._open if one not in self._busy]:
                 super().end(number)
             return None
-        if len(self.trials()) < self._settings.trials:
+        if self._begun_count < self._settings.trials:
             number = self._begun()
+            self._begun_count += 1
+            self._epochs[number], self._taken[number] = 0, []
             self._busy[number] = self._ends[0]
             return number, self.values(number)
-        epochs = {number: self._epoch(number) for number in self._open}
-        reached = min(epochs.values(), default=0)
-        if reached and self._study.user_attrs.get(_CLOSED, 0) < reached:
+        reached = min((self._epochs[number] for number in self._open), default=0)
+        if reached and self._closed < reached:
             self._close(reached)
         for number in sorted(self._open):
-            if number not in self._busy and epochs[number] == reached:
+            if number not in self._busy and self._epochs[number] == reached:
                 self._busy[number] = next(end for end in self._ends if end > reached)
                 return number, self.values(number)
         return None
 
     def turn(self, number: int) -> dict[str, Any]:
         """`until`: the epoch that its turn ends with; `take`: (epoch, trial) whose weights it starts from, or None."""
-        epoch, taken = self._epoch(number), self._taken(number)
+        epoch, taken = self._epochs[number], self._taken[number]
         take = taken[-1][:2] if taken and taken[-1][0] == epoch else None
         return {"until": self._busy[number], "take": take}
 
@@ -72,6 +82,7 @@ class Population(Ledger):
         trial = self._open[number]
         if epoch not in self._frozen(trial).intermediate_values:
             trial.report(value if math.isfinite(value) else self._sign * WORST, epoch)
+            self._epochs[number] = max(epoch, self._epochs[number])
         return False
 
     def end(self, number: int, why: str = "") -> None:
@@ -79,7 +90,7 @@ class Population(Ledger):
         until = self._busy.pop(number, None)
         if number not in self._open:
             return
-        epoch = self._epoch(number)
+        epoch = self._epochs[number]
         if not why and until is not None and epoch < until:
             why = f"it was stopped after epoch {epoch}"
         if why or epoch == self._ends[-1] or self._hours_over():
@@ -89,7 +100,7 @@ class Population(Ledger):
     def why_ended(self) -> str:
         if self._hours_over():
             return self._hours_over()
-        if self._open or len(self.trials()) < self._settings.trials:
+        if self._open or self._begun_count < self._settings.trials:
             return ""
         return f"the search.trials={self._settings.trials} of the population have had search.epochs={self._ends[-1]}"
 
@@ -103,8 +114,13 @@ class Population(Ledger):
 
     def values(self, number: int) -> Values:
         """Those that a trial has now."""
-        taken = self._taken(number)
+        taken = self._taken[number]
         return dict(taken[-1][2]) if taken else super().values(number)
+
+    def params_of(self, trial: FrozenTrial) -> Values:
+        """Those that a trial had last."""
+        taken = trial.user_attrs.get(_TAKEN)
+        return dict(taken[-1][2]) if taken else super().params_of(trial)
 
     def importances(self) -> dict[str, dict[str, float]]:
         """None: what a trial reached is not due to one value."""
@@ -112,25 +128,21 @@ class Population(Ledger):
 
     def _close(self, epoch: int) -> None:
         """Notes who takes over from whom after `epoch`. Cut in the middle, it is done again with the same result."""
-        values = {number: self._frozen(trial).intermediate_values[epoch] for number, trial in self._open.items()}
+        trials = {trial.number: trial for trial in self.trials()}
+        values = {number: trials[number].intermediate_values[epoch] for number in self._open}
         reached = {
             number: math.inf if value == self._sign * WORST else self._sign * value for number, value in values.items()
         }
-        before = {number: [one for one in self._taken(number) if one[0] < epoch] for number in reached}
+        before = {number: [one for one in self._taken[number] if one[0] < epoch] for number in reached}
         now = {
             number: dict(taken[-1][2]) if taken else super(Population, self).values(number)
             for number, taken in before.items()
         }
         for number, (source, new) in moves(reached, now, self._space, f"{self._settings.seed} {epoch}").items():
-            self._open[number].set_user_attr(_TAKEN, [*before[number], [epoch, source, new]])
+            self._taken[number] = [*before[number], [epoch, source, new]]
+            self._open[number].set_user_attr(_TAKEN, self._taken[number])
         self._study.set_user_attr(_CLOSED, epoch)
-
-    def _epoch(self, number: int) -> int:
-        return max(self._frozen(self._open[number]).intermediate_values, default=0)
-
-    def _taken(self, number: int) -> list[list[Any]]:
-        """[epoch, whose weights, its values from then on] of each time that the trial took over another."""
-        return self._study.get_trials(deepcopy=False)[number].user_attrs.get(_TAKEN, [])
+        self._closed = epoch
 
 
 def moves(

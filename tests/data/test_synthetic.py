@@ -1,5 +1,9 @@
+import functools
 import io
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import av
 import pytest
@@ -76,28 +80,31 @@ def test_a_video_is_there_whole_or_not_at_all_and_is_not_written_twice(tmp_path:
     assert {path.name for path in left_by_others.parent.iterdir()} == {one.name for one in planned}
 
 
-def test_each_look_at_the_tasks_takes_all_that_have_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Of n tasks, looking at each one that ends and at all that still run is n²/2 looks."""
-    rendered: list[synthetic.Planned] = []
-    looked, submitted = [], []
+class CountingRay:
+    """Stands for Ray: tasks run when they are asked for, and each look at what is done costs one for each task."""
 
-    class Task:
-        def remote(self, root: str, videos: list[synthetic.Planned]) -> int:
-            submitted.append(len(videos))
-            rendered.extend(videos)
-            return len(videos)
+    def __init__(self) -> None:
+        self.looked_at, self.most = 0, 0
 
-    def wait(tasks: list[int], num_returns: int = 1, timeout: float | None = None) -> tuple[list[int], list[int]]:
-        looked.append(len(tasks))
-        ended = min(num_returns, 3)  # so many end within a second
-        return tasks[:ended], tasks[ended:]
+    def remote(self, **_: object) -> Any:
+        return lambda function: SimpleNamespace(remote=lambda *words: functools.partial(function, *words))
 
-    monkeypatch.setattr("ray.remote", lambda **resources: lambda function: Task())
-    monkeypatch.setattr("ray.wait", wait)
-    monkeypatch.setattr("ray.get", lambda tasks: tasks)
-    monkeypatch.setattr(synthetic, "_TASKS_AT_ONCE", 6)
-    planned = synthetic.plan(SyntheticConfig(training_clips=100, validation_clips=1, test_clips=1, shifted_clips=1))
-    synthetic.render_all(str(tmp_path), planned)
-    assert rendered == planned and sum(submitted) == len(planned)
-    assert max(looked) == 6 and sum(looked) <= 2 * len(submitted) + 6
-    assert (tmp_path / "moments_categories.txt").exists()
+    def wait(self, tasks: list) -> tuple[list, list]:
+        self.looked_at += len(tasks)
+        self.most = max(self.most, len(tasks))
+        return tasks[:1], tasks[1:]
+
+    def get(self, tasks: list) -> list:
+        return [task() for task in tasks]
+
+
+def test_rendering_looks_at_a_bounded_number_of_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    ray, rendered = CountingRay(), []
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(synthetic, "_render", lambda root, part: len(rendered.extend(part) or part))
+    videos = [synthetic.Planned("training", "skiing", seed) for seed in range(20_002)]
+    synthetic.render_all(str(tmp_path), videos)
+    assert rendered == videos
+    assert len((tmp_path / "trainingSet.csv").read_text().splitlines()) == len(videos)
+    assert ray.most <= 256
+    assert ray.looked_at <= 256 * 5_001  # 12,507,501 if all were looked at each time
