@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import grpc
 import ray
@@ -28,6 +28,8 @@ _DATA_CPUS = 1
 _ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
 _SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
+_FEW_BATCHES = 4  # an actor takes ten seconds to start
+_ACTOR_BYTES = 1.5e9  # of an actor, beside the weights of its models: libraries and activations
 _ROUNDING = 1e-9  # 1 / 0.1 is meant to be 10
 
 
@@ -180,6 +182,31 @@ class Capacity:
     cpus: float
     gpus: int
     nodes: int
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors that hold models, and what each takes, as `ray.remote` says it. 0 actors: this process does their work."""
+
+    actors: int
+    resources: Mapping[str, Any]
+
+
+def model_pool(experiment: Experiment, batches: int, weight_bytes: int) -> Pool:
+    """As many actors as there are GPUs, or, where none is free, CPUs; no more than there are batches, or fit in memory.
+
+    Few batches do not pay for actors to start, and without Ray there are none.
+    """
+    if batches <= _FEW_BATCHES or not ray.is_initialized():
+        return Pool(0, {})
+    there, free = ray.cluster_resources(), ray.available_resources()
+    on_gpu = experiment.cluster.gpu is not False and free.get("GPU", 0) >= 1
+    # Twice the weights: those that come and those that are built.
+    memory = int(_ACTOR_BYTES + 2 * weight_bytes)
+    fitting = int(there.get("memory", 0) // memory)
+    actors = max(1, min(int(there["GPU" if on_gpu else "CPU"]), batches, fitting))
+    taken = {"num_cpus": 1, "num_gpus": 1 if on_gpu else 0}
+    return Pool(actors, taken | ({"memory": memory} if fitting else {}))
 
 
 def capacity() -> Capacity:

@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -52,6 +52,7 @@ class Halves:
     """Stands for a learner that makes the frames between of a level that depends on the noise."""
 
     latent = 2
+    networks: ClassVar = {}
 
     def generate(self, start, end, noise, frames=None):
         between = (30 + 5 * noise.mean(1)).clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 1).expand_as(start)
