@@ -276,7 +276,7 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
     where the data set has no such split.
     """
     split, clip = experiment.evaluate.split, store.clip
-    rows = sample_rows(store, split, experiment.evaluate.clips)
+    rows, there_are = sample_rows(store, split, experiment.evaluate.clips), len(store.rows_of(split))
     if not len(rows):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
     names = list(methods_of(experiment, runs, clip))
@@ -301,15 +301,15 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
             sprites[row][name] = picture
     summaries = summarise(scores)
     console = Console(width=WIDTH)
-    console.print(distance_table(summaries, store, split))
+    console.print(distance_table(summaries, store, split, there_are))
     console.print(skill_table(summaries, store))
-    console.print(measures_table(summaries, len(store.rows_of(split))))
+    console.print(measures_table(summaries, there_are))
     looks = perceived.results()
     if looks:
-        console.print(perceptual_table(looks, len(perceived.rows), len(store.rows_of(split))))
+        console.print(perceptual_table(looks, len(perceived.rows), there_are))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
-        "evaluation.html": page(store, split, scores, summaries, sprites),
+        "evaluation.html": page(store, split, scores, summaries, sprites, there_are),
         **_pictures(clips, store, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
     folder = join(experiment.storage, experiment.name)

@@ -70,9 +70,12 @@ def trials_table(study: Study, search: SearchConfig) -> Table:
     return table
 
 
-def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Table:
-    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside."""
-    clips = count_of(summaries[-1].clips, len(store.rows_of(split)))
+def distance_table(summaries: Sequence[Summary], store: Store, split: str, there_are: int | None = None) -> Table:
+    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside.
+
+    `there_are`: clips of the split, where the evaluation is of some of them.
+    """
+    clips = count_of(summaries[-1].clips, there_are)
     table = Table(
         title=f"{store.name}: l2 of {clips} {split} clips, mean ± standard deviation; smaller is better\n"
         + _interval_of_means(summaries, "l2_report"),
@@ -98,9 +101,9 @@ def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Ta
     return table
 
 
-def count_of(clips: int, there_are: int) -> str:
+def count_of(clips: int, there_are: int | None) -> str:
     """'500 of 33,900', or '500' where these are all that there are."""
-    return f"{clips:,}" if clips == there_are else f"{clips:,} of {there_are:,}"
+    return f"{clips:,}" if there_are in (None, clips) else f"{clips:,} of {there_are:,}"
 
 
 def _interval_of_means(summaries: Sequence[Summary], metric: str) -> str:
@@ -132,12 +135,11 @@ def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
 
 
 def measures_table(summaries: Sequence[Summary], there_are: int | None = None) -> Table:
-    """The means of the other metrics, over all clips. `there_are`: clips of the split, of which these may be some."""
+    """The means of the other metrics, over all clips. `there_are`: as for `distance_table`."""
     every = [summary for summary in summaries if summary.category == summaries[-1].category]
     others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
     table = Table(
-        title=f"{count_of(every[0].clips, there_are or every[0].clips)} clips; means\n"
-        f"PSNR: {_interval_of_means(summaries, 'psnr')}",
+        title=f"{count_of(every[0].clips, there_are)} clips; means\nPSNR: {_interval_of_means(summaries, 'psnr')}",
         caption="Motion ratio, sharpness: best at 1. best of K: the nearest of K samples; diversity: between them.",
         title_justify="left",
         caption_justify="left",
@@ -154,7 +156,7 @@ def measures_table(summaries: Sequence[Summary], there_are: int | None = None) -
     return table
 
 
-def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int, there_are: int) -> Table:
+def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int, there_are: int | None = None) -> Table:
     """Metrics through trained networks: methods down, metrics across."""
     table = Table(
         title=f"{count_of(clips, there_are)} clips, through trained networks; smaller is better",
