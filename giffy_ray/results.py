@@ -286,7 +286,7 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
     watched = {*clips, *(perceived.rows.tolist() if experiment.evaluate.perceptual else [])}
     make_evaluator = MakeEvaluator(experiment, tuple(runs), store, frozenset(watched), frozenset(sprites))
     pool = cluster.model_pool(experiment, -(-len(rows) // BATCH), sum(_bytes_of(run) for run in runs))
-    resources = pool.resources | {"runtime_env": {"env_vars": KEEP_MEMORY}}
+    resources = {**pool.resources, "runtime_env": {"env_vars": KEEP_MEMORY}}
     scores: list[Score] = []
     for done in map_rows(
         rows, make_evaluator, batch=BATCH, actors=pool.actors, title="evaluating", resources=resources

@@ -24,7 +24,6 @@ import pyarrow as pa
 import ray
 import ray.data
 import torch
-from ray import cloudpickle
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from giffy_ray.config import DataConfig
@@ -166,7 +165,7 @@ class _Mapper:
             # Its traceback would not survive being pickled.
             error.add_note(f"in an actor, for the batch from row {start} on:\n{traceback.format_exc()}")
             outcome = (None, error)
-        return pa.table({"outcome": pa.array([cloudpickle.dumps(outcome)], pa.large_binary())})
+        return pa.table({"outcome": pa.array([pickle.dumps(outcome)], pa.large_binary())})
 
 
 def _map_in_actors(
