@@ -24,6 +24,7 @@ bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's q
 	PYTHONPATH=. .venv/bin/python benchmarks/ingest.py
 	.venv/bin/pip install -qq lightning==2.6.6
 	PYTHONPATH=. .venv/bin/python benchmarks/train.py
+	PYTHONPATH=. .venv/bin/python benchmarks/evaluate.py --clips 64
 	PYTHONPATH=. .venv/bin/python benchmarks/scaling.py
 	PYTHONPATH=. .venv/bin/python benchmarks/tracking.py
 

@@ -9,7 +9,7 @@ import socket
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import grpc
@@ -32,6 +32,8 @@ _ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
 _SHORTEST_STOP_WAIT_S, _RAY_STOP_WAIT = 60, "3"
 _NODE_ANSWER_S = 120  # for a node to start a process and to look at its folders
+_FEW_BATCHES = 4  # an actor takes ten seconds to start
+_ACTOR_BYTES = 1.5e9  # of an actor, beside the weights of its models: libraries and activations
 
 
 def connect() -> None:
@@ -135,6 +137,31 @@ def check_folders(experiment: Experiment) -> None:
         refuse_growth(experiment, most)
     if len(alive) > 1:
         check_each_node(experiment, functools.partial(_ask_each, alive))
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Actors that hold models, and what each takes, as `ray.remote` says it. 0 actors: this process does their work."""
+
+    actors: int
+    resources: Mapping[str, Any]
+
+
+def model_pool(experiment: Experiment, batches: int, weight_bytes: int) -> Pool:
+    """As many actors as there are GPUs, or, where none is free, CPUs; no more than there are batches, or fit in memory.
+
+    Few batches do not pay for actors to start, and without Ray there are none.
+    """
+    if batches <= _FEW_BATCHES or not ray.is_initialized():
+        return Pool(0, {})
+    there, free = ray.cluster_resources(), ray.available_resources()
+    on_gpu = experiment.cluster.gpu is not False and free.get("GPU", 0) >= 1
+    # Twice the weights: those that come and those that are built.
+    memory = int(_ACTOR_BYTES + 2 * weight_bytes)
+    fitting = int(there.get("memory", 0) // memory)
+    actors = max(1, min(int(there["GPU" if on_gpu else "CPU"]), batches, fitting))
+    taken = {"num_cpus": 1, "num_gpus": 1 if on_gpu else 0}
+    return Pool(actors, taken | ({"memory": memory} if fitting else {}))
 
 
 def nodes_of_cluster() -> list[Node]:

@@ -7,27 +7,29 @@ import io
 import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from giffy_ray import metrics
+from giffy_ray import metrics, render
 from giffy_ray.config import ClipConfig
 from giffy_ray.data.store import Store
 from giffy_ray.learners import Learner
 from giffy_ray.learners.noise import noise_for
 from giffy_ray.models.baselines import BASELINES
-from giffy_ray.shapes import Clips, Images, PerClip
+from giffy_ray.shapes import Clips, Images, Noise, PerClip
 
 BASELINE = "linear"  # what the others are measured against
 REAL = "real"
 ALL = "all"  # the categories together
-_BATCH = 16
+BATCH = 16  # clips: what an actor of an evaluation is given at a time
+_GENERATED = 8  # clips that a learner makes at a time
 _RESAMPLES = 1000
 _MOST_INTERVALS = 8  # categories: where there are more, only all together get one, as it takes a quarter of a second
+_BOUNDED = ("l2_report", "psnr")  # whose means over all clips get an interval
 _MEASURED = 2  # clips at a time: the memory of larger float64 copies costs more than what is computed from them
 
 # start, end, ids of the clips -> made clips
@@ -114,11 +116,30 @@ def baseline_methods(names: Iterable[str], clip: ClipConfig) -> dict[str, list[M
     return methods
 
 
+@dataclass(frozen=True, eq=False)
+class FromNoise:
+    """A Method: one clip of each pair of ends, from noise that depends on `seed` and the clip's id only.
+
+    Without a seed the noise is 0, of which a learner makes the prior's mean.
+    """
+
+    learner: Learner
+    seed: int | None
+
+    def __call__(self, start: Images, end: Images, clip_ids: list[str]) -> Clips:
+        return self.learner.generate(start, end, self.noise(clip_ids))
+
+    def noise(self, clip_ids: Sequence[str]) -> Noise:
+        if self.seed is None:
+            return torch.zeros(len(clip_ids), self.learner.latent)
+        return noise_for(self.seed, clip_ids, self.learner.latent)
+
+
 def learner_methods(name: str, learner: Learner, seed: int, samples: int) -> dict[str, list[Method]]:
     """`name` makes clips from noise 0, the prior's mean; 'name, sample' and 'name, best of K' where there is noise."""
-    methods = {name: [mean_method(learner)]}
+    methods: dict[str, list[Method]] = {name: [mean_method(learner)]}
     if learner.latent:
-        drawn = [learner_method(learner, seed + sample) for sample in range(samples)]
+        drawn: list[Method] = [learner_method(learner, seed + sample) for sample in range(samples)]
         methods[f"{name}, sample"] = drawn[:1]
         if samples > 1:
             methods[f"{name}, best of {samples}"] = drawn
@@ -126,12 +147,12 @@ def learner_methods(name: str, learner: Learner, seed: int, samples: int) -> dic
 
 
 def mean_method(learner: Learner) -> Method:
-    return lambda start, end, clip_ids: learner.generate(start, end, torch.zeros(len(clip_ids), learner.latent))
+    return FromNoise(learner, None)
 
 
 def learner_method(learner: Learner, seed: int) -> Method:
     """One sample for each clip, from noise that depends on the seed and the clip's id only."""
-    return lambda start, end, clip_ids: learner.generate(start, end, noise_for(seed, clip_ids, learner.latent))
+    return FromNoise(learner, seed)
 
 
 def evaluate(
@@ -146,30 +167,101 @@ def evaluate(
     Of several that share a name, the clip nearest to the real one is scored. `sources`: of each row of the store.
     """
     scores = []
-    for first in range(0, len(rows), _BATCH):
-        chosen = rows[first : first + _BATCH]
-        real = torch.from_numpy(store.gather(chosen))
-        watch(REAL, chosen, real.numpy())
-        clip_ids = [store.ids[row] for row in chosen]
-        # Each once: the sample is among those that the best is chosen from.
-        distinct = dict.fromkeys(method for several in methods.values() for method in several)
-        made_by = {method: method(real[:, 0], real[:, -1], clip_ids) for method in distinct}
-        for name, several in methods.items():
-            made, diversity = _best([made_by[method] for method in several], real)
-            watch(name, chosen, made.numpy())
-            values = {metric: _each(of, made, real).tolist() for metric, of in _METRICS.items()}
-            scores += [
-                Score(
-                    name,
-                    store.categories[row],
-                    store.ids[row],
-                    **{metric: each[i] for metric, each in values.items()},
-                    diversity=diversity[i] if diversity else None,
-                    source=sources[int(row)],
-                )
-                for i, row in enumerate(chosen)
-            ]
+    for first in range(0, len(rows), BATCH):
+        scores += _score(methods, store, rows[first : first + BATCH], sources, watch)
     return scores
+
+
+class Evaluated(NamedTuple):
+    """What an evaluation of a batch of rows gives."""
+
+    scores: list[Score]
+    clips: list[tuple[str, np.ndarray, np.ndarray]]  # what a Watch is called with, of the rows that are watched
+    sprites: dict[tuple[int, str], bytes]  # row and method, or REAL -> `render.sprite` of the clip
+
+
+class Evaluator:
+    """Rows of a store -> Evaluated: what each actor of an evaluation does, with `map_rows`.
+
+    `watched`: the rows whose clips are given back; `drawn`: those whose sprites are.
+    """
+
+    def __init__(
+        self, methods: Mapping[str, Sequence[Method]], store: Store, watched: Iterable[int], drawn: Iterable[int]
+    ):
+        self.methods, self.store = methods, store
+        self.watched, self.drawn = np.asarray(sorted(watched), dtype=np.int64), frozenset(drawn)
+
+    def __call__(self, rows: np.ndarray) -> Evaluated:
+        done = Evaluated([], [], {})
+
+        def watch(name: str, rows: np.ndarray, clips: np.ndarray) -> None:
+            chosen = np.isin(rows, self.watched)
+            if chosen.any():
+                done.clips.append((name, rows[chosen], clips[chosen]))
+            for row, clip in zip(rows.tolist(), clips, strict=True):
+                if row in self.drawn:
+                    done.sprites[row, name] = render.sprite(clip)
+
+        done.scores.extend(_score(self.methods, self.store, rows, self.store.sources, watch))
+        return done
+
+
+def _score(
+    methods: Mapping[str, Sequence[Method]], store: Store, rows: np.ndarray, sources: Sequence[str], watch: Watch
+) -> list[Score]:
+    scores = []
+    real = torch.from_numpy(store.gather(rows))
+    watch(REAL, rows, real.numpy())
+    made_by = _make(methods, real, [store.ids[row] for row in rows])
+    for name, several in methods.items():
+        made, diversity = _best([made_by[method] for method in several], real)
+        watch(name, rows, made.numpy())
+        values = {metric: _each(of, made, real).tolist() for metric, of in _METRICS.items()}
+        scores += [
+            Score(
+                name,
+                store.categories[row],
+                store.ids[row],
+                **{metric: each[i] for metric, each in values.items()},
+                diversity=diversity[i] if diversity else None,
+                source=sources[int(row)],
+            )
+            for i, row in enumerate(rows)
+        ]
+    return scores
+
+
+def _make(methods: Mapping[str, Sequence[Method]], real: Clips, clip_ids: list[str]) -> dict[Method, Clips]:
+    """The clips of each distinct method: a sample is also among those that the best is chosen from.
+
+    All samples of a learner are made together.
+    """
+    start, end = real[:, 0], real[:, -1]
+    distinct = dict.fromkeys(method for several in methods.values() for method in several)
+    of_learner: dict[int, list[FromNoise]] = defaultdict(list)
+    for method in distinct:
+        if isinstance(method, FromNoise):
+            of_learner[id(method.learner)].append(method)
+    made = {method: method(start, end, clip_ids) for method in distinct if not isinstance(method, FromNoise)}
+    for several in of_learner.values():
+        noise = torch.cat([method.noise(clip_ids) for method in several])
+        starts, ends = (image.repeat(len(several), 1, 1, 1) for image in (start, end))
+        clips = generate_in_parts(several[0].learner, starts, ends, noise)
+        made |= zip(several, clips.split(len(clip_ids)), strict=True)
+    return made
+
+
+def generate_in_parts(learner: Learner, start: Images, end: Images, noise: Noise) -> Clips:
+    """`learner.generate` of any number of ends, always of the same number at a time.
+
+    The last ones are repeated to fill the last part. So a clip does not depend on how many are made beside it:
+    matrix products of few rows are rounded otherwise than those of many.
+    """
+    count = len(start)
+    places = torch.arange(-(-count // _GENERATED) * _GENERATED).clamp(max=count - 1)
+    parts = [learner.generate(start[part], end[part], noise[part]) for part in places.split(_GENERATED)]
+    return torch.cat(parts)[:count]
 
 
 def _best(samples: Sequence[Clips], real: Clips) -> tuple[Clips, list[float] | None]:
@@ -197,6 +289,8 @@ class Summary:
     won: float | None  # share of clips with a smaller l2_report than linear interpolation; none for itself
     # Against linear interpolation, and the ends of its 95 % interval by source, NaN where there is none.
     skill: tuple[float, float, float] | None
+    # Of the means of `_BOUNDED`, the ends of their 95 % intervals by source; NaN where there is none.
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def summarise(scores: Sequence[Score]) -> list[Summary]:
@@ -211,7 +305,7 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
         for score in scores:
             groups[ALL, score.method].append(score)
     baseline = {score.clip_id: score for score in scores if score.method == BASELINE}
-    categories = len({category for category, _ in groups})
+    categories, last = len({category for category, _ in groups}), list(groups)[-1][0]
     summaries = []
     for (category, method), group in groups.items():
         values = {metric: [getattr(score, metric) for score in group] for metric in MEASURES}
@@ -223,7 +317,9 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
                 np.mean([ours.l2_report < linear.l2_report for ours, linear in zip(group, beside, strict=True)])
             )
             skill = _skill(group, beside, category == ALL or categories <= _MOST_INTERVALS + 1)
-        summaries.append(Summary(category, method, len(group), spreads, won, skill))
+        # Only over all clips, as it takes time.
+        intervals = {metric: _interval_of_mean(group, values[metric]) for metric in _BOUNDED if category == last}
+        summaries.append(Summary(category, method, len(group), spreads, won, skill, intervals))
     return summaries
 
 
@@ -244,6 +340,16 @@ def _spread(metric: str, values: Sequence[float]) -> tuple[float, float]:
         return math.nan, math.nan
     with np.errstate(invalid="ignore"):
         return float(each.mean()), float(each.std())
+
+
+def _interval_of_mean(scores: Sequence[Score], values: Sequence[float]) -> tuple[float, float]:
+    """Over the clips where the value is finite."""
+    finite = [(score.source, value) for score, value in zip(scores, values, strict=True) if math.isfinite(value)]
+    if not finite:
+        return math.nan, math.nan
+    sources, kept = zip(*finite, strict=True)
+    each = torch.tensor(kept, dtype=torch.float64)
+    return metrics.interval(torch.mean, sources, each, resamples=_RESAMPLES)
 
 
 def _skill(ours: Sequence[Score], linear: Sequence[Score], bounded: bool) -> tuple[float, float, float]:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, cast
 
+import numpy as np
 import ray
 import ray.train
 import ray.train.torch
@@ -24,7 +25,7 @@ from giffy_ray import checkpoints, learners, metrics, ranks, render, restarts
 from giffy_ray.checkpoints import Position, Snapshot
 from giffy_ray.config import Experiment, SpeedConfig, from_yaml
 from giffy_ray.data import stream
-from giffy_ray.data.deal import rows_at, slice_of
+from giffy_ray.data.deal import rows_at, sample_rows, slice_of
 from giffy_ray.data.store import Store
 from giffy_ray.evaluate import Method, learner_method
 from giffy_ray.learners import Learner
@@ -136,7 +137,7 @@ def run(
     set_precision(experiment.speed)
     torch.backends.cudnn.benchmark = True  # batches are all of one shape; its first guesses for 3D are slow ones
     train, clips = experiment.train, len(store.rows_of("training"))
-    validated = validations(clips, experiment)
+    validated, held_out = validations(clips, experiment), sample_rows(store, "validation", train.validate_clips)
     last = max(validated)
     learner = learners.build(experiment, device, steps=last)
     make = learner_method(learner, train.seed)
@@ -172,7 +173,7 @@ def run(
             epoch, measured = validated.get(steps_done), {}
             if epoch is not None:
                 ranks.share_buffers(learner.networks.values())
-                measured = meter.means() | validate(make, store, train.batch // ranks.count(), device)
+                measured = meter.means() | validate(make, store, train.batch // ranks.count(), device, held_out)
                 tracker.log_metrics(measured, step=epoch)
                 tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
             if epoch is not None or due or stopped or warned:
@@ -278,13 +279,15 @@ class ToRayTrain:
         ray.train.report(named, nothing, checkpoint_upload_mode=CheckpointUploadMode.ASYNC, checkpoint_upload_fn=write)
 
 
-def validate(make: Method, store: Store, share: int, device: torch.device) -> dict[str, float]:
-    """Over the validation clips, `share` at a time on each worker, which takes every workers-th clip.
+def validate(
+    make: Method, store: Store, share: int, device: torch.device, rows: np.ndarray | None = None
+) -> dict[str, float]:
+    """Over the validation clips, or those of `rows`, `share` at a time on each worker, which takes every workers-th.
 
     Means of l2 and PSNR; the skill against linear interpolation; and, as `blur`, the mean distance of the sharpness
     ratio from 1, over clips where that is finite. All are NaN if the learner's output is not finite.
     """
-    rows = store.rows_of("validation")[ranks.rank() :: ranks.count()]
+    rows = (store.rows_of("validation") if rows is None else rows)[ranks.rank() :: ranks.count()]
     parts = [torch.zeros(6, dtype=torch.float64)]
     for first in range(0, len(rows), share):
         chosen = rows[first : first + share]

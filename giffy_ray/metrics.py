@@ -6,6 +6,7 @@ between only: the two given frames would flatter every method. Over many clips: 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -14,7 +15,9 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from giffy_ray.shapes import Clips, PerClip, to_floats
+from giffy_ray.shapes import Clips, PerClip
+
+_WINDOW = 5  # values on each side of the middle of SSIM's window
 
 
 def l2_report(made: Clips, real: Clips) -> PerClip:
@@ -34,16 +37,48 @@ def psnr(made: Clips, real: Clips) -> PerClip:
 def ssim(made: Clips, real: Clips) -> PerClip:
     """Structural similarity (Wang et al. 2004, 11x11 Gaussian window, reflected edges) of the frames between.
 
-    In float32, as torchmetrics is slow otherwise: off by up to 3e-4 where frames are flat.
+    Equal to torchmetrics' in float64 to 1e-5. torchmetrics itself, in float32, takes eight times as long and is off by
+    up to 3e-4 where frames are flat.
     """
-    # Imported here: two seconds that a training worker, which does not ask for it, need not wait.
-    from torchmetrics.functional.image import structural_similarity_index_measure
+    height, width = real.shape[2:4]
+    rows, columns = _gaussian_window(height, real.device), _gaussian_window(width, real.device).T
+    # One clip at a time, whose maps stay in the processor's cache.
+    return torch.stack([_ssim_map(*pair, rows, columns).mean().double() for pair in zip(made, real, strict=True)])
 
-    batch, time = made.shape[0], made.shape[1] - 2
-    ours, theirs = (to_floats(clips[:, 1:-1].flatten(0, 1)) for clips in (made, real))
-    each = structural_similarity_index_measure(ours, theirs, data_range=1.0, reduction="none")
-    assert isinstance(each, Tensor)
-    return each.view(batch, time).mean(1).double()
+
+def _ssim_map(made: Tensor, real: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """SSIM of each value of the frames between of one clip, float32 [time - 2, 3, height, width]."""
+    ours, theirs = (clip[1:-1].permute(0, 3, 1, 2).float().div_(255) for clip in (made, real))
+    # Variances do not depend on an offset. Without one, float32 cancels fewer digits.
+    offset = theirs.mean((-2, -1), keepdim=True)
+    ours, theirs = ours.sub_(offset), theirs.sub_(offset)
+
+    def blur(maps: Tensor) -> Tensor:
+        return rows @ (maps @ columns)
+
+    mean_ours, mean_theirs = blur(ours), blur(theirs)
+    covariance = blur(ours * theirs).sub_(mean_ours * mean_theirs)
+    variances = blur(ours.square_().add_(theirs.square_()))  # of both, added up
+    variances.sub_(mean_ours.square()).sub_(mean_theirs.square()).clamp_(min=0)
+    mean_ours, mean_theirs = mean_ours.add_(offset), mean_theirs.add_(offset)
+    luminance, contrast = 0.01**2, 0.03**2
+    above = (mean_ours * mean_theirs).mul_(2).add_(luminance).mul_(covariance.mul_(2).add_(contrast))
+    below = mean_ours.square_().add_(mean_theirs.square_()).add_(luminance).mul_(variances.add_(contrast))
+    return above.div_(below)
+
+
+@functools.lru_cache(maxsize=16)
+def _gaussian_window(size: int, device: torch.device) -> Tensor:
+    """float32 [size, size]: blurs an axis of this size that it is multiplied with. Sigma 1.5, edges are reflected."""
+    taps = torch.arange(-_WINDOW, _WINDOW + 1)
+    weights = torch.exp(-((taps.double() / 1.5) ** 2) / 2)
+    # Reflection repeats with this period, in both directions.
+    period = max(1, 2 * (size - 1))
+    places = (torch.arange(size)[:, None] + taps) % period
+    places = torch.minimum(places, period - places) if size > 1 else torch.zeros_like(places)
+    window = torch.zeros(size, size, dtype=torch.float64)
+    window.scatter_add_(1, places, (weights / weights.sum()).expand(size, -1))
+    return window.float().to(device)
 
 
 def squared_error(made: Clips, real: Clips) -> PerClip:

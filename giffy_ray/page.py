@@ -42,17 +42,22 @@ def page(
     scores: Sequence[Score],
     summaries: Sequence[Summary],
     sprites: Mapping[int, Mapping[str, bytes]],
+    there_are: int | None = None,
 ) -> bytes:
-    """The HTML. `sprites`: row of the store -> {REAL and every method: `render.sprite` of its clip}."""
+    """The HTML. `sprites`: row of the store -> {REAL and every method: `render.sprite` of its clip}.
+
+    `there_are`: clips of the split, where `scores` are of some of them.
+    """
     scores_of: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for score in scores:
         scores_of[score.clip_id][score.method] = {metric: getattr(score, metric) for metric in MEASURES}
     clips, clip = len(scores_of), store.clip
+    taken = f"{clips}" if there_are in (None, clips) else f"{clips} of {there_are}"
     of_each = "" if len(sprites) == clips else "the first of each category, "
     study = {
         "name": store.name,
         "title": f"{store.name}: {split} clips, made and real",
-        "about": f"{clips} clips of {clip.frames} frames at {clip.fps:g} a second, {clip.width}×{clip.height}, "
+        "about": f"{taken} clips of {clip.frames} frames at {clip.fps:g} a second, {clip.width}×{clip.height}, "
         "held out of training. All play in step.",
         "shown": f"{len(sprites)} of {clips} clips, {of_each}compressed for this page; scores are of the originals.",
         "size": [clip.height, clip.width],

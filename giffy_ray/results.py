@@ -8,26 +8,32 @@ import re
 import tempfile
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import ray
 import ray.train
 import torch
 from rich.console import Console
 
-from giffy_ray import checkpoints, learners, lease, perceptual, registry, render
+from giffy_ray import checkpoints, cluster, learners, lease, perceptual, registry, render
 from giffy_ray.cluster import Share
-from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
+from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, from_yaml, override, to_yaml
 from giffy_ray.data import prune
+from giffy_ray.data.deal import sample_rows
 from giffy_ray.data.store import Store
+from giffy_ray.data.stream import map_rows
 from giffy_ray.evaluate import (
     BASELINE,
+    BATCH,
     REAL,
+    Evaluator,
+    Method,
     Score,
     Summary,
     baseline_methods,
-    evaluate,
     learner_method,
     learner_methods,
     summarise,
@@ -44,6 +50,7 @@ from giffy_ray.tables import (
     COLUMNS,
     WIDTH,
     category_name,
+    count_of,
     data_table,
     distance_table,
     measures_table,
@@ -54,7 +61,7 @@ from giffy_ray.tables import (
 )
 from giffy_ray.tracking import Tracker, open_run, tracking_uri
 from giffy_ray.tracking.registry import fetch
-from giffy_ray.train import train
+from giffy_ray.train import KEEP_MEMORY, train
 from giffy_ray.tune import Study, experiment_of
 
 # Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
@@ -72,6 +79,23 @@ class Trained(NamedTuple):
     name: str
     learner: Learner
     experiment: Experiment
+
+    def __reduce__(self):
+        weights = {
+            name: {key: value.cpu().numpy() for key, value in network.state_dict().items()}
+            for name, network in self.learner.networks.items()
+        }
+        return _rebuilt, (self.name, to_yaml(self.experiment), weights)
+
+
+def _rebuilt(name: str, experiment: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Trained:
+    """On this actor's GPU, if it has one."""
+    with_gpu = ray.is_initialized() and ray.get_runtime_context().get_accelerator_ids().get("GPU")
+    own = from_yaml(experiment)
+    learner = learners.build(own, torch.device("cuda" if with_gpu else "cpu"))
+    for network, values in weights.items():
+        learner.networks[network].load_state_dict({key: torch.tensor(value) for key, value in values.items()})
+    return Trained(name, learner, own)
 
 
 def show_data_set(store: Store) -> None:
@@ -150,9 +174,11 @@ def train_and_show(experiment: Experiment, store: Store, share: Share, parent: T
     to `parent`, the search that it belongs to, which goes on.
     """
     check_evaluation(experiment, store)
-    clips, cluster = len(store.rows_of("training")), experiment.cluster
-    workers = str(cluster.most) if cluster.fewest == cluster.most else f"{cluster.fewest} to {cluster.most}"
-    print(f"training {experiment.name}: {clips} clips, {workers} workers", flush=True)
+    clips, asked = len(store.rows_of("training")), experiment.cluster
+    workers = str(asked.most) if asked.fewest == asked.most else f"{asked.fewest} to {asked.most}"
+    held_out = len(store.rows_of("validation"))
+    validated = count_of(min(held_out, experiment.train.validate_clips), held_out)
+    print(f"training {experiment.name}: {clips} clips, {workers} workers; validation: {validated} clips", flush=True)
 
     def show(metrics: Mapping[str, Any]) -> None:
         if "epoch" in metrics:  # and not only a checkpoint
@@ -250,6 +276,33 @@ def _resized(run: Trained, field: str, clip: ClipConfig) -> Trained:
     return Trained(run.name, learner, experiment)
 
 
+@dataclass(frozen=True)
+class MakeEvaluator:
+    """What an actor of an evaluation is made from; a learner travels as its experiment and its weights."""
+
+    experiment: Experiment
+    runs: tuple[Trained, ...]
+    store: Store
+    watched: frozenset[int]
+    drawn: frozenset[int]
+
+    def __call__(self) -> Evaluator:
+        methods = methods_of(self.experiment, self.runs, self.store.clip)
+        return Evaluator(methods, self.store, self.watched, self.drawn)
+
+
+def methods_of(experiment: Experiment, runs: Sequence[Trained], clip: ClipConfig) -> dict[str, list[Method]]:
+    """The baselines of `evaluate.baselines`, then what the learners of `runs` make."""
+    methods = baseline_methods(experiment.evaluate.baselines, clip)
+    for run in runs:
+        methods |= learner_methods(run.name, run.learner, run.experiment.train.seed, experiment.evaluate.samples)
+    return methods
+
+
+def _bytes_of(run: Trained) -> int:
+    return sum(value.nbytes for network in run.learner.networks.values() for value in network.state_dict().values())
+
+
 def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, trackers: Sequence[Tracker]) -> None:
     """Sets the runs and the baselines side by side on `evaluate.split`, as the `evaluate` section says.
 
@@ -257,37 +310,40 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
     where the data set has no such split.
     """
     split, clip = experiment.evaluate.split, store.clip
-    rows = store.rows_of(split)
+    rows, there_are = sample_rows(store, split, experiment.evaluate.clips), len(store.rows_of(split))
     if not len(rows):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
-    methods = baseline_methods(experiment.evaluate.baselines, clip)
-    for run in runs:
-        methods |= learner_methods(run.name, run.learner, run.experiment.train.seed, experiment.evaluate.samples)
+    names = list(methods_of(experiment, runs, clip))
     clips: dict[int, dict[str, np.ndarray]] = {row: {} for row in _typical(store, rows)}
-    sprites: dict[int, dict[str, bytes]] = {row: {} for row in chosen_rows(store, rows, len(methods))}
-
+    sprites: dict[int, dict[str, bytes]] = {row: {} for row in chosen_rows(store, rows, len(names))}
     perceived = Perceived(experiment.evaluate.perceptual, experiment.evaluate.weights, sample(rows, _MOST_PERCEIVED))
-
-    def watch(name: str, watched: np.ndarray, made: np.ndarray) -> None:
-        perceived.watch(name, watched, made)
-        for row, one in zip(watched.tolist(), made, strict=True):
-            if row in clips:
-                clips[row][name] = one.copy()
-            if row in sprites:
-                sprites[row][name] = render.sprite(one)
-
-    scores = evaluate(methods, store, rows, store.sources, watch)
+    watched = {*clips, *(perceived.rows.tolist() if experiment.evaluate.perceptual else [])}
+    make_evaluator = MakeEvaluator(experiment, tuple(runs), store, frozenset(watched), frozenset(sprites))
+    pool = cluster.model_pool(experiment, -(-len(rows) // BATCH), sum(_bytes_of(run) for run in runs))
+    resources = {**pool.resources, "runtime_env": {"env_vars": KEEP_MEMORY}}
+    scores: list[Score] = []
+    for done in map_rows(
+        rows, make_evaluator, batch=BATCH, actors=pool.actors, title="evaluating", resources=resources
+    ):
+        scores += done.scores
+        for name, seen, made in done.clips:
+            perceived.watch(name, seen, made)
+            for row, one in zip(seen.tolist(), made, strict=True):
+                if row in clips:
+                    clips[row][name] = one.copy()
+        for (row, name), picture in done.sprites.items():
+            sprites[row][name] = picture
     summaries = summarise(scores)
     console = Console(width=WIDTH)
-    console.print(distance_table(summaries, store, split))
+    console.print(distance_table(summaries, store, split, there_are))
     console.print(skill_table(summaries, store))
-    console.print(measures_table(summaries))
+    console.print(measures_table(summaries, there_are))
     looks = perceived.results()
     if looks:
-        console.print(perceptual_table(looks, len(perceived.rows)))
+        console.print(perceptual_table(looks, len(perceived.rows), there_are))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
-        "evaluation.html": page(store, split, scores, summaries, sprites),
+        "evaluation.html": page(store, split, scores, summaries, sprites, there_are),
         **_pictures(clips, store, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
     folder = join(experiment.storage, experiment.name)
@@ -296,7 +352,7 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
         print(f"  {join(folder, name)}")
     _log_files(files, trackers)
     for tracker in trackers:
-        tracker.log_results(_logged(summaries[-len(methods) :], split, looks))
+        tracker.log_results(_logged(summaries[-len(names) :], split, looks))
 
 
 def _log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: str | None = None) -> None:

@@ -89,10 +89,15 @@ def trials_table(study: Study, search: SearchConfig) -> Table:
     return table
 
 
-def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Table:
-    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside."""
+def distance_table(summaries: Sequence[Summary], store: Store, split: str, there_are: int | None = None) -> Table:
+    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside.
+
+    `there_are`: clips of the split, where the evaluation is of some of them.
+    """
+    clips = count_of(summaries[-1].clips, there_are)
     table = Table(
-        title=f"{store.name}: l2 of {split} clips, mean ± standard deviation; smaller is better",
+        title=f"{store.name}: l2 of {clips} {split} clips, mean ± standard deviation; smaller is better\n"
+        + _interval_of_means(summaries, "l2_report"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -115,10 +120,26 @@ def distance_table(summaries: Sequence[Summary], store: Store, split: str) -> Ta
     return table
 
 
+def count_of(clips: int, there_are: int | None) -> str:
+    """'500 of 33,900', or '500' where these are all that there are."""
+    return f"{clips:,}" if there_are in (None, clips) else f"{clips:,} of {there_are:,}"
+
+
+def _interval_of_means(summaries: Sequence[Summary], metric: str) -> str:
+    """How wide the widest interval of the methods' means over all clips is, as part of a title."""
+    category = summaries[-1].category
+    bounds = [summary.intervals[metric] for summary in summaries if summary.category == category]
+    half = max(((high - low) / 2 for low, high in bounds if math.isfinite(high - low)), default=None)
+    if half is None:
+        return "95 % interval of the means: none, as all clips are of one source"
+    digits = MEASURES[metric].digits + 1
+    return f"95 % interval of the means over all, by source video: ±{half:.{digits}f} at most"
+
+
 def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
     """How much nearer than linear interpolation each method comes, in the columns of `distance_table`."""
     table = Table(
-        title="skill and clips won against linear interpolation",
+        title=f"skill and clips won against linear interpolation, of {summaries[-1].clips:,} clips",
         caption="skill: 1 - squared error over linear interpolation's, and its 95 % interval by source video.",
         title_justify="left",
         caption_justify="left",
@@ -132,12 +153,12 @@ def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
     return table
 
 
-def measures_table(summaries: Sequence[Summary]) -> Table:
-    """The means of the other metrics, over all clips."""
+def measures_table(summaries: Sequence[Summary], there_are: int | None = None) -> Table:
+    """The means of the other metrics, over all clips. `there_are`: as for `distance_table`."""
     every = [summary for summary in summaries if summary.category == summaries[-1].category]
     others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
     table = Table(
-        title=f"{every[0].clips} clips; means",
+        title=f"{count_of(every[0].clips, there_are)} clips; means\nPSNR: {_interval_of_means(summaries, 'psnr')}",
         caption="Motion ratio, sharpness: best at 1. best of K: the nearest of K samples; diversity: between them.",
         title_justify="left",
         caption_justify="left",
@@ -154,10 +175,10 @@ def measures_table(summaries: Sequence[Summary]) -> Table:
     return table
 
 
-def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int) -> Table:
+def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int, there_are: int | None = None) -> Table:
     """Metrics through trained networks: methods down, metrics across."""
     table = Table(
-        title=f"{clips} clips, through trained networks; smaller is better",
+        title=f"{count_of(clips, there_are)} clips, through trained networks; smaller is better",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -44,7 +44,7 @@ _WORKER = RayTrainWorker.__name__
 _log = logging.getLogger(__name__)
 # What may differ when a run is started again under its name.
 MAY_CHANGE = (
-    *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped"),
+    *("train.epochs", "train.checkpoint_every", "train.keep", "train.most_skipped", "train.validate_clips"),
     *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
 )
 # Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.

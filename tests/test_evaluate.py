@@ -7,13 +7,16 @@ import numpy as np
 import pytest
 import torch
 
-from giffy_ray.config import ClipConfig, ConfigError
+from giffy_ray import learners
+from giffy_ray.config import ClipConfig, ConfigError, from_yaml
 from giffy_ray.evaluate import (
     MEASURES,
     REAL,
+    Evaluator,
     Score,
     baseline_methods,
     evaluate,
+    generate_in_parts,
     learner_method,
     learner_methods,
     summarise,
@@ -245,3 +248,64 @@ def test_the_csv_has_a_row_for_each_method_and_clip():
         "source": "film 1",
     }
     assert rows[0]["diversity"] == ""
+
+
+class Jittery(Guesser):
+    """A learner whose clips depend, as those of a network may, on how many it is asked for at once."""
+
+    def __init__(self):
+        super().__init__(latent=2)
+        self.asked: list[int] = []
+
+    def generate(self, start, end, noise, frames=None):
+        self.asked.append(len(start))
+        return super().generate(start, end, noise + 3 * len(start), frames)
+
+
+def test_all_samples_are_made_in_parts_of_one_size_so_that_a_clip_does_not_depend_on_its_batch():
+    learner, store = Jittery(), Clips()
+    methods = learner_methods("mine", learner, seed=7, samples=3)  # type: ignore[arg-type]
+    together = evaluate(methods, store, np.arange(3), SOURCES)  # type: ignore[arg-type]
+    assert learner.asked == [8, 8]  # 3 clips of 4 noises each
+    alone = [evaluate(methods, store, np.asarray([row]), SOURCES) for row in range(3)]  # type: ignore[arg-type]
+    assert set(learner.asked) == {8}
+    by_clip = sorted(together, key=lambda score: score.clip_id)
+    assert to_csv(by_clip) == to_csv([score for scores in alone for score in scores])
+
+
+@pytest.mark.parametrize("mirrors", [1, 4])
+def test_a_network_makes_the_same_clip_whatever_is_made_beside_it(mirrors: int):
+    text = f"{{model: {{kind: between, self_ensemble: {mirrors}, widths: [8, 8, 8]}}, clip: {{frames: 4}}}}"
+    experiment = from_yaml(text, ["clip.height=16", "clip.width=16"])
+    learner = learners.build(experiment, torch.device("cpu"))
+    random = np.random.default_rng(0)
+    start, end = (torch.from_numpy(random.integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)) for _ in "ab")
+    noise = noise_for(0, [str(clip) for clip in range(11)], learner.latent)
+    together = generate_in_parts(learner, start, end, noise)
+    assert together.shape == (11, 4, 16, 16, 3)
+    for clip in (0, 7, 8, 10):
+        alone = generate_in_parts(learner, *(each[clip : clip + 1] for each in (start, end, noise)))
+        assert torch.equal(alone[0], together[clip])
+
+
+def test_an_evaluator_gives_the_scores_and_only_the_clips_that_are_watched_or_drawn():
+    store = Clips()
+    store.sources = SOURCES  # type: ignore[attr-defined]
+    methods = baseline_methods([], CLIP) | {"black": [black]}
+    rows = np.asarray([2, 0, 1])
+    done = Evaluator(methods, store, watched={0}, drawn={1, 2})(rows)  # type: ignore[arg-type]
+    assert to_csv(done.scores) == to_csv(evaluate(methods, store, rows, SOURCES))  # type: ignore[arg-type]
+    assert [(name, seen.tolist(), clips[0, :, 0, 0, 0].tolist()) for name, seen, clips in done.clips] == [
+        (REAL, [0], [0, 30, 60, 90]),
+        ("linear", [0], [0, 30, 60, 90]),
+        ("black", [0], [0, 0, 0, 0]),
+    ]
+    assert done.sprites.keys() == {(row, name) for row in (1, 2) for name in (REAL, "linear", "black")}
+
+
+def test_the_means_over_all_clips_have_an_interval_by_source():
+    rows = {(row.category, row.method): row for row in summarise(scores())}
+    # Two sources: a resample has the first twice, the second twice, or both. Of linear's l2: 35, 20 or 30.
+    assert rows["all", "linear"].intervals["l2_report"] == (pytest.approx(20), pytest.approx(35))
+    assert rows["all", "linear"].intervals["psnr"] == (20, 20)
+    assert rows["skiing", "linear"].intervals == {}

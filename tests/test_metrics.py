@@ -213,3 +213,30 @@ def test_interval_is_seeded_and_refuses_what_it_cannot_answer():
         interval(torch.mean, sources[:5], values)
     with pytest.raises(ValueError, match="0 sources"):
         interval(torch.mean, [], values[:0])
+
+
+def _frames_between(clips: torch.Tensor) -> torch.Tensor:
+    return clips[:, 1:-1].flatten(0, 1).permute(0, 3, 1, 2).double() / 255
+
+
+@pytest.mark.parametrize("size", [(64, 64), (24, 40), (6, 7)])
+def test_ssim_is_torchmetrics_in_float64(size: tuple[int, int]):
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
+    real = random_clips(0, 6, 4, *size, 3)
+    made = random_clips(1, 6, 4, *size, 3)
+    made[1] = real[1] // 2 + 60  # the same structure, paler
+    made[2], real[2] = 100, 150  # flat
+    made[3, :, : size[0] // 2], real[3, :, : size[0] // 2] = 255, 255  # half of it equal and flat
+    made[4] = real[4]
+    real[5] = 0
+    theirs = structural_similarity_index_measure(
+        _frames_between(made), _frames_between(real), data_range=1.0, reduction="none"
+    )
+    assert isinstance(theirs, torch.Tensor)
+    assert ssim(made, real).tolist() == pytest.approx(theirs.view(6, 2).mean(1).tolist(), abs=1e-5)
+
+
+def test_ssim_of_a_clip_does_not_depend_on_its_batch():
+    made, real = random_clips(0, 3, 4, 16, 24, 3), random_clips(1, 3, 4, 16, 24, 3)
+    assert ssim(made, real)[1:].tolist() == ssim(made[1:], real[1:]).tolist()

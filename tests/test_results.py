@@ -6,7 +6,7 @@ import math
 import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -20,6 +20,7 @@ from giffy_ray import checkpoints, cluster, learners, metrics, results, tune
 from giffy_ray.cluster import Share
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data import prepare as preparing
+from giffy_ray.data.deal import sample_rows
 from giffy_ray.evaluate import Score, summarise
 from giffy_ray.models.baselines import linear
 from giffy_ray.results import Trained, show_results, trained_runs
@@ -52,6 +53,7 @@ class Halves:
     """Stands for a learner that makes the frames between of a level that depends on the noise."""
 
     latent = 2
+    networks: ClassVar = {}
 
     def generate(self, start, end, noise, frames=None):
         between = (30 + 5 * noise.mean(1)).clamp(0, 255).to(torch.uint8).view(-1, 1, 1, 1).expand_as(start)
@@ -114,6 +116,21 @@ def test_what_trained_networks_see_is_a_table_of_its_own(tmp_path: Path, capsys:
     printed = capsys.readouterr().out
     assert "4 clips, through trained networks" in printed
     assert re.search(r"hold +0\.2353", printed)
+
+
+def test_an_evaluation_of_some_clips_says_of_how_many(tmp_path: Path, capsys: pytest.CaptureFixture):
+    store: Any = FakeStore(tmp_path, ("erupting",) * 9)
+    asked = experiment(tmp_path, baselines=("hold",), clips=5)
+    show_results(asked, [], store, [])
+    rows = csv.DictReader(io.StringIO((tmp_path / "study" / "evaluation.csv").read_text()))
+    assert [row["clip_id"] for row in rows if row["method"] == "hold"] == [
+        store.ids[row] for row in sample_rows(store, "validation", 5)
+    ]
+    printed = " ".join(capsys.readouterr().out.split())  # titles are as narrow as their tables
+    assert "l2 of 5 of 9 validation clips" in printed
+    assert re.search(r"95 % interval of the means over all, by source video: ±0\.\d+ at most", printed)
+    assert "5 of 9 clips; means" in printed
+    assert b"5 of 9 clips of 4 frames" in (tmp_path / "study" / "evaluation.html").read_bytes()
 
 
 def test_a_split_without_clips_is_refused(tmp_path: Path):

@@ -132,6 +132,7 @@ class TrainConfig(Strict):
     epochs: Positive = 100
     batch: Positive = 20  # clips per optimiser step, over all workers together
     validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
+    validate_clips: Positive = 500  # at most, of the validation split; the same ones in every run of a data set
     checkpoint_every: Count = 0  # steps between further checkpoints; 0: none
     keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
     start_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
@@ -186,6 +187,7 @@ class TrackingConfig(Strict):
 @dataclass(frozen=True)
 class EvaluateConfig(Strict):
     split: Literal["validation", "test", "shifted"] = "validation"
+    clips: Positive = 1000  # at most, of the split; the same ones in every evaluation of a data set
     # Names of runs in `storage`, locations of checkpoints, models:/NAME@champion; empty: the run `name`.
     runs: tuple[Run, ...] = ()
     baselines: tuple[Baseline, ...] = get_args(Baseline)  # linear is always there: the others are measured against it

@@ -8,6 +8,7 @@ intervals are drawn from (seed, position), so batches, workers and interruptions
 from __future__ import annotations
 
 import functools
+import hashlib
 import itertools
 
 import numpy as np
@@ -34,6 +35,20 @@ def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
 @functools.lru_cache(maxsize=2)  # a batch may take clips of two epochs, and a million clips take 8 MB
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
+
+
+def sample_rows(store: Store, split: str, most: int, seed: int = 0) -> np.ndarray:
+    """int64: the rows of a split, in order, or of `most` of them: those whose ids have the smallest hash with the seed.
+
+    So each clip that is added takes the place of at most one other.
+    """
+    rows = store.rows_of(split)
+    if len(rows) <= most:
+        return rows
+    ids, key = store.ids, seed.to_bytes(8, "little")
+    hashes = [hashlib.blake2b(ids[row].encode(), key=key, digest_size=8).digest() for row in rows.tolist()]
+    order = np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
+    return rows[np.sort(order[:most])]
 
 
 def slice_of(step: int, batch: int, rank: int, workers: int) -> np.ndarray:

@@ -1,7 +1,8 @@
-"""The Ray Data graphs, and the only importer of ray.data: videos -> shards, and positions -> batches.
+"""The Ray Data graphs, and the only importer of ray.data: videos -> shards, positions -> batches, rows -> results.
 
     videos, 32 to a block --decode_shard, in tasks of the whole cluster--> shards, and rows that say what became of each
     steps, in order --Dealer, in the worker or in tasks--> this worker's batch of each
+    rows of the store, in batches --a mapper, in a pool of actors that hold models--> the result of each batch, in order
 
 One execution deals a whole training. Where clips are kept, Ray Data deals the numbers of the steps and the worker
 gathers its slice of each from the node's memory map, in the threads that Ray Data prefetches with: ten times as fast
@@ -12,9 +13,11 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+import pickle
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +29,17 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 from giffy_ray.config import DataConfig
 from giffy_ray.data.deal import Dealer, slice_of
 from giffy_ray.data.store import Store
+from giffy_ray.progress import Bar
 from giffy_ray.shapes import Clips, Positions, Times
 
 _PREFETCH = 2
 _STEPS_PER_DEAL = 4  # dealing a number costs Ray Data as much as gathering its clips costs us
 _STEPS_PER_DEALT_BLOCK = 10_000
 _STEPS_PER_TASK = 100  # which decodes them one after another
+_MOST_MAP_BLOCKS = 1000  # into which `map_rows` divides its batches: each costs the driver a millisecond or more
+
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -126,6 +134,75 @@ def _numbers(count: int, block: int) -> ray.data.Dataset:
     return ray.data.from_blocks(
         [pa.table({"item": np.arange(first, min(first + block, count))}) for first in range(0, max(count, 1), block)]
     )
+
+
+def map_rows(
+    rows: np.ndarray,
+    make_mapper: Callable[[], Callable[[np.ndarray], Result]],
+    *,
+    batch: int,
+    actors: int = 0,
+    title: str,
+    resources: Mapping[str, Any] | None = None,
+) -> Iterator[Result]:
+    """The result of each `batch` of `rows`, in order, with a progress bar that counts rows.
+
+    `make_mapper` is called once in each of `actors` actors, of which one suffices to start; what it returns is called
+    with int64 rows. With 0 actors both are called in this process, which needs no Ray. A result depends on its batch
+    only if the mapper keeps no state. `resources`: of an actor, as `ray.remote` takes them. What the mapper raises is
+    raised here, the first in the order of the rows. Results are streamed: Ray Data bounds how many wait.
+    """
+    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
+    with Bar(title, len(rows), "clips") as bar:
+        in_actors = functools.partial(_map_in_actors, rows, make_mapper, batch, actors, resources or {})
+        for part, result in zip(parts, in_actors() if actors else map(make_mapper(), parts), strict=True):
+            bar.advance(len(part))
+            yield result
+
+
+class _Mapper:
+    """In an actor of `map_rows`: the first place of a batch -> its pickled result, or what was raised."""
+
+    def __init__(self, shared: Sequence[ray.ObjectRef], batch: int):
+        self.shared, self.batch = shared, batch
+        self.rows = self.mapper = None
+
+    def __call__(self, starts: dict[str, np.ndarray]) -> pa.Table:
+        (start,) = starts["item"].tolist()
+        try:
+            if self.mapper is None:
+                # Not in __init__, whose failures Ray Data would try again.
+                self.rows, make_mapper = ray.get(list(self.shared))
+                self.mapper = make_mapper()
+            assert self.rows is not None
+            outcome = (self.mapper(self.rows[start : start + self.batch]), None)
+        except Exception as error:
+            # Its traceback would not survive being pickled.
+            error.add_note(f"in an actor, for the batch from row {start} on:\n{traceback.format_exc()}")
+            outcome = (None, error)
+        return pa.table({"outcome": pa.array([pickle.dumps(outcome)], pa.large_binary())})
+
+
+def _map_in_actors(
+    rows: np.ndarray, make_mapper: Callable[[], Any], batch: int, actors: int, resources: Mapping[str, Any]
+) -> Iterator[Any]:
+    _be_quiet()
+    starts = list(range(0, len(rows), batch))
+    shared = [ray.put(np.asarray(rows)), ray.put(make_mapper)]  # once, not once for each actor
+    dataset = ray.data.from_items(starts, override_num_blocks=min(len(starts), _MOST_MAP_BLOCKS)).map_batches(
+        _Mapper,
+        fn_constructor_args=(shared, batch),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
+        **resources,
+    )
+    dataset.context.execution_options.preserve_order = True
+    for block in cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow")):
+        for pickled in block["outcome"]:
+            result, error = pickle.loads(pickled.as_py())
+            if error is not None:
+                raise error
+            yield result
 
 
 def _be_quiet() -> None:

@@ -11,6 +11,7 @@ All make at least two frames; fewer are a ValueError.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from fractions import Fraction
 
@@ -82,7 +83,8 @@ BASELINES: dict[str, Callable[[Images, Images, int], Clips]] = {
 def _minterpolate(start: Images, end: Images, frames: int, options: dict[str, str]) -> Clips:
     _refuse_too_few(frames)
     clips = [
-        np.stack(list(_interpolated(first, last, frames, options)))
+        # No more than are wanted: the filter would go on to work on the frames after them.
+        np.stack(list(itertools.islice(_interpolated(first, last, frames, options), frames)))
         for first, last in zip(start.cpu().numpy(), end.cpu().numpy(), strict=True)
     ]
     return torch.from_numpy(np.stack(clips)).to(start.device)

@@ -81,8 +81,10 @@ class Between(nn.Module):
         The mean of what is made of the ends and of mirror images of them (Lim et al. 2017, EDSR, arXiv 1707.02921,
         section 3.4), as many as `self_ensemble`: what is a guess that goes either way cancels out.
         """
-        made = [self._generated(start.flip(axes), end.flip(axes), noise, times).flip(axes) for axes in self.mirrors]
-        return torch.stack(made).mean(0)
+        starts, ends = (torch.cat([image.flip(axes) for axes in self.mirrors]) for image in (start, end))
+        count = len(self.mirrors)
+        made = self._generated(starts, ends, noise.repeat(count, 1), times.repeat(count, 1)).chunk(count)
+        return torch.stack([clip.flip(axes) for clip, axes in zip(made, self.mirrors, strict=True)]).mean(0)
 
     def _generated(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
         features, context = self._seen(start, end)

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, IntervalsConfig
-from giffy_ray.data.deal import Dealer, augmented, interval_of, rows_at, slice_of
+from giffy_ray.data.deal import Dealer, augmented, interval_of, rows_at, sample_rows, slice_of
 
 ROWS = np.asarray([3, 5, 8, 9, 12, 40, 41])
 
@@ -188,3 +188,37 @@ def test_a_video_shorter_than_the_shortest_interval_is_dealt_whole():
     for draws in (np.zeros(9), np.full(9, 0.99)):
         assert interval_of(times_s, IntervalsConfig(frames=2), draws).tolist() == [0, 2]
         assert interval_of(times_s, IntervalsConfig(frames=5), draws).tolist() == [0, 1, 1, 2, 2]
+
+
+class Ids:
+    """Stands for a store whose validation clips have these ids."""
+
+    def __init__(self, ids: list[str]):
+        self.ids = sorted(ids)
+
+    def rows_of(self, split: str) -> np.ndarray:
+        return np.arange(len(self.ids))
+
+    def sampled(self, most: int, seed: int = 0) -> list[str]:
+        rows = sample_rows(self, "validation", most, seed)  # type: ignore[arg-type]
+        assert (np.diff(rows) > 0).all()
+        return [self.ids[row] for row in rows]
+
+
+def test_a_sample_of_a_split_is_all_of_it_where_it_has_no_more():
+    clips = Ids([f"{clip}.mp4" for clip in range(20)])
+    assert clips.sampled(20) == clips.sampled(21) == clips.ids
+    assert len(clips.sampled(19)) == 19
+
+
+def test_a_sample_follows_from_the_seed_and_the_ids_and_keeps_its_clips_when_others_are_added():
+    ids = [f"skiing/{clip}.mp4" for clip in range(300)]
+    before = Ids(ids).sampled(100)
+    assert before == Ids(ids[::-1]).sampled(100)
+    assert before != Ids(ids).sampled(100, seed=1)
+    assert set(Ids(ids).sampled(50)) < set(before)
+    after = Ids([*ids, *(f"baking/{clip}.mp4" for clip in range(100))]).sampled(100)
+    kept = set(before) & set(after)
+    # 100 of 400 instead of 100 of 300: three quarters stay, and only the new ones are new.
+    assert 55 <= len(kept) <= 92
+    assert all(clip.startswith("baking/") for clip in set(after) - kept)

@@ -1,5 +1,8 @@
 """Ray Data deals every position once, to any number of workers, from any step on, whatever is kept of the videos."""
 
+import functools
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import pytest
 import ray
 import torch
 
-from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, Experiment, override
+from giffy_ray.config import AugmentConfig, ClipConfig, ConfigError, DataConfig, Experiment, override
 from giffy_ray.data import stream
 from giffy_ray.data.deal import rows_at
 from giffy_ray.data.prepare import prepare
@@ -104,3 +107,33 @@ def test_the_numbers_of_steps_are_put_as_arrays(monkeypatch: pytest.MonkeyPatch,
     tables: Any = stream._numbers(count, block)
     assert np.concatenate([table["item"].to_numpy() for table in tables]).tolist() == list(range(count))
     assert len(tables) == max(1, -(-count // block))
+
+
+class Doubler:
+    """A mapper; what it does first takes longest, so that results would come in another order than the rows."""
+
+    def __init__(self, refuses: int | None):
+        self.refuses = refuses
+
+    def __call__(self, rows: np.ndarray) -> list[tuple[int, int]]:
+        if self.refuses in rows:
+            raise ConfigError(f"evaluate.clips: no row {self.refuses}")
+        time.sleep(0.3 if 0 in rows else 0)
+        return [(int(row), os.getpid()) for row in rows]
+
+
+def test_rows_are_mapped_in_order_by_all_actors_and_errors_are_those_of_the_mapper(
+    local_ray: None, capfd: pytest.CaptureFixture
+):
+    rows = np.arange(11) * 2
+    make = functools.partial(Doubler, None)
+    here = list(stream.map_rows(rows, make, batch=3, title="doubling"))
+    there = list(stream.map_rows(rows, make, batch=3, actors=2, title="doubling"))
+    for results in (here, there):
+        assert [[row for row, _ in result] for result in results] == [[0, 2, 4], [6, 8, 10], [12, 14, 16], [18, 20]]
+    processes = {process for result in there for _, process in result}
+    assert os.getpid() not in processes
+    assert capfd.readouterr().out.count("doubling: 11/11 clips") == 2
+    for actors in (0, 2):
+        with pytest.raises(ConfigError, match=r"evaluate\.clips: no row 8"):
+            list(stream.map_rows(rows, functools.partial(Doubler, 8), batch=3, actors=actors, title="doubling"))
