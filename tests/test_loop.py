@@ -200,7 +200,7 @@ def test_all_workers_start_from_the_checkpoint_that_rank_0_has_chosen(
     tiny: Experiment, monkeypatch: pytest.MonkeyPatch
 ):
     """Of a run that is still being trained, which has another newest one by the time that a second worker looks."""
-    started, answers = [], iter([[None], ["the first's"]])
+    started, answers = [], iter([[None, None], ["the first's", None]])
     monkeypatch.setattr(loop.ranks, "rank", lambda: 1)
     monkeypatch.setattr(loop.ranks, "from_first", lambda _: next(answers))
     monkeypatch.setattr(checkpoints, "origin", lambda _: "a newer one")
@@ -210,7 +210,7 @@ def test_all_workers_start_from_the_checkpoint_that_rank_0_has_chosen(
 
 
 def test_a_worker_returns_why_the_lease_is_lost(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(loop, "Store", lambda location: SimpleNamespace(location=location, fingerprint="abc"))
+    monkeypatch.setattr(loop, "Store", lambda *_: SimpleNamespace(location="", fingerprint="abc"))
     run = override(Experiment(), {"storage": str(tmp_path), "name": "run"})
     write_text(lease.location_of(run), '{"holder": "they", "pid": 7, "host": "there"}')
     settings = {"experiment": SecretStr(to_yaml(run)), "store": "", "fingerprint": "abc", "holder": "we"}
@@ -346,7 +346,7 @@ def test_the_message_about_skipped_steps_names_the_clips_of_the_whole_step(tiny:
 
 def test_a_worker_that_starts_again_on_other_clips_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     store = SimpleNamespace(location="here/sets/abc", fingerprint="now")
-    monkeypatch.setattr(loop, "Store", lambda location: store)
+    monkeypatch.setattr(loop, "Store", lambda *_: store)
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
     settings = {"experiment": SecretStr(to_yaml(experiment)), "store": "here/sets/abc", "parent": None}
     settings["fingerprint"] = "before"

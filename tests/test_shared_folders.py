@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pydantic import SecretStr
 
 from giffy_ray import loop, shared_folders
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
@@ -166,8 +167,8 @@ def test_a_training_on_a_node_that_does_not_share_the_storage_is_not_restarted(t
     leave_token(experiment, "we")
     failure = tmp_path / "runs" / "mine" / loop.FAILURE
     loops = {
-        0: functools.partial(loop.train_loop, {"experiment": to_yaml(experiment), "token": "we"}),
-        1: functools.partial(loop.train_loop, {"experiment": to_yaml(unshared), "token": "we"}),
+        0: functools.partial(loop.train_loop, {"experiment": SecretStr(to_yaml(experiment)), "token": "we"}),
+        1: functools.partial(loop.train_loop, {"experiment": SecretStr(to_yaml(unshared)), "token": "we"}),
     }
     for own in (1, 0):  # only rank 0 can tell
         monkeypatch.setattr(loop, "ranks", Ranks(own, ("", False)))

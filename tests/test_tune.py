@@ -161,7 +161,7 @@ def test_a_field_that_acts_because_another_is_searched_may_be_searched():
         ("optim.lr", "{uniform: [a, b]}", r"optim\.lr"),
         ("optim.lr", "{uniform: [0.1, .nan]}", r"optim\.lr"),
         ("optim.lr", "{uniform: [0.1, .inf]}", r"optim\.lr"),
-        ("optim.lr", "{choice: [true, 0.1]}", "neither true nor false"),
+        ("optim.lr", "{choice: [true, 0.1]}", "valid number"),
         ("optim.clip_norm", "{uniform: [1, .inf]}", "finite"),
         ("optim.clip_norm", "{uniform: [null, 1]}", "needs numbers"),
         ("optim.schedule", "{uniform: [constant, cosine]}", "needs numbers; for others use choice"),
@@ -170,7 +170,7 @@ def test_a_field_that_acts_because_another_is_searched_may_be_searched():
         ("model.latent", "{uniform: [8, 64]}", "use int or choice"),
         ("model.latent", "{log_uniform: [8, 64]}", "use int or choice"),
         ("model.ends_weight", "{int: [1.5, 3]}", "whole numbers"),
-        ("model.latent", "{int: [8, 100000000000000000000]}", "whole numbers, up to"),
+        ("model.latent", "{int: [8, 100000000000000000000]}", "less than 2147483648"),
         (
             "model.ends_weight",
             f"{{uniform: [0, 1{'0' * 400}]}}",

@@ -7,10 +7,10 @@ import shutil
 import subprocess
 import tempfile
 from pathlib import Path
-from types import SimpleNamespace
 
 import av
 import numpy as np
+import pyarrow as pa
 import pytest
 from av.video.reformatter import ColorPrimaries, ColorTrc
 
@@ -215,6 +215,6 @@ def test_hdr_videos_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
     rows = [shards._facts_of(sampled, shards.Recipe(clip)) for sampled in samples]
     assert [row["hdr"] for row in rows] == [True, False]
     assert shards.ROW_SCHEMA.field("hdr")
-    facts = {"hdr": SimpleNamespace(to_pylist=lambda: [row["hdr"] for row in rows])}
+    facts = pa.table({"hdr": [row["hdr"] for row in rows]})
     _tell_hdr(type("FakeStore", (), {"facts": facts, "__len__": lambda self: 2})())  # type: ignore[arg-type]
     assert capsys.readouterr().out == "1 of 2 clips are from HDR videos, tone-mapped to SDR\n"
