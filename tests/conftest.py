@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import av
+import hypothesis
 import numpy as np
 import pytest
 import torch
@@ -24,6 +25,10 @@ install_import_hook(
     [f"giffy_ray.{name}" for name in ("shapes", "models", "losses", "metrics", "perceptual", *_LEARNERS)],
     "beartype.beartype",
 )
+
+# How long an example takes depends on what else the machine does.
+hypothesis.settings.register_profile("any machine", deadline=None)
+hypothesis.settings.load_profile("any machine")
 
 # Ray reads this when it is imported. A token of our own keeps others out of the Ray that tests start in this process.
 os.environ["RAY_AUTH_MODE"] = "token"

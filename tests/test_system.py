@@ -200,7 +200,7 @@ def test_a_sample_that_fails_ends_nothing_and_its_time_is_counted_by_the_next(
     sampler.end()
     took_s = time.monotonic() - began_s
     assert "no space left" in caplog.text
-    assert logged[-1]["cost/cpu_hours"] == pytest.approx(took_s / 3600, rel=0.05)
+    assert logged[-1]["cost/cpu_hours"] == pytest.approx(took_s / 3600, rel=0.15)  # a lost sample is 0.29 of it
 
 
 def test_a_log_that_fails_is_told_of_once_and_the_thread_ends_with_its_owner(
