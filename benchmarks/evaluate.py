@@ -138,7 +138,7 @@ def scores_now(make: MakeEvaluator, rows: np.ndarray, actors: int) -> tuple[list
 
 
 def differences(before: list[Score], now: list[Score]) -> Iterator[str]:
-    """Of each figure of the CSV the largest relative difference, and how many of them differ at all."""
+    """Returns the largest relative difference of each column of the CSV, and how many of its values differ."""
     counts: Counter[str] = Counter()
     largest: dict[str, float] = defaultdict(float)
     for old, new in zip(before, now, strict=True):

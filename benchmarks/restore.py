@@ -1,4 +1,4 @@
-"""What it costs to restore a checkpoint: benchmarks/restore.py [EXPERIMENT] [section.field=value ...] [--workers N]
+"""Measures what restoring takes: benchmarks/restore.py [EXPERIMENT] [section.field=value ...] [--workers N]
 
 By default that of Table 1's CVAE, with 485 million parameters: 5.8 GB on disk, and up to twice as much memory for each
 worker. Two ways take turns, in processes of their own on this machine: `each`, where every worker reads, verifies and
@@ -102,7 +102,7 @@ def work(rank: int, yaml: str, place: str, way: str, workers: int, port: int, fo
 
 
 def restored(experiment: Experiment, place: str, way: str, workers: int) -> list[dict[str, float]]:
-    """What each worker measured."""
+    """Returns the measurements of each worker."""
     with tempfile.TemporaryDirectory() as folder:
         words = (to_yaml(experiment), place, way, workers, free_port(), folder)
         torch.multiprocessing.spawn(work, words, nprocs=workers)  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""What grows with the number of videos besides decoding: listing, the bookkeeping of preparing, opening, dealing.
+"""Measures the work besides decoding that grows with the number of videos: listing, preparing, opening, dealing.
 
     PYTHONPATH=. python benchmarks/scale.py --rows 10000 100000 1000000
 
@@ -89,7 +89,7 @@ def make_store(location: str, catalog: Catalog, experiment: Experiment) -> pa.Ta
 
 
 def write_listings(location: str, index: pa.Table) -> None:
-    """What the tasks that decode leave: a listing for every SHARD_VIDEOS videos."""
+    """Writes the listings of decode tasks: one for every SHARD_VIDEOS videos."""
     for first in range(0, len(index), SHARD_VIDEOS):
         shards._write_listing(location, index.slice(first, SHARD_VIDEOS))
 

@@ -519,11 +519,8 @@ def remove_superseded(experiment: Experiment) -> None:
     """
 
     def kept(positions: Positions) -> list[str]:
-        metric = "val/l2_report"
-        scores = {place: position["metrics"].get(metric, math.nan) for place, position in positions.items()}
-        validated = sorted(
-            (place for place in scores if not math.isnan(scores[place])), key=lambda place: scores[place]
-        )
+        scores = {place: position["metrics"].get(METRIC, math.nan) for place, position in positions.items()}
+        validated = _ranked({place: score for place, score in scores.items() if not math.isnan(score)})
         return [*list(positions)[:2], *validated[: experiment.train.keep]]
 
     _remove_all_but(experiment, kept)

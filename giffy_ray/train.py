@@ -30,6 +30,7 @@ from giffy_ray.config import (
     Experiment,
     IntervalsConfig,
     ModelConfig,
+    OptimConfig,
     flatten,
     from_yaml,
     to_yaml,
@@ -226,7 +227,7 @@ def check_experiment(experiment: Experiment, searched: Collection[str] = ()) -> 
 
 
 @functools.lru_cache(maxsize=32)
-def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int) -> learners.Learner:
+def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int, ema: float = 0.0) -> learners.Learner:
     """The learner, without the memory that it takes, that trains on parts of `frames` frames, or on whole clips if 0.
 
     Raises ConfigError for what the model cannot do.
@@ -234,7 +235,8 @@ def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int) -> learner
     data = DataConfig(intervals=IntervalsConfig(frames=frames))
     try:
         with torch.device("meta"):
-            return learners.build(Experiment(model=model, clip=clip, data=data), torch.device("meta"))
+            experiment = Experiment(model=model, clip=clip, data=data, optim=OptimConfig(ema=ema))
+            return learners.build(experiment, torch.device("meta"))
     except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product torch cannot hold
         why = str(error).partition("\n")[0]
         raise ConfigError(f"model: torch cannot build a {model.kind} of these sizes: {why}") from error
@@ -250,12 +252,8 @@ def check(experiment: Experiment, store: Store, searched: Collection[str] = ()) 
 
 def checkpoint_bytes(experiment: Experiment) -> int:
     """About how much a checkpoint of the experiment's training takes."""
-    return checkpoints.estimate_bytes(_build_without_memory(experiment))
-
-
-def _build_without_memory(experiment: Experiment) -> learners.Learner:
-    with torch.device("meta"):
-        return learners.build(experiment, torch.device("meta"))
+    frames, ema = experiment.data.intervals.frames, experiment.optim.ema
+    return checkpoints.estimate_bytes(_build_on_meta(experiment.model, experiment.clip, frames, ema))
 
 
 def _check_space(experiment: Experiment) -> None:
