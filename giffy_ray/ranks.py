@@ -122,9 +122,7 @@ def on_each(work: Callable[[], Result]) -> Result:
 
 def raise_first(failure: Exception | None) -> None:
     """Raises on every worker the failure of the lowest rank that has one; all have to call this."""
-    failures: list[Exception | None] = [None] * count()
-    if count() > 1:
-        dist.all_gather_object(failures, _picklable(failure))
+    failures = from_all(_picklable(failure))
     failures[rank()] = failure  # with its traceback
     for each in failures:
         if each is not None:
