@@ -825,8 +825,8 @@ def test_a_server_that_is_away_is_waited_for_once_by_a_process(experiment: Exper
         assert len(waiting_of(override(experiment, {"name": f"trial-{number}"}))) == 2
         trial._carrier._thread.join(3)  # type: ignore[union-attr]
         assert not trial._carrier._thread.is_alive()  # type: ignore[union-attr]
-    assert sum(took_s) < 2 * 2.0
-    assert max(took_s[1:]) < 1.0
+    assert sum(took_s) < 3 * 2.0  # four waits would be 8 s
+    assert max(took_s[1:]) < 2.0
 
 
 def test_a_server_that_takes_connections_and_says_nothing_is_waited_for_once(
@@ -841,12 +841,13 @@ def test_a_server_that_takes_connections_and_says_nothing_is_waited_for_once(
         listener.listen(64)
         silent = override(experiment, {"tracking.uri": f"http://127.0.0.1:{listener.getsockname()[1]}"})
         open_run(override(silent, {"name": "first"})).finish("KILLED")
+        monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         second = open_run(override(silent, {"name": "second"}))
-        began_s = time.monotonic()
         second.finish("KILLED")
-        assert time.monotonic() - began_s < 0.9  # not until the request is over
-        second._carrier._thread.join(3)  # type: ignore[union-attr]
-        assert not second._carrier._thread.is_alive()  # type: ignore[union-attr]
+        thread = second._carrier._thread  # type: ignore[union-attr]
+        assert thread.is_alive()  # its request is not over: `finish` did not wait for it
+        thread.join(20)
+        assert not thread.is_alive()
 
 
 def test_the_end_of_a_search_sends_what_its_trials_could_not(experiment: Experiment, client: MlflowClient):
