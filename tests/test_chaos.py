@@ -57,12 +57,12 @@ VIDEOS = 3000
 LONG = {"train.epochs": 400, "train.batch": 4, "train.validate_every": 40, "train.checkpoint_every": 10}
 
 
-def job_of(job: str, videos: Path, storage: Path, *words: str) -> subprocess.Popen:
+def job_of(job: str, videos: Path, storage: Path, *words: str, **environment: str) -> subprocess.Popen:
     # In a process group of its own, so that nothing outside is hit; its Ray ends with it.
     return subprocess.Popen(
         [sys.executable, f"jobs/{job}.py", "tests/tiny.yaml", f"data.root={videos}", f"storage={storage}", *words],
         cwd=ROOT,
-        env=os.environ | {"RAY_ADDRESS": "local"},
+        env=os.environ | {"RAY_ADDRESS": "local"} | environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -537,6 +537,36 @@ def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
     assert re.search(r"^4 workers, 0\.5 CPU each \(\S+: 2, \S+: 2\); 2 CPUs for Ray Data$", printed, re.M)
     assert re.search(r"^1 worker, 2 CPUs each \(\S+: 1\)$", printed, re.M)
     assert checkpoints.newest(four)
+
+
+def test_a_node_trains_through_a_data_set_that_is_larger_than_its_disk(bucket: str, tmp_path: Path):
+    """Against the same training with room for all: the curves are equal, and the disk is never overfull."""
+    videos, disk_bytes = tmp_path / "videos", 2**19
+    for number in range(288):  # 9 shards
+        path = videos / ("training", "validation")[number % 8 == 7] / "cats" / f"{number:03}.mp4"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(moving_video(number, 18, 30))
+    for name in ("small", "large"):
+        place = tmp_path / name / f"giffy_ray-{os.getuid()}"
+        place.mkdir(parents=True)
+        if name == "small":
+            mount = ["mount", "-t", "tmpfs", "-o", f"size={disk_bytes}", "tmpfs", str(place)]
+            if subprocess.run(mount, capture_output=True, check=False).returncode:
+                pytest.skip("a tmpfs cannot be mounted here")
+        try:
+            words = ["name=run", "train.epochs=3", "train.validate_every=1", f"storage={bucket}/{name}"]
+            words += [f"tracking.uri=sqlite:///{tmp_path}/{name}/mlflow.db"]
+            job = job_of("train_cvae", videos, tmp_path / name, *words, TMPDIR=str(tmp_path / name), RAY_TMPDIR="/tmp")
+            out, _ = job.communicate(timeout=300)
+            assert job.returncode == 0, out
+            copies = sum(path.stat().st_size for path in place.glob("shards/*/*.u8"))
+        finally:
+            if name == "small":
+                subprocess.run(["umount", "--lazy", str(place)], check=True)
+        if name == "small":
+            assert 0 < copies <= disk_bytes
+    assert copies > 2 * disk_bytes
+    assert curves_in(tmp_path / "small") == curves_in(tmp_path / "large")
 
 
 def wait_for_workers(wanted: int, training: Future) -> None:
