@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 	.venv/bin/pyright
 
 ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PORT
-	@.venv/bin/python -m giffy_ray.ui $(or $(RUNS),runs) $(or $(PORT),5000)
+	@.venv/bin/python -m giffy_ray.tracking.server $(or $(RUNS),runs) $(or $(PORT),5000)
 
 lock: $(INSTALLED)  ## after changing a range in pyproject.toml
 	.venv/bin/pip install --upgrade --editable .[dev,perceptual,postgres] torch==2.13.0

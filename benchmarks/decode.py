@@ -27,9 +27,9 @@ from rich.console import Console
 from rich.table import Table
 
 from giffy_ray.config import ClipConfig, LimitsConfig, SyntheticConfig
-from giffy_ray.data import synthetic
 from giffy_ray.data.decode import sample_clip
 from giffy_ray.data.sandbox import Sandbox
+from giffy_ray.data.synthetic import dataset
 
 CLIP = ClipConfig()
 _WANTED = range(0, 90, 3)
@@ -193,8 +193,8 @@ def main() -> None:
     chosen = words.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         if chosen.videos is None:
-            for planned in synthetic.plan(SyntheticConfig(training_clips=12, validation_clips=12)):
-                (Path(folder) / planned.name).write_bytes(synthetic.video(planned))
+            for planned in dataset.plan(SyntheticConfig(training_clips=12, validation_clips=12)):
+                (Path(folder) / planned.name).write_bytes(dataset.video(planned))
         videos = sorted((chosen.videos or Path(folder)).glob("*.mp4"))
         cpu_s, psnrs, absent = measure(videos, chosen.rounds)
         console = Console(width=100)

@@ -25,16 +25,18 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from giffy_ray import checkpoints, evaluate
+from giffy_ray.cluster.resources import KEEP_MEMORY
 from giffy_ray.config import Experiment, override
+from giffy_ray.core.tensor_types import Clips, PerClip, to_floats
+from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.loader import map_rows
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.data.stream import map_rows
-from giffy_ray.evaluate import BATCH, Evaluated, Method, Score
+from giffy_ray.evaluation import evaluator
+from giffy_ray.evaluation.evaluator import BATCH, Evaluated, Score
+from giffy_ray.evaluation.report import MakeEvaluator, Trained, methods_of
 from giffy_ray.models import baselines
-from giffy_ray.results import MakeEvaluator, Trained, methods_of
-from giffy_ray.shapes import Clips, PerClip, to_floats
-from giffy_ray.train import KEEP_MEMORY
+from giffy_ray.models.sampling import Method
+from giffy_ray.training import checkpoints
 
 
 def ssim_by_torchmetrics(made: Clips, real: Clips) -> PerClip:
@@ -52,11 +54,11 @@ def make_one_by_one(methods: dict[str, list[Method]], real: Clips, clip_ids: lis
 def score_before(experiment: Experiment, run: Trained, store: Store, rows: np.ndarray) -> list[Score]:
     """As the driver did it before there were actors."""
     with (
-        mock.patch.object(evaluate, "_make", make_one_by_one),
-        mock.patch.dict(evaluate._METRICS, {"ssim": ssim_by_torchmetrics}),
+        mock.patch.object(evaluator, "_make", make_one_by_one),
+        mock.patch.dict(evaluator._METRICS, {"ssim": ssim_by_torchmetrics}),
         mock.patch.object(baselines, "itertools", mock.Mock(islice=lambda frames, count: frames)),
     ):
-        return evaluate.evaluate(methods_of(experiment, [run], store.clip), store, rows, store.sources)
+        return evaluator.evaluate(methods_of(experiment, [run], store.clip), store, rows, store.sources)
 
 
 class Warm:
@@ -72,7 +74,7 @@ class Warm:
 
 
 class Timed:
-    def __init__(self, evaluator: evaluate.Evaluator):
+    def __init__(self, evaluator: evaluator.Evaluator):
         self.evaluator = evaluator
 
     def __call__(self, rows: np.ndarray) -> tuple[Evaluated, int, float, float]:

@@ -25,11 +25,14 @@ from rich.table import Table
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from giffy_ray import cluster, learners, losses, models
+from giffy_ray import models
+from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, load, override
-from giffy_ray.data.deal import Dealer, slice_of
+from giffy_ray.core.tensor_types import to_floats
 from giffy_ray.data.prepare import prepare
-from giffy_ray.shapes import to_floats
+from giffy_ray.data.sampler import Dealer, slice_of
+from giffy_ray.training import learners
+from giffy_ray.training.learners import losses
 
 DEFAULT = Path(__file__).parent.parent / "jobs" / "experiments" / "cvae-erupting.yaml"
 ROUNDS, WARM_UP, STEPS, CURVE = 3, 6, 25, 300
@@ -202,7 +205,7 @@ def main() -> None:
     experiment = load(path, words)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(width=120)
-    cluster.connect()
+    resources.connect()
     ready, parameters = batches(experiment, 100, device), 0
     with torch.device("meta"):
         parameters = sum(each.numel() for each in models.build(experiment.model, experiment.clip).parameters())

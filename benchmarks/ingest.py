@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import logging
 import statistics
 import tempfile
 import time
@@ -30,13 +31,14 @@ from rich.table import Table
 from torch.utils.data import DataLoader, Dataset
 
 from giffy_ray.config import ClipConfig, DataConfig, Experiment, LimitsConfig, SyntheticConfig, override
-from giffy_ray.data import shards, stream, synthetic
+from giffy_ray.data import loader, shards
 from giffy_ray.data.catalog import read_catalog
-from giffy_ray.data.deal import rows_at
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.decode import Sampled, Source
 from giffy_ray.data.prepare import prepare
+from giffy_ray.data.sampler import rows_at
 from giffy_ray.data.shards import Recipe
-from giffy_ray.data.store import Store
+from giffy_ray.data.synthetic import dataset
 
 CLIPS, BATCH, EPOCHS, DECODED = 1000, 20, 5, 240
 CLIP = ClipConfig()
@@ -97,11 +99,11 @@ def plain(store: Store) -> Batches:
 
 def ours(store: Store, epochs: int = EPOCHS) -> Batches:
     steps = range(epochs * len(store) // BATCH)
-    for batch in stream.batches(store, DataConfig(), 0, BATCH, 0, 1, steps):
+    for batch in loader.batches(store, DataConfig(), 0, BATCH, 0, 1, steps):
         yield batch.clips
 
 
-def loader(dataset: Dataset, epochs: int) -> Batches:
+def data_loader(dataset: Dataset, epochs: int) -> Batches:
     batches = DataLoader(dataset, BATCH, shuffle=True, num_workers=2, persistent_workers=True)
     for _ in range(epochs):
         yield from batches
@@ -153,8 +155,8 @@ def noise_store(folder: Path) -> Store:
 def real_videos(folder: Path, count: int) -> list[Path]:
     root = folder / "videos" / "training" / "x"
     root.mkdir(parents=True)
-    for planned in synthetic.plan(SyntheticConfig(training_clips=count // 2, validation_clips=1))[:count]:
-        (root / planned.name).write_bytes(synthetic.video(planned))
+    for planned in dataset.plan(SyntheticConfig(training_clips=count // 2, validation_clips=1))[:count]:
+        (root / planned.name).write_bytes(dataset.video(planned))
     return sorted(root.glob("*.mp4"))
 
 
@@ -163,10 +165,10 @@ def compare(folder: Path, store: Store, videos: list[Path], rounds: int) -> Tabl
     ways: dict[str, Callable[[], Batches]] = {
         "plain memory map, no Ray (the ceiling)": lambda: plain(store),
         "giffy_ray: Ray Data deals, the worker gathers": lambda: ours(store),
-        "torch DataLoader, 2 workers, memory map": lambda: loader(Clips(store), EPOCHS),
+        "torch DataLoader, 2 workers, memory map": lambda: data_loader(Clips(store), EPOCHS),
         "Ray Data, Parquet, fixed-size binary": lambda: parquet(binary),
         "Ray Data, Parquet, tensor column": lambda: parquet(tensors),
-        "torch DataLoader, 2 workers, OpenCV decoding": lambda: loader(Videos(videos), 1),
+        "torch DataLoader, 2 workers, OpenCV decoding": lambda: data_loader(Videos(videos), 1),
     }
     rates = {name: [] for name in ways}
     for _ in range(rounds):
@@ -219,7 +221,7 @@ def decoded_per_s(videos: list[Path], cpus: int, folder: Path) -> float:
         location=str(folder),
     )
     ends_s, done = [], []
-    for table in stream.decode_all(shards.chunks_of(catalog.videos * 4), decode):
+    for table in loader.decode_all(shards.chunks_of(catalog.videos * 4), decode):
         ends_s.append(time.perf_counter())
         done.append(len(table))
     ray.shutdown()

@@ -32,17 +32,19 @@ import ray
 from rich.console import Console
 from rich.table import Table
 
-from giffy_ray import checkpoints, train
-from giffy_ray.cluster import share_of
+from giffy_ray.cluster import resources
+from giffy_ray.cluster.local import AS_ANY_PROCESS
+from giffy_ray.cluster.resources import share_of
 from giffy_ray.config import DataConfig, Experiment, LimitsConfig, SyntheticConfig, load, override
-from giffy_ray.data import shards, stream, synthetic
+from giffy_ray.data import loader, shards
 from giffy_ray.data.catalog import read_catalog
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.shards import SHARD_VIDEOS, Recipe
-from giffy_ray.data.store import Store
-from giffy_ray.evaluate import BATCH
-from giffy_ray.head import AS_ANY_PROCESS
-from giffy_ray.results import MakeEvaluator, Trained
+from giffy_ray.data.synthetic import dataset
+from giffy_ray.evaluation.evaluator import BATCH
+from giffy_ray.evaluation.report import MakeEvaluator, Trained
+from giffy_ray.training import checkpoints, trainer
 
 ROOT = Path(__file__).parent.parent
 SIZES = (10**4, 10**6, 10**8)
@@ -205,8 +207,8 @@ def make_videos(folder: Path, count: int, distinct: int = 64) -> Path:
     """Copies of a few of the built-in videos, under names of their own."""
     root = folder / f"videos{count}" / "training" / "x"
     root.mkdir(parents=True)
-    plan = synthetic.plan(SyntheticConfig(training_clips=distinct // 2, validation_clips=1))[:distinct]
-    contents = [synthetic.video(planned) for planned in plan]
+    plan = dataset.plan(SyntheticConfig(training_clips=distinct // 2, validation_clips=1))[:distinct]
+    contents = [dataset.video(planned) for planned in plan]
     for number in range(count):
         (root / f"{number:06}.mp4").write_bytes(contents[number % distinct])
     return root.parents[1]
@@ -225,9 +227,9 @@ def check_prepare(folder: Path, cores: int) -> tuple[Rates, list[tuple[int, floa
     root = make_videos(folder, 320)
     catalog = read_catalog(str(root), DataConfig(validation_fraction=1e-9))
     blocks = shards.chunks_of(catalog.videos * 10)
-    list(stream.decode_all(blocks[:1], no_decoding))
-    start_s = seconds_of(lambda: list(stream.decode_all(blocks[:1], no_decoding)))
-    block_s = (seconds_of(lambda: list(stream.decode_all(blocks, no_decoding))) - start_s) / len(blocks)
+    list(loader.decode_all(blocks[:1], no_decoding))
+    start_s = seconds_of(lambda: list(loader.decode_all(blocks[:1], no_decoding)))
+    block_s = (seconds_of(lambda: list(loader.decode_all(blocks, no_decoding))) - start_s) / len(blocks)
     decode = functools.partial(
         shards.decode_shard,
         filesystem=catalog.filesystem,
@@ -236,7 +238,7 @@ def check_prepare(folder: Path, cores: int) -> tuple[Rates, list[tuple[int, floa
         location=str(folder / "measured"),
     )
     ends_s, done = [], []
-    for table in stream.decode_all(shards.chunks_of(catalog.videos), decode):
+    for table in loader.decode_all(shards.chunks_of(catalog.videos), decode):
         ends_s.append(time.perf_counter())
         done.append(len(table))
     # The first `cores` shards end at about the same time, as do the last.
@@ -258,7 +260,7 @@ def check_training(folder: Path, store: Store) -> tuple[float, float, list[tuple
         fields = {"storage": str(folder / "runs"), "name": f"steps{steps}", "cluster.workers": 1, "train.batch": 8}
         epochs = max(1, steps * 8 // len(store.rows_of("training")))
         experiment = override(demo, fields | {"train.epochs": epochs, "train.validate_every": epochs})
-        return seconds_of(lambda: train.train(experiment, store, share_of(experiment)))
+        return seconds_of(lambda: trainer.train(experiment, store, share_of(experiment)))
 
     run(40)
     short_s, long_s = run(41), run(80)
@@ -277,11 +279,11 @@ def check_evaluation(folder: Path, actors: int) -> tuple[float, float, list[tupl
     store = prepare(experiment)
     make = MakeEvaluator(experiment, (Trained("between", learner, trained),), store, frozenset(), frozenset())
     rows = store.rows_of("validation")
-    resources = {"num_cpus": 1, "runtime_env": {"env_vars": train.KEEP_MEMORY}}
+    asked = {"num_cpus": 1, "runtime_env": {"env_vars": resources.KEEP_MEMORY}}
 
     def run(clips: int) -> float:
         mapped = functools.partial(
-            stream.map_rows, rows[:clips], make, batch=BATCH, actors=actors, title="evaluating", resources=resources
+            loader.map_rows, rows[:clips], make, batch=BATCH, actors=actors, title="evaluating", resources=asked
         )
         return seconds_of(lambda: list(mapped()))
 

@@ -22,11 +22,11 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from giffy_ray import checkpoints, learners
-from giffy_ray.checkpoints import Position, Snapshot
+from giffy_ray.cluster.local import free_port
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
-from giffy_ray.head import free_port
-from giffy_ray.learners import Learner
+from giffy_ray.training import checkpoints, learners
+from giffy_ray.training.checkpoints import Position, Snapshot
+from giffy_ray.training.learners import Learner
 
 ROOT = Path(__file__).parent.parent
 TABLE_1 = ROOT / "jobs" / "experiments" / "cvae-erupting.yaml"

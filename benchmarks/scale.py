@@ -29,14 +29,14 @@ import pyarrow as pa
 from pyarrow import fs
 
 from giffy_ray.config import DataConfig, Experiment, override
+from giffy_ray.core.storage import join, write_bytes
+from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import shards
-from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, Video, read_catalog
-from giffy_ray.data.deal import Dealer, slice_of
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.prepare import prepare
+from giffy_ray.data.sampler import Dealer, slice_of
 from giffy_ray.data.shards import ROW_SCHEMA, SHARD_VIDEOS, Recipe
-from giffy_ray.data.store import Store
-from giffy_ray.storage import join, write_bytes
 
 FRAMES, SIDE, BATCH, EPOCHS = 4, 8, 64, 10
 CATEGORIES = 300
@@ -144,7 +144,7 @@ def start_stream(location: str) -> dict[str, float]:
     """From a store's location to the first batch of a training, through Ray Data; without the start of Ray."""
     import ray
 
-    from giffy_ray.data import stream
+    from giffy_ray.data import loader
 
     ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False, object_store_memory=80 * 2**20)
     try:
@@ -152,7 +152,7 @@ def start_stream(location: str) -> dict[str, float]:
         def first_batch() -> None:
             store = Store(location)
             steps = range(len(store.rows_of("training")) * EPOCHS // BATCH)
-            next(stream.batches(store, DataConfig(), 0, BATCH, 0, 1, steps))
+            next(loader.batches(store, DataConfig(), 0, BATCH, 0, 1, steps))
 
         return {f"stream_batch_{again}_s": timed(first_batch)[1] for again in (1, 2)}
     finally:

@@ -29,9 +29,10 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from giffy_ray import learners, models
+from giffy_ray import models
+from giffy_ray.cluster.local import free_port
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
-from giffy_ray.head import free_port
+from giffy_ray.training import learners
 
 EXPERIMENTS = Path(__file__).parent.parent / "jobs" / "experiments"
 BATCH = 16

@@ -19,21 +19,24 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from giffy_ray import checkpoints, cluster, metrics, tune
+from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, load
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.evaluate import learner_method
-from giffy_ray.tracking import open_run
+from giffy_ray.evaluation import metrics
+from giffy_ray.models.sampling import learner_method
+from giffy_ray.tracking.tracker import open_run
+from giffy_ray.training import checkpoints
+from giffy_ray.tuning import tuner
 
 ROOT = Path(__file__).parent.parent
 TINY = ROOT / "tests" / "tiny.yaml"
 MANY = 21  # reports of a trial
 
 
-def searched(experiment: Experiment, store: Store, share: cluster.Share) -> tune.Study:
+def searched(experiment: Experiment, store: Store, share: resources.Share) -> tuner.Study:
     with open_run(experiment) as parent:
-        found = tune.search(experiment, store, share, parent.place, tune.first_points(experiment))
+        found = tuner.search(experiment, store, share, parent.place, tuner.first_points(experiment))
         parent.finish()
     return found
 
@@ -50,7 +53,7 @@ def seconds_of_trials(storage: str, trials: int) -> tuple[float, float]:
         experiment = load(TINY, [*words, "cluster.workers=1"])
         store = prepare(experiment)
         began_s = time.perf_counter()
-        searched(experiment, store, cluster.Share(1.0, 0, 1))
+        searched(experiment, store, resources.Share(1.0, 0, 1))
         taken_s[epochs] = (time.perf_counter() - began_s) / trials
     return taken_s[1], (taken_s[MANY] - taken_s[1]) / (MANY - 1)
 
@@ -79,11 +82,11 @@ def compared(storage: str, seeds: int, trials: int) -> Table:
             experiment = load(ROOT / "jobs" / "experiments" / "demo.yaml", words)
             store = prepare(experiment)
             began_s = time.perf_counter()
-            found = searched(experiment, store, cluster.share_of_trials(experiment))
+            found = searched(experiment, store, resources.share_of_trials(experiment))
             minutes = (time.perf_counter() - began_s) / 60
             report = next(trial for trial in found.trials if trial.number == 0)
             l2s = [
-                l2_of(tune.experiment_of(experiment, trial.number, trial.values), store)
+                l2_of(tuner.experiment_of(experiment, trial.number, trial.values), store)
                 for trial in (report, found.best[0])
             ]
             row += [*l2s[len(row) > 0 :], minutes]
@@ -99,7 +102,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--trials", type=int, default=12)
     words = parser.parse_args()
-    cluster.connect()
+    resources.connect()
     with tempfile.TemporaryDirectory() as storage:
         trial_s, report_s = seconds_of_trials(storage, 6)
         print(

@@ -19,11 +19,11 @@ from mlflow.tracking import MlflowClient
 from rich.console import Console
 from rich.table import Table
 
-from giffy_ray import learners
+from giffy_ray.cluster.local import free_port
 from giffy_ray.config import load, override
-from giffy_ray.head import free_port
-from giffy_ray.tracking import Tracker, open_run
-from giffy_ray.ui import mlflow_server
+from giffy_ray.tracking.server import mlflow_server
+from giffy_ray.tracking.tracker import Tracker, open_run
+from giffy_ray.training import learners
 
 EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "demo.yaml"
 ANIMATION_EVERY = 50  # steps

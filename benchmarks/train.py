@@ -35,15 +35,18 @@ from rich.table import Table
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
-from giffy_ray import learners, losses, models, train
-from giffy_ray.cluster import share_of
+from giffy_ray import models
+from giffy_ray.cluster import resources
+from giffy_ray.cluster.local import AS_ANY_PROCESS, free_port
+from giffy_ray.cluster.resources import share_of
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
-from giffy_ray.data.deal import Dealer, slice_of
+from giffy_ray.core.tensor_types import to_floats
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.head import AS_ANY_PROCESS, free_port
-from giffy_ray.reports import relayed
-from giffy_ray.shapes import to_floats
+from giffy_ray.data.sampler import Dealer, slice_of
+from giffy_ray.training import learners, trainer
+from giffy_ray.training.learners import losses
+from giffy_ray.training.progress_callback import relayed
 
 CLIPS, BATCH = 320, 16
 ROOT = Path(__file__).parent.parent
@@ -155,7 +158,7 @@ def of_processes(way: Callable, experiment: Experiment, store: Store, workers: i
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         words = (way.__name__, to_yaml(experiment), store.location, workers, steps, port, folder)
-        with mock.patch.dict(os.environ, train.KEEP_MEMORY if way is bare else {}):
+        with mock.patch.dict(os.environ, resources.KEEP_MEMORY if way is bare else {}):
             torch.multiprocessing.spawn(_process, args=words, nprocs=workers)  # type: ignore[attr-defined]
         return float(np.loadtxt(f"{folder}/seconds"))
 
@@ -180,7 +183,7 @@ def ours(experiment: Experiment, store: Store, workers: int, steps: int) -> tupl
     changes = {"name": name, "train.epochs": 3 * a_third, "train.validate_every": a_third}
     with relayed(reports.append) as relay:
         experiment = override(experiment, changes)
-        train.train(experiment, store, share_of(experiment), callbacks=[relay])
+        trainer.train(experiment, store, share_of(experiment), callbacks=[relay])
     last = [report for report in reports if "epoch" in report][1:]
     waits = [report["speed/data_wait_fraction"] for report in last]
     return statistics.mean(report["speed/step_ms"] for report in last) / 1000, statistics.mean(waits)

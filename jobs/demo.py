@@ -10,11 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
+from giffy_ray.cluster.local import local_head
 from giffy_ray.config import ConfigError, load
-from giffy_ray.head import local_head
-from giffy_ray.messages import redact_output
-from giffy_ray.storage import settle
+from giffy_ray.core.messages import redact_output
+from giffy_ray.core.storage import settle
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _EXPERIMENT = "jobs/experiments/demo.yaml"
@@ -22,7 +22,7 @@ _EXPERIMENT = "jobs/experiments/demo.yaml"
 _RAY_SAYS = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+\s+)?(INFO|SUCC|WARNING) \S+\.py:\d+ -- |Running entrypoint")
 
 
-def main(arguments: command.Arguments) -> int:
+def main(arguments: cli.Arguments) -> int:
     redact_output()
     if arguments.path is not None:
         raise ConfigError(f"{arguments.path!r}: the demo has its own experiment file, {_EXPERIMENT}")
@@ -55,6 +55,6 @@ def _stream(submit: list[str], environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    given = command.parse(__doc__, sys.argv[1:])
-    with command.one_line_errors(given.debug):
+    given = cli.parse(__doc__, sys.argv[1:])
+    with cli.one_line_errors(given.debug):
         sys.exit(main(given))

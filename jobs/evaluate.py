@@ -13,19 +13,20 @@ an animation into the experiment's folder and into an MLflow run of its own, NAM
 from collections.abc import Sequence
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import ConfigError, Experiment, from_yaml, override
-from giffy_ray.storage import join, read_text
+from giffy_ray.core.storage import join, read_text
 
 
 def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import cluster
+    from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.results import show_results, trained_runs
-    from giffy_ray.tracking import check_tracking, open_evaluation
+    from giffy_ray.evaluation.report import show_results
+    from giffy_ray.inference.loading import trained_runs
+    from giffy_ray.tracking.tracker import check_tracking, open_evaluation
 
-    cluster.share_of(experiment)
+    resources.share_of(experiment)
     check_tracking(experiment)
     runs = trained_runs(experiment, experiment.clip)
     store = prepare(experiment)
@@ -34,7 +35,7 @@ def main(experiment: Experiment) -> None:
 
 
 def check(experiment: Experiment) -> None:
-    from giffy_ray.results import check_evaluation
+    from giffy_ray.evaluation.report import check_evaluation
 
     check_evaluation(experiment)
 
@@ -57,4 +58,4 @@ def without_file(experiment: Experiment, words: Sequence[str]) -> Experiment:
 
 if __name__ == "__main__":
     demo = Path(__file__).parent / "experiments" / "demo.yaml"
-    command.run(main, __doc__, demo, check=check, without_file=without_file)
+    cli.run(main, __doc__, demo, check=check, without_file=without_file)

@@ -7,7 +7,7 @@ here it is done alone, to look at the videos or to use them elsewhere.
 import time
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import ConfigError, Experiment
 
 
@@ -15,10 +15,10 @@ def main(experiment: Experiment) -> None:
     if experiment.data.root is not None:
         raise ConfigError(f"data.root: is for videos that are there already (value {experiment.data.root!r})")
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import cluster
+    from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import catalog_of
 
-    cluster.check_folders(experiment)
+    resources.check_folders(experiment)
 
     began_s = time.perf_counter()
     catalog = catalog_of(experiment)
@@ -28,4 +28,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml")

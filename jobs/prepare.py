@@ -10,7 +10,7 @@ training that is running uses stays. --prune --dry-run only lists it.
 
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import ConfigError, Experiment
 
 FLAGS = {
@@ -23,16 +23,17 @@ def main(experiment: Experiment, prune: bool = False, dry_run: bool = False) -> 
     if dry_run and not prune:
         raise ConfigError("--dry-run: lists what --prune removes; give --prune --dry-run")
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import cluster
+    from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.results import prune_storage, show_data_set
+    from giffy_ray.evaluation.report import show_data_set
+    from giffy_ray.workflows import prune_storage
 
     if prune:
         prune_storage(experiment, dry_run)
         return
-    cluster.check_folders(experiment)
+    resources.check_folders(experiment)
     show_data_set(prepare(experiment, again=True))
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", flags=FLAGS)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", flags=FLAGS)

@@ -8,16 +8,16 @@ local `storage`, is a checkpoint that evaluate.runs and train.start_from take.
 import functools
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.storage import is_local
+from giffy_ray.core.storage import is_local
 
 
 def main(experiment: Experiment) -> None:
     if not is_local(experiment.storage):
         raise ConfigError(f"storage: publishing writes into a local folder (value {experiment.storage!r})")
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import checkpoints
+    from giffy_ray.training import checkpoints
 
     folder = Path(experiment.storage, "published", experiment.name)
     choose = functools.partial(checkpoints.select, experiment)  # a training may be running
@@ -27,4 +27,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml", needs_data=False)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml", needs_data=False)

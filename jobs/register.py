@@ -7,16 +7,16 @@ than the one that is.
 
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import Experiment
 
 
 def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import registry
+    from giffy_ray.inference import registration
 
-    print(registry.register(experiment))
+    print(registration.register(experiment))
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml", needs_data=False)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "between.yaml", needs_data=False)

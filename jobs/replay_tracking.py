@@ -7,19 +7,20 @@ when the cause is fixed. Exit code 1 while MLflow does not have all of it. Refus
 import sys
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import Experiment
 
 
 def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import lease, tracking
+    from giffy_ray.core import run_lock
+    from giffy_ray.tracking import tracker
 
-    with lease.held(experiment):  # a run that is still trained sends its own
-        left = tracking.replay(experiment)
+    with run_lock.held(experiment.run_dir):  # a run that is still trained sends its own
+        left = tracker.replay(experiment)
     if left:
         sys.exit(1)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", needs_data=False)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", needs_data=False)

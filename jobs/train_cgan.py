@@ -7,7 +7,7 @@ from pathlib import Path
 
 from train_cvae import check, main  # every model is trained by the same job
 
-from giffy_ray import command
+from giffy_ray import cli
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)

@@ -6,34 +6,37 @@ never: a new one; must: or nothing). Its trials, and the training of the best, a
 
 from pathlib import Path
 
-from giffy_ray import command
+from giffy_ray import cli
 from giffy_ray.config import Experiment, differences
-from giffy_ray.storage import join, write_text
+from giffy_ray.core.storage import join, write_text
 
 
 def main(experiment: Experiment) -> None:
     # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray import cluster, tune
+    from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.results import check_evaluation, log_data_set, show_search, train_and_show
-    from giffy_ray.tracking import check_tracking, open_run
+    from giffy_ray.evaluation.report import check_evaluation, log_data_set
+    from giffy_ray.tracking.tracker import check_tracking, open_run
+    from giffy_ray.tuning import tuner
+    from giffy_ray.tuning.report import show_search
+    from giffy_ray.workflows import train_and_show
 
-    study = tune.named(experiment)
+    study = tuner.named(experiment)
     check_tracking(study)
-    share, share_of_trials = cluster.share_of(study), cluster.share_of_trials(study)
-    points = tune.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
+    share, share_of_trials = resources.share_of(study), resources.share_of_trials(study)
+    points = tuner.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)
     check_evaluation(experiment, store)
 
-    with tune.claim(study, store) as lease, open_run(study) as parent:
+    with tuner.claim(study, store) as lease, open_run(study) as parent:
         log_data_set(store, [parent])
         side_by_side = share_of_trials.trainings
-        print(f"searching {study.name}: {tune.most_trials(study)} trials, {side_by_side} at a time", flush=True)
-        found = tune.search_claimed(study, store, share_of_trials, parent.place, points, lease)
+        print(f"searching {study.name}: {tuner.most_trials(study)} trials, {side_by_side} at a time", flush=True)
+        found = tuner.search_claimed(study, store, share_of_trials, parent.place, points, lease)
         parent.close_children()
         show_search(study, found, store, parent)
 
-        best = tune.trained_out(experiment, study, found)
+        best = tuner.trained_out(experiment, study, found)
         where = join(study.storage, study.name, "best.yaml")
         write_text(where, differences(best))
         parent.log_text(differences(best), "best.yaml")
@@ -42,13 +45,13 @@ def main(experiment: Experiment) -> None:
 
 
 def check(experiment: Experiment) -> None:
-    from giffy_ray import tune
-    from giffy_ray.results import check_evaluation
+    from giffy_ray.evaluation.report import check_evaluation
+    from giffy_ray.tuning import tuner
 
-    tune.check_search(experiment)
-    tune.check_trainings(experiment)
+    tuner.check_search(experiment)
+    tuner.check_trainings(experiment)
     check_evaluation(experiment)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", check=check)
+    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "demo.yaml", check=check)

@@ -6,12 +6,15 @@ from typing import Any
 
 import ray
 
-from giffy_ray import cluster, command, ranks, train
-from giffy_ray.checkpoints import Snapshot
+from giffy_ray import cli
+from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, from_yaml
+from giffy_ray.core import distributed
 from giffy_ray.data.prepare import prepare
-from giffy_ray.loop import train_loop
-from giffy_ray.meter import Meter
+from giffy_ray.training import trainer
+from giffy_ray.training.checkpoints import Snapshot
+from giffy_ray.training.throughput import Meter
+from giffy_ray.training.train_loop import train_loop
 
 SAVE_S, STEP_S = 5.0, 0.05  # longer than Ray's 3 s between SIGTERM and SIGKILL; long enough to count steps
 
@@ -27,9 +30,9 @@ def slow_loop(settings: dict[str, Any]) -> None:
 
     def add_and_list(self: Meter, step: int, *rest: Any) -> None:
         time.sleep(STEP_S)
-        if ranks.rank() == 0:
+        if distributed.rank() == 0:
             with steps.open("a") as file:
-                file.write(f"{step} {ranks.count()} {ray.get_runtime_context().get_node_id()}\n")
+                file.write(f"{step} {distributed.count()} {ray.get_runtime_context().get_node_id()}\n")
         add(self, step, *rest)
 
     Snapshot.save, Meter.add = save_slowly, add_and_list  # type: ignore[method-assign]
@@ -37,10 +40,10 @@ def slow_loop(settings: dict[str, Any]) -> None:
 
 
 def main(experiment: Experiment) -> None:
-    share, store = cluster.share_of(experiment), prepare(experiment)
-    train.train_loop = slow_loop
-    train.train(experiment, store, share)
+    share, store = resources.share_of(experiment), prepare(experiment)
+    trainer.train_loop = slow_loop
+    trainer.train(experiment, store, share)
 
 
 if __name__ == "__main__":
-    command.run(main, __doc__, Path("tests/tiny.yaml"))
+    cli.run(main, __doc__, Path("tests/tiny.yaml"))

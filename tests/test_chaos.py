@@ -38,21 +38,21 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
-from giffy_ray import checkpoints, train, tune
-from giffy_ray.cluster import Share, share_of
+from giffy_ray.cluster.local import free_port, local_head
+from giffy_ray.cluster.resources import Share, share_of
 from giffy_ray.config import ConfigError, Experiment, load, override
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.head import free_port, local_head
-from giffy_ray.loop import train_loop
-from giffy_ray.tune.ledger import Ledger
-from giffy_ray.tune.stored import opened
-from giffy_ray.ui import mlflow_server
+from giffy_ray.tracking.server import mlflow_server
+from giffy_ray.training import checkpoints, trainer
+from giffy_ray.training.train_loop import train_loop
+from giffy_ray.tuning import tuner
+from giffy_ray.tuning.optuna_storage import opened
+from giffy_ray.tuning.optuna_study import Ledger
 from tests import slow_training
-from tests.conftest import moving_video
+from tests.conftest import ROOT, moving_video
 
 pytestmark = pytest.mark.chaos
-ROOT = Path(__file__).parent.parent
 VIDEOS = 3000
 LONG = {"train.epochs": 400, "train.batch": 4, "train.validate_every": 40, "train.checkpoint_every": 10}
 
@@ -365,9 +365,9 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
         torch.set_default_dtype(torch.float64)
         train_loop(settings)
 
-    monkeypatch.setattr(train, "train_loop", in_float64)
-    monkeypatch.setattr(train, "_MAKE_DO_S", 10)
-    monkeypatch.setattr(train, "_RESIZE_S", 5.0)
+    monkeypatch.setattr(trainer, "train_loop", in_float64)
+    monkeypatch.setattr(trainer, "_MAKE_DO_S", 10)
+    monkeypatch.setattr(trainer, "_RESIZE_S", 5.0)
     changes = {"data.root": str(few_videos(tmp_path)), "name": "run", "cluster.max_failures": 9, "train.batch": 4}
     changes |= {"train.epochs": 3000, "train.validate_every": 300, "train.checkpoint_every": 50}
     changes |= model
@@ -378,9 +378,9 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     try:
         node = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
-        train.train(lonely, prepare(lonely), Share(1.0, 0, 1))
+        trainer.train(lonely, prepare(lonely), Share(1.0, 0, 1))
         with ThreadPoolExecutor(1) as aside:
-            training = aside.submit(train.train, shared, prepare(shared), Share(1.0, 0, 1))
+            training = aside.submit(trainer.train, shared, prepare(shared), Share(1.0, 0, 1))
             for loss in range(3):
                 wait_for_workers(2, training)
                 before = steps_saved(tmp_path / "shared")
@@ -413,9 +413,9 @@ def slow_training_on_nodes(
     Its network has batch norm, whose statistics are those of other clips with another number of workers.
     """
     ray.cloudpickle.register_pickle_by_value(slow_training)  # workers do not import tests
-    monkeypatch.setattr(train, "train_loop", slow_training.slow_loop)
-    monkeypatch.setattr(train, "_MAKE_DO_S", 10)
-    monkeypatch.setattr(train, "_RESIZE_S", 5.0)
+    monkeypatch.setattr(trainer, "train_loop", slow_training.slow_loop)
+    monkeypatch.setattr(trainer, "_MAKE_DO_S", 10)
+    monkeypatch.setattr(trainer, "_RESIZE_S", 5.0)
     videos, storage = few_videos(tmp_path), str(tmp_path / "runs")
     experiment = override(
         load(ROOT / "tests/tiny.yaml"), ELASTIC | {"data.root": str(videos), "storage": storage} | changes
@@ -426,7 +426,7 @@ def slow_training_on_nodes(
         ray.init(address=cluster.address, log_to_driver=False)
         store = prepare(experiment)
         with ThreadPoolExecutor(1) as aside:
-            yield cluster, nodes, aside.submit(train.train, experiment, store, Share(1.0, 0, 1))
+            yield cluster, nodes, aside.submit(trainer.train, experiment, store, Share(1.0, 0, 1))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -511,7 +511,7 @@ def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
         train_loop(settings)
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which Ray sets by a worker's CPUs
-    monkeypatch.setattr(train, "train_loop", noted)
+    monkeypatch.setattr(trainer, "train_loop", noted)
     changes = {"data.root": str(few_videos(tmp_path)), "storage": str(tmp_path / "runs"), "train.batch": 8}
     changes |= {"train.epochs": 2, "cluster.max_failures": 0}
     experiment = override(load(ROOT / "tests/tiny.yaml"), changes)
@@ -525,7 +525,7 @@ def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
             share = share_of(asked)  # each node is asked whether it sees the folders
             assert share == expected
             with ThreadPoolExecutor(1) as aside:
-                aside.submit(train.train, asked, prepare(asked), share).result(timeout=300)
+                aside.submit(trainer.train, asked, prepare(asked), share).result(timeout=300)
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -757,16 +757,16 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
             ray.tune.report({"epoch": 1, "val/l2_report": 1.0 + config["number"]})
 
-        module: Any = importlib.import_module("giffy_ray.tune.trial")
+        module: Any = importlib.import_module("giffy_ray.tuning.trial_runner")
         module.Store, module._alone = lambda *_: None, alone
         module.trial(config, study, store, share, parent, token)
 
-    monkeypatch.setattr(tune, "trial", poisoned)
+    monkeypatch.setattr(tuner, "trial", poisoned)
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
     ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
     lease: Any = SimpleNamespace(holder="we", lost="")
-    tune._tuner(asked, store, Share(1, 0, 1), "", ledger, lease).fit()
-    found = tune._study(ledger)
+    tuner._tuner(asked, store, Share(1, 0, 1), "", ledger, lease).fit()
+    found = tuner._study(ledger)
     assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
         *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")
     ]

@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from giffy_ray import learners
 from giffy_ray.config import load, override
-from tests.conftest import in_float64
-from tests.test_models import ADVANCED, CGAN, DIRECT_3D, TWO_STREAM
+from giffy_ray.training import learners
+from tests.conftest import ROOT, in_float64
+from tests.models.test_models import ADVANCED, CGAN, DIRECT_3D, TWO_STREAM
 
-FOLDER = Path(__file__).parent.parent / "jobs" / "experiments"
+FOLDER = ROOT / "jobs" / "experiments"
 EXPERIMENTS = sorted(FOLDER.rglob("*.yaml"))
 # The losses of every fourth step as they were when somebody last looked at them; GIFFY_RAY_GOLDEN=1 writes them anew.
-GOLDEN = Path(__file__).parent / "golden_curves.json"
+GOLDEN = ROOT / "tests" / "golden_curves.json"
 STEPS, BATCH = 20, 4
 SMALL = {"clip.frames": 6, "clip.height": 16, "clip.width": 16}
 CVAE = {name: value for name, value in ADVANCED.items() if name.startswith("model.") and name != "model.kind"}

@@ -12,10 +12,10 @@ from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 from PIL import Image
 
-from giffy_ray import checkpoints
+from giffy_ray.cluster.local import Head
 from giffy_ray.config import load
-from giffy_ray.data.store import Store
-from giffy_ray.head import Head
+from giffy_ray.data.clip_dataset import Store
+from giffy_ray.training import checkpoints
 from tests.conftest import BROKEN, EXPERIMENT, ROOT, submit
 
 

@@ -1,4 +1,6 @@
-"""A job whose driver has credentials in its environment and whose workers warn; tests/test_messages.py submits it."""
+"""A job whose driver has credentials in its environment and whose workers warn.
+
+tests/core/test_messages.py submits it."""
 
 import logging
 import os
@@ -7,15 +9,15 @@ import sys
 import ray
 from ray import tune
 
-from giffy_ray import cluster
-from giffy_ray.messages import redact_output
-from giffy_ray.tune import withhold_credentials
+from giffy_ray.cluster import resources
+from giffy_ray.core.messages import redact_output
+from giffy_ray.tuning.tuner import withhold_credentials
 
 
 def warn(who: str) -> None:
     print(f"{who} prints", file=sys.stderr)
     logging.getLogger("ray.data").warning("%s has noise", who)
-    log = logging.getLogger("giffy_ray.checkpoints")
+    log = logging.getLogger("giffy_ray.training.checkpoints")
     log.info("%s informs", who)
     log.warning("%s warns of s3://me:%s@bucket\nand goes on", who, os.environ.get("AWS_SECRET_ACCESS_KEY", "nothing"))
     log.warning("all warn")
@@ -24,7 +26,7 @@ def warn(who: str) -> None:
 def main() -> None:
     redact_output()
     os.environ["AWS_SECRET_ACCESS_KEY"] = "-".join(["of", "the", "driver"])  # not in this file as it is
-    cluster.connect()
+    resources.connect()
     ray.get(ray.remote(warn).options(num_cpus=0).remote("a task"))
     known = ray.remote(lambda: os.environ.get("AWS_SECRET_ACCESS_KEY")).options(num_cpus=0).remote()
     print("passed on:", ray.get(known) == os.environ["AWS_SECRET_ACCESS_KEY"])

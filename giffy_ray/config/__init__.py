@@ -33,6 +33,7 @@ from giffy_ray.config.models import (
 )
 from giffy_ray.config.sections import (
     SPLITS,
+    VIDEO_LIST_SUFFIXES,
     AugmentConfig,
     ClipConfig,
     DataConfig,
@@ -47,12 +48,13 @@ from giffy_ray.config.sections import (
     Supplied,
     SyntheticConfig,
 )
-from giffy_ray.config.values import ConfigError
-from giffy_ray.storage import SecretInAddress, without_secrets
+from giffy_ray.core.errors import ConfigError
+from giffy_ray.core.storage import SecretInAddress, without_secrets
 
 __all__ = [
     "MISSING",
     "SPLITS",
+    "VIDEO_LIST_SUFFIXES",
     "AdvancedCVAEConfig",
     "Adversarial",
     "AugmentConfig",

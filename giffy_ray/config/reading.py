@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_typ
 import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
-from giffy_ray.config.values import ConfigError
+from giffy_ray.core.errors import ConfigError
 
 _SPACE = "search.space"
 _NULL = ("null", "Null", "NULL")

@@ -10,10 +10,12 @@ from pydantic import Field, PlainValidator
 
 from giffy_ray.config.models import CVAEConfig, ModelConfig
 from giffy_ray.config.values import Count, LocalPath, Location, Positive, Run, Seed, Share, Strict, TrackingUri, Weight
+from giffy_ray.core.storage import join
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Split = Literal["training", "validation", "test", "shifted"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+VIDEO_LIST_SUFFIXES = (".csv", ".parquet")  # of a `data.root` that is a list of videos
 Baseline = Literal["linear", "linear_as_coded", "hold", "minterpolate_mci", "minterpolate_blend"]
 PerceptualMetric = Literal["st_lpips", "kernel_distance_frames", "kernel_distance_motion", "lpips", "fid", "fvd"]
 Supplied = Literal["lpips", "fid", "fvd"]  # the metrics whose networks the user brings
@@ -248,3 +250,8 @@ class Experiment(Strict):
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
+
+    @property
+    def run_dir(self) -> str:
+        """The folder of the run: checkpoints, metrics and results."""
+        return join(self.storage, self.name)

@@ -8,7 +8,7 @@ from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, ConfigDict, Field
 
-from giffy_ray.storage import SecretInAddress, checked_location, expand_home
+from giffy_ray.core.storage import SecretInAddress, checked_location, expand_home
 
 # Counts fit into the 32-bit integers of Ray and the 64-bit products of torch's sizes.
 Positive = Annotated[int, Field(gt=0, lt=2**31)]
@@ -50,10 +50,6 @@ Location = Annotated[str, AfterValidator(checked_location)]  # of a folder or fi
 LocalPath = Annotated[str, AfterValidator(expand_home)]
 Run = Annotated[str, AfterValidator(_checked_run)]
 TrackingUri = Annotated[str, AfterValidator(_checked_tracking_uri)]
-
-
-class ConfigError(ValueError):
-    """A field that does not exist or a value that it cannot take; the message names both."""
 
 
 class Strict:

@@ -29,10 +29,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from giffy_ray.config import ConfigError, DataConfig
+from giffy_ray.config import VIDEO_LIST_SUFFIXES, ConfigError, DataConfig
+from giffy_ray.core.storage import filesystem_of, join
 from giffy_ray.data import layouts
 from giffy_ray.data.layouts import Row, Spellings, spelling
-from giffy_ray.storage import filesystem_of, join
 
 # Of files in a container that `decode` reads, whichever of them it is: mp4 and mov, Matroska and WebM, or avi.
 EXTENSIONS = (
@@ -48,7 +48,6 @@ OTHER_EXTENSIONS = (
     *(".dv", ".nut", ".nsv", ".bik", ".vro", ".y4m", ".ivf", ".obu", ".h264", ".264", ".h265", ".265", ".hevc"),
 )
 _SIGNATURE_BYTES = 12
-LISTS = (".csv", ".parquet")
 VALIDATION_FRACTION = 0.1  # where neither the user nor the data set says
 _HEADER_BYTES = 4096  # enough of a list to see whether it is one of Kinetics
 
@@ -87,7 +86,7 @@ class Catalog:
     def fingerprint(self) -> str:
         """Changes when a video is added, removed, resized, renamed or moved to another split, category or source."""
         digest = hashlib.sha256()
-        listed = self.root.lower().endswith(LISTS)
+        listed = self.root.lower().endswith(VIDEO_LIST_SUFFIXES)
         for v in self.videos:
             # The category of files in no folder is the root's name, which says where the root lies.
             alone = not listed and "/" not in v.id and v.category == PurePosixPath(v.path).parent.name
@@ -114,7 +113,7 @@ def _read_catalog(
         found = dict(_listed(filesystem, base, _may_matter))
         title = PurePosixPath(base).name
         rows, skipped = _rows_of_folder(filesystem, base, found, data)
-    elif kind == fs.FileType.File and base.lower().endswith(LISTS):
+    elif kind == fs.FileType.File and base.lower().endswith(VIDEO_LIST_SUFFIXES):
         title = PurePosixPath(base).stem
         path, base = base, base.rpartition("/")[0]
         found: dict[str, Facts] = {}

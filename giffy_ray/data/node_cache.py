@@ -27,7 +27,7 @@ from filelock import FileLock
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError
-from giffy_ray.storage import PARTIAL
+from giffy_ray.core.storage import PARTIAL
 
 _RESERVE = 0.1  # of the disk stays free where no limit is given; Ray stops spilling to a disk that is 95 % full
 _MOST_MAPPED = 1 / 32  # of the cache or disk, by one process

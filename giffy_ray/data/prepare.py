@@ -13,13 +13,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.data import prune, shards, stream, synthetic
-from giffy_ray.data import store as stores
+from giffy_ray.core.progress import Bar
+from giffy_ray.core.storage import filesystem_of, is_local, join
+from giffy_ray.data import clip_dataset as stores
+from giffy_ray.data import loader, prune, shards
 from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.shards import PASSING, Recipe
-from giffy_ray.data.store import Store
-from giffy_ray.progress import Bar
-from giffy_ray.storage import filesystem_of, is_local, join
+from giffy_ray.data.synthetic import dataset
 
 _USUAL_FPS = 30
 _ANSWER_S = 60  # for a node to say how much it may keep
@@ -31,8 +32,8 @@ def catalog_of(experiment: Experiment) -> Catalog:
     """The videos of `data.root`, or of the built-in data set, which is rendered on first use. Raises ConfigError."""
     if experiment.data.root is not None:
         return read_catalog(experiment.data.root, experiment.data)
-    root = synthetic.ensure(join(experiment.storage, "data"), experiment.data.synthetic, experiment.data.categories)
-    return read_catalog(root, experiment.data, name=synthetic.NAME)
+    root = dataset.ensure(join(experiment.storage, "data"), experiment.data.synthetic, experiment.data.categories)
+    return read_catalog(root, experiment.data, name=dataset.NAME)
 
 
 def prepare(experiment: Experiment, again: bool = False, decoder: str | None = None) -> Store:
@@ -120,7 +121,7 @@ def _decode_missing(
 def _decode(name: str, chunks: Sequence[pa.Table], decode: functools.partial, videos: int) -> None:
     began_s, frames, clips = time.perf_counter(), 0, 0
     with Bar(f"decoding {name}", videos, "videos") as bar:
-        for table in stream.decode_all(chunks, decode):
+        for table in loader.decode_all(chunks, decode):
             bar.advance(len(table))
             clips += table["reason"].null_count
             frames += table["shard_bytes"][0].as_py() if len(table) else 0

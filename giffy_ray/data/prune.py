@@ -21,13 +21,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import fs
 
-from giffy_ray import lease
 from giffy_ray.config import Experiment, override
-from giffy_ray.data import shards, synthetic
-from giffy_ray.data import store as stores
+from giffy_ray.core import run_lock
+from giffy_ray.core.storage import PARTIAL, filesystem_of, is_local, join, read_text
+from giffy_ray.data import clip_dataset as stores
+from giffy_ray.data import shards
 from giffy_ray.data.catalog import Catalog, read_catalog
 from giffy_ray.data.shards import STALE_S, VERSION, Recipe
-from giffy_ray.storage import PARTIAL, filesystem_of, is_local, join, read_text
+from giffy_ray.data.synthetic import dataset
 
 DATA_SET_LOCATION = "data_set_location"  # a file of a run's folder
 _JOBS = "jobs"  # a folder of a store, with a lease of each job that decodes into it
@@ -68,7 +69,7 @@ class _InUse(NamedTuple):
 def protected(experiment: Experiment, location: str) -> Iterator[None]:
     """Inside, `plan` leaves the store at `location` and the built-in videos alone."""
     job = override(experiment, {"storage": join(location, _JOBS), "name": uuid.uuid4().hex})
-    claim = lease.Lease(job)  # whose loss ends nothing: another process only reads it
+    claim = run_lock.Lease(job.run_dir)  # whose loss ends nothing: another process only reads it
     claim.acquire()
     try:
         yield
@@ -114,8 +115,8 @@ def _catalog_of(experiment: Experiment) -> tuple[Catalog | None, str]:
     data = experiment.data
     if data.root is not None:
         return read_catalog(data.root, data), data.root
-    root, _ = synthetic.root_of(join(experiment.storage, "data"), data.synthetic, data.categories)
-    catalog = read_catalog(root, data, name=synthetic.NAME) if synthetic.is_complete(root) else None
+    root, _ = dataset.root_of(join(experiment.storage, "data"), data.synthetic, data.categories)
+    catalog = read_catalog(root, data, name=dataset.NAME) if dataset.is_complete(root) else None
     return catalog, root
 
 
@@ -126,7 +127,7 @@ def _in_use(storage: str, keys: Sequence[str]) -> _InUse:
     found = _InUse(set(), set(), [], [])
     for key in keys:
         for job in _folders(join(storage, "stores", key, _JOBS)):
-            if lease.is_live(join(storage, "stores", key, _JOBS, job, "lease.json")):
+            if run_lock.is_live(join(storage, "stores", key, _JOBS, job, "lease.json")):
                 found.stores.add(key)
                 found.reasons.append(f"store {key}, and built-in videos: a job decodes into it")
     for folder in _live_runs(storage):
@@ -146,7 +147,7 @@ def _live_runs(storage: str) -> list[str]:
     with ThreadPoolExecutor(_READERS) as readers:
         below = readers.map(lambda top: [join(top, name) for name in _folders(top)], tops)
         folders = [*tops, *(folder for some in below for folder in some)]
-        live = readers.map(lambda folder: lease.is_live(join(folder, "lease.json")), folders)
+        live = readers.map(lambda folder: run_lock.is_live(join(folder, "lease.json")), folders)
         return [folder for folder, is_live in zip(folders, live, strict=True) if is_live]
 
 
@@ -240,10 +241,10 @@ def _unused_videos(storage: str, roots: set[str]) -> list[Removal]:
     for name in _folders(join(storage, "data")):
         folder = join(storage, "data", name)
         path = filesystem_of(folder)[1].rstrip("/")
-        if not name.startswith(f"{synthetic.NAME}-") or any(f"{one}/".startswith(f"{path}/") for one in used):
+        if not name.startswith(f"{dataset.NAME}-") or any(f"{one}/".startswith(f"{path}/") for one in used):
             continue
         why = "no set that is needed is of these videos"
-        if not synthetic.is_complete(folder):
+        if not dataset.is_complete(folder):
             newest_ns = max((info.mtime_ns or 0 for info in _files(folder, recursive=True)), default=0)
             if time.time() - newest_ns / 1e9 < STALE_S:  # a job may be rendering them
                 continue

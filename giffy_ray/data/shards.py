@@ -33,10 +33,10 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from giffy_ray.config import ClipConfig, LimitsConfig
+from giffy_ray.core.storage import PARTIAL, filesystem_of, join, write_if_different
 from giffy_ray.data.catalog import Video
 from giffy_ray.data.decode import RejectedVideo, Sampled, nearest_frames
 from giffy_ray.data.sandbox import sandbox_for
-from giffy_ray.storage import PARTIAL, filesystem_of, join, write_if_different
 
 SHARD_VIDEOS = 32
 VERSION = 3  # of what decoding gives; raise it when the same video would give another clip

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, ModelConfig
-from giffy_ray.models.advanced import AdvancedCVAE
+from giffy_ray.models.advanced_cvae import AdvancedCVAE
 from giffy_ray.models.between import Between
 from giffy_ray.models.cgan import CGANDiscriminator, CGANGenerator
 from giffy_ray.models.cvae import CVAE

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from giffy_ray.config import ConfigError
-from giffy_ray.shapes import Clips, Images
+from giffy_ray.core.tensor_types import Clips, Images
 
 # Chosen on pans of 3 to 20 pixels and on a square moving over a still picture, all 64x64: half of linear's squared
 # error, where FFmpeg's own (blocks of 16, predictive search) leave 0.7 of it and do not find the square.

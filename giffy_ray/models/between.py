@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError
-from giffy_ray.shapes import ClipFloats, ImageFloats, Noise, Times
+from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, Times
 
 _COARSEST = 8  # pixels of the image to one of the coarsest features
 _REACH = 4  # how far matches are looked for, in pixels of the coarsest features

@@ -12,9 +12,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from giffy_ray.config import CGANConfig, ClipConfig
-from giffy_ray.models.blocks import leaky_relu, linear, normalised, require_multiples
+from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, PerClip
 from giffy_ray.models.cvae import Generator, ImageEncoder, clip_features
-from giffy_ray.shapes import ClipFloats, ImageFloats, Noise, PerClip
+from giffy_ray.models.layers import leaky_relu, linear, normalised, require_multiples
 
 
 class CGANGenerator(nn.Module):

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from giffy_ray.config import CGANConfig, ClipConfig, CVAEConfig, Encoders
-from giffy_ray.models.blocks import (
+from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise
+from giffy_ray.models.layers import (
     ByBatchNorm1d,
     ByBatchNorm2d,
     SameConvTranspose3d,
@@ -29,7 +30,6 @@ from giffy_ray.models.blocks import (
     normalised,
     require_multiples,
 )
-from giffy_ray.shapes import ClipFloats, ImageFloats, Noise
 
 _STD_FLOOR = 1e-6
 

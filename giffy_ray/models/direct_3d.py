@@ -26,7 +26,8 @@ from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
 from giffy_ray.config import ClipConfig, ConfigError, Direct3DConfig
-from giffy_ray.models.blocks import (
+from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, PerClip
+from giffy_ray.models.layers import (
     SameConvTranspose3d,
     conv2d,
     conv3d,
@@ -35,7 +36,6 @@ from giffy_ray.models.blocks import (
     normalised,
     require_multiples,
 )
-from giffy_ray.shapes import ClipFloats, ImageFloats, Noise, PerClip
 
 _LENGTHS = 4
 _JUDGED_FRAMES = 8

@@ -8,8 +8,8 @@ from torch.nn.functional import pad
 from torch.nn.utils.parametrizations import spectral_norm
 
 from giffy_ray.config import BetweenConfig, ClipConfig
-from giffy_ray.models.blocks import leaky_relu
-from giffy_ray.shapes import ClipFloats, PerClip
+from giffy_ray.core.tensor_types import ClipFloats, PerClip
+from giffy_ray.models.layers import leaky_relu
 
 AUGMENT_DRAWS = 7
 # What is made differs from what is real by a few grey levels, which spectral norm would keep as small in the logits.

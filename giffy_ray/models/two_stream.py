@@ -21,8 +21,8 @@ import torch
 from torch import Tensor, nn
 
 from giffy_ray.config import ClipConfig, ConfigError, TwoStreamConfig
-from giffy_ray.models.blocks import leaky_relu, normalised, require_multiples
-from giffy_ray.shapes import ClipFloats, ImageFloats, Noise, PerClip
+from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, PerClip
+from giffy_ray.models.layers import leaky_relu, normalised, require_multiples
 
 _HALVINGS = 4
 _LEAST_FRAMES = 2**_HALVINGS  # with fewer, nothing is left of time for the discriminator's last layer

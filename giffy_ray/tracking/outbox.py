@@ -23,7 +23,7 @@ from typing import Any
 
 from pyarrow import fs
 
-from giffy_ray.storage import PARTIAL, filesystem_of, join, read_bytes, without_secrets, write_bytes
+from giffy_ray.core.storage import PARTIAL, filesystem_of, join, read_bytes, without_secrets, write_bytes
 
 _log = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ import pytest
 from pyarrow import fs
 
 from giffy_ray.config import ClipConfig, ConfigError, LimitsConfig
+from giffy_ray.core.storage import write_bytes
+from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import prepare as preparing
 from giffy_ray.data import shards
-from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, Video
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.node_cache import NodeCache
-from giffy_ray.data.store import Store
-from giffy_ray.storage import write_bytes
 
 SHARD_BYTES, DISK_BYTES = 2**18, 2**21
 REMOTE = fs.LocalFileSystem()  # stands for a bucket

@@ -9,13 +9,14 @@ import numpy as np
 import pytest
 from pyarrow import fs
 
-from giffy_ray import lease
 from giffy_ray.config import Experiment, override
-from giffy_ray.data import prune, shards, stream, synthetic
+from giffy_ray.core import run_lock
+from giffy_ray.core.storage import filesystem_of, join, write_bytes, write_text
+from giffy_ray.data import loader, prune, shards
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.decode import RejectedVideo, Sampled, Source
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.storage import filesystem_of, join, write_bytes, write_text
+from giffy_ray.data.synthetic import dataset
 
 VIDEOS, BROKEN = 6, b"no video"
 
@@ -34,7 +35,7 @@ class FakeSandbox:
 
 @pytest.fixture(autouse=True)
 def without_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: map(decode, chunks))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: map(decode, chunks))
     monkeypatch.setattr(shards, "sandbox_for", FakeSandbox)
     monkeypatch.setattr(shards, "SHARD_VIDEOS", 2)
 
@@ -131,7 +132,7 @@ def test_shards_of_deleted_and_changed_videos_are_removed(experiment, monkeypatc
     assert is_whole(Store(store.location))
     with pytest.raises(FileNotFoundError):
         Store(old.location)
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
     assert prepare(experiment, again=True).location == store.location
 
 
@@ -140,7 +141,7 @@ def test_shards_of_videos_that_are_not_prepared_yet_stay(experiment, monkeypatch
     videos = Path(experiment.data.root, "training", "a")
     (videos / "5.mp4").unlink()
     removed(experiment)
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
     assert len(prepare(experiment)) == VIDEOS - 1
 
 
@@ -155,7 +156,7 @@ def test_a_reject_stays_known_where_the_shard_beside_it_is_removed(experiment, m
     found.remove()
     assert len(list(location.glob("shards/*.u8"))) == VIDEOS // 2
     assert shards.read_index(str(location))["reason"].to_pylist().count("not_video") == 1
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
     assert len(prepare(experiment).rejects) == 1
 
 
@@ -169,8 +170,8 @@ def test_what_killed_jobs_left_is_removed(experiment):
     for path in left[1:]:
         make_old(path)
     job = override(experiment, {"storage": str(location / "jobs"), "name": "killed"})
-    write_text(lease.location_of(job), '{"renewed_s": 0}')
-    left.append(Path(lease.location_of(job)))
+    write_text(run_lock.location_of(job.run_dir), '{"renewed_s": 0}')
+    left.append(Path(run_lock.location_of(job.run_dir)))
     assert set(removed(experiment)) == {str(path).removeprefix(experiment.storage) for path in left}
     assert young.exists() and is_whole(store)
 
@@ -178,7 +179,7 @@ def test_what_killed_jobs_left_is_removed(experiment):
 def test_what_a_running_training_uses_stays(experiment):
     """Its videos were changed since, and another experiment with other settings is what prunes."""
     store = prepare(experiment)
-    with lease.held(experiment):
+    with run_lock.held(experiment.run_dir):
         name_clips(experiment, store)
         other = override(experiment, {"clip.height": 16})
         prepare(other)
@@ -202,7 +203,7 @@ def test_what_a_running_training_uses_stays(experiment):
 def test_trials_hold_leases_below_their_search(experiment):
     store = prepare(experiment)
     trial = override(experiment, {"storage": join(experiment.storage, "study"), "name": "trial-0001"})
-    with lease.held(trial):
+    with run_lock.held(trial.run_dir):
         name_clips(trial, store)
         other = override(experiment, {"clip.height": 16})
         found = prune.plan(other)
@@ -219,7 +220,7 @@ def test_nothing_is_removed_from_a_store_that_a_job_decodes_into(experiment, mon
             yield decode(chunk)
             planned.append(prune.plan(other))
 
-    monkeypatch.setattr(stream, "decode_all", while_decoding)
+    monkeypatch.setattr(loader, "decode_all", while_decoding)
     prepare(experiment)
     assert len(planned) == 3 and not any(found.removals for found in planned)
     assert prune.plan(other).removals
@@ -231,12 +232,12 @@ def test_built_in_videos_in_use_stay(experiment, monkeypatch):
             write_bytes(join(root, video.path), video.name.encode())
         write_text(join(root, "moments_categories.txt"), "erupting,0\n")
 
-    monkeypatch.setattr(synthetic, "render_all", render)
+    monkeypatch.setattr(dataset, "render_all", render)
     fields = {"data.root": None, "data.synthetic.training_clips": 2, "data.synthetic.validation_clips": 1}
     used = override(experiment, fields)
     other = override(used, {"data.synthetic.seed": 1, "name": "other"})
     store, theirs = prepare(used), prepare(other)
-    with lease.held(other):
+    with run_lock.held(other.run_dir):
         name_clips(other, theirs)
         assert not removed(used)
     gone = removed(used)
@@ -250,7 +251,7 @@ def test_built_in_videos_in_use_stay(experiment, monkeypatch):
 
 
 def test_a_bucket_is_pruned_as_a_folder_is(experiment, bucket, monkeypatch):
-    monkeypatch.setattr(lease, "_SETTLE_S", 0.01)
+    monkeypatch.setattr(run_lock, "_SETTLE_S", 0.01)
     remote = override(experiment, {"storage": f"{bucket}/prune"})
     store = prepare(remote)
     write_text(f"{remote.storage}/stores/other/recipe.json", '{"version": 2}')

@@ -8,10 +8,10 @@ import pytest
 from pyarrow import fs
 
 from giffy_ray.config import Experiment, override
+from giffy_ray.core.storage import filesystem_of, write_bytes
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.store import Store
-from giffy_ray.storage import filesystem_of, write_bytes
 from tests.conftest import moving_video
 
 pytestmark = pytest.mark.usefixtures("local_ray")

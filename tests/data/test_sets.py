@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 
 from giffy_ray.config import ConfigError, DataConfig, Experiment, LimitsConfig, override
+from giffy_ray.data import clip_dataset as stores
+from giffy_ray.data import loader, shards
 from giffy_ray.data import prepare as preparing
-from giffy_ray.data import shards, stream
-from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, read_catalog
+from giffy_ray.data.clip_dataset import Store
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.shards import Recipe
-from giffy_ray.data.store import Store
 from tests.conftest import moving_video
 from tests.data.hostile import mark_flaky
 
@@ -27,7 +27,7 @@ VIDEOS, SLOW = 6, 2  # of these videos, the one that some machines are too slow 
 
 @pytest.fixture(autouse=True)
 def without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: map(decode, chunks))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: map(decode, chunks))
 
 
 @pytest.fixture
@@ -313,7 +313,7 @@ def test_videos_are_not_rejected_because_their_folder_went_away(experiment, tmp_
         prepare(override(experiment, {"data.max_reject_fraction": 1.0}))
     (tmp_path / "unmounted").rename(tmp_path / "videos")
     monkeypatch.undo()
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: map(decode, chunks))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: map(decode, chunks))
     store = prepare(experiment)
     assert len(store) == VIDEOS and not store.rejects
 
@@ -335,7 +335,7 @@ def test_rows_of_a_set_that_are_lost_are_written_again_and_nothing_is_decoded(ex
     store = prepare(experiment)
     content = (rows := Path(store.location) / "rows.arrow").read_bytes()
     damage(rows)
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
     again = prepare(experiment)
     assert again.location == store.location and rows.read_bytes() == content and whole(again)
     rows.write_bytes(bytes(len(content)))
@@ -347,7 +347,7 @@ def test_a_set_of_another_format_is_written_again_and_nothing_is_decoded(experim
         patch.setattr(stores, "_FORMAT", 1)
         before = prepare(experiment)
     (Path(before.location) / "rows.arrow").unlink()
-    monkeypatch.setattr(stream, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
+    monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded"))
     after = prepare(experiment)
     assert after.fingerprint == before.fingerprint and whole(after)
 

@@ -1,0 +1,1 @@
+"""Ray: what a cluster has, and a local head."""

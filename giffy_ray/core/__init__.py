@@ -1,0 +1,1 @@
+"""Building blocks without Ray Train, models or configuration."""

@@ -1,0 +1,1 @@
+"""Metrics, evaluation of generated clips, and its reports."""

@@ -1,0 +1,53 @@
+"""What a training reports reaches whoever waits for it, whatever becomes of the terminal."""
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from multiprocessing.connection import Client
+
+import pytest
+
+from giffy_ray.training.progress_callback import line_of, relayed
+
+
+def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
+    shown = []
+
+    def show(metrics) -> None:
+        shown.append(metrics["epoch"])
+        if metrics["epoch"] == 1:
+            raise BrokenPipeError("nobody reads")
+
+    with relayed(show) as relay, ThreadPoolExecutor(1) as controller:
+        for epoch in (1, 2, 3):
+            report = [{"epoch": epoch}, {"epoch": -epoch}]  # of two workers, the first of which is rank 0
+            controller.submit(relay.after_report, None, report, None).result(timeout=20)
+    assert shown == [1, 2, 3]
+    assert "nobody reads" in caplog.text
+
+
+def test_a_sender_that_is_killed_in_the_middle_keeps_later_reports_coming(caplog):
+    shown = []
+    with relayed(lambda metrics: shown.append(metrics["epoch"])) as relay:
+        Client(relay.address, family="AF_UNIX").close()
+        for epoch in range(4):
+            relay.after_report(None, [{"epoch": epoch}], None)
+    assert shown == [0, 1, 2, 3]
+    assert "EOFError" in caplog.text
+
+
+def test_a_socket_that_was_removed_ends_no_training(caplog):
+    def train() -> None:
+        with relayed(print) as relay:
+            os.remove(relay.address)
+            for epoch in range(3):
+                relay.after_report(None, [{"epoch": epoch}], None)
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        train()
+    assert sum("could not be sent" in record.message for record in caplog.records) == 1
+
+
+def test_a_line_says_what_was_measured():
+    metrics = {"epoch": 3, "train/loss": 61234.4, "val/psnr": 20.126, "speed/step_ms": 5.0}
+    assert line_of(metrics, 12) == "epoch  3/12  train/loss 61,234  val/psnr 20.13"
