@@ -25,15 +25,15 @@ import torch
 from torch import Tensor
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from giffy_ray.cluster.resources import KEEP_MEMORY
+from giffy_ray.cluster.resources import MALLOC_ENV
 from giffy_ray.config import Experiment, override
 from giffy_ray.core.tensor_types import Clips, PerClip, to_floats
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.loader import map_rows
 from giffy_ray.data.prepare import prepare
 from giffy_ray.evaluation import evaluator
 from giffy_ray.evaluation.evaluator import BATCH, Evaluated, Score
-from giffy_ray.evaluation.report import MakeEvaluator, Trained, methods_of
+from giffy_ray.evaluation.report import MakeEvaluator, TrainedModel, methods_of
 from giffy_ray.models import baselines
 from giffy_ray.models.sampling import Method
 from giffy_ray.training import checkpoints
@@ -51,7 +51,7 @@ def make_one_by_one(methods: dict[str, list[Method]], real: Clips, clip_ids: lis
     return {method: method(real[:, 0], real[:, -1], clip_ids) for method in distinct}
 
 
-def score_before(experiment: Experiment, run: Trained, store: Store, rows: np.ndarray) -> list[Score]:
+def score_before(experiment: Experiment, run: TrainedModel, store: ClipDataset, rows: np.ndarray) -> list[Score]:
     """As the driver did it before there were actors."""
     with (
         mock.patch.object(evaluator, "_make", make_one_by_one),
@@ -107,8 +107,8 @@ def main() -> None:
             | {"storage": asked.storage or f"{folder}/runs", "name": "benchmark", "evaluate.samples": asked.samples},
         )
         store = prepare(experiment)
-        rows = store.rows_of("validation")[: asked.clips]
-        run = Trained("between", learner, trained)
+        rows = store.split_indices("validation")[: asked.clips]
+        run = TrainedModel("between", learner, trained)
         make = MakeEvaluator(experiment, (run,), store, frozenset(), frozenset())
 
         began_s = time.perf_counter()
@@ -131,7 +131,7 @@ def main() -> None:
 
 def scores_now(make: MakeEvaluator, rows: np.ndarray, actors: int) -> tuple[list[Score], float]:
     """The scores, and the seconds that the actors work, as a mean over them: they do not start at the same moment."""
-    resources = {"num_cpus": 1, "runtime_env": {"env_vars": KEEP_MEMORY}}
+    resources = {"num_cpus": 1, "runtime_env": {"env_vars": MALLOC_ENV}}
     parts = list(
         map_rows(rows, Warm(make, rows[:2]), batch=BATCH, actors=actors, title="evaluating", resources=resources)
     )

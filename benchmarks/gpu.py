@@ -30,7 +30,7 @@ from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, load, override
 from giffy_ray.core.tensor_types import to_floats
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.sampler import Dealer, slice_of
+from giffy_ray.data.sampler import TrainingSampler, rank_indices
 from giffy_ray.training import learners
 from giffy_ray.training.learners import losses
 
@@ -99,10 +99,10 @@ def ways(experiment: Experiment, device: torch.device) -> dict[str, Callable[[],
 
 
 def batches(experiment: Experiment, count: int, device: torch.device) -> list[Batch]:
-    dealer, size = Dealer(prepare(experiment), experiment.data, 0), experiment.train.batch
+    dealer, size = TrainingSampler(prepare(experiment), experiment.data, 0), experiment.train.global_batch_size
     ready = []
     for step in range(count):
-        positions = slice_of(step, size, 0, 1)
+        positions = rank_indices(step, size, 0, 1)
         clips, times = dealer(positions)
         tensors = [torch.from_numpy(array) for array in (clips, times, positions)]
         ready.append(tuple(one.pin_memory() if device.type == "cuda" else one for one in tensors))
@@ -222,7 +222,7 @@ def main() -> None:
 
     rounds, memory_gb = measured(experiment, ready, device)
     free(device)
-    console.print(table_of(rounds, memory_gb, flops, rate, experiment.train.batch))
+    console.print(table_of(rounds, memory_gb, flops, rate, experiment.train.global_batch_size))
 
     curves = {}
     for precision in ("float32", "bfloat16"):

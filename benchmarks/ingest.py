@@ -33,11 +33,11 @@ from torch.utils.data import DataLoader, Dataset
 from giffy_ray.config import ClipConfig, DataConfig, Experiment, LimitsConfig, SyntheticConfig, override
 from giffy_ray.data import loader, shards
 from giffy_ray.data.catalog import read_catalog
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.decode import Sampled, Source
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.sampler import rows_at
-from giffy_ray.data.shards import Recipe
+from giffy_ray.data.sampler import shuffled_indices
+from giffy_ray.data.shards import DecodeConfig
 from giffy_ray.data.synthetic import dataset
 
 CLIPS, BATCH, EPOCHS, DECODED = 1000, 20, 5, 240
@@ -57,14 +57,14 @@ def noise(video: bytes, clip: ClipConfig, limits: LimitsConfig) -> Sampled:
 class Clips(Dataset):
     """What a user would write over the memory map."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: ClipDataset):
         self.store = store
 
     def __len__(self) -> int:
         return len(self.store)
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(self.store.gather(np.asarray([row]))[0])
+        return torch.from_numpy(self.store.get_clips(np.asarray([row]))[0])
 
 
 class Videos(Dataset):
@@ -90,14 +90,14 @@ class _Arrow(ArrowBatchCollateFn):
         return torch.from_numpy(np.stack(list(column.to_numpy_ndarray())).reshape(_SHAPE))
 
 
-def plain(store: Store) -> Batches:
+def plain(store: ClipDataset) -> Batches:
     """The ceiling: clips copied out of the map in this process, nothing else."""
-    rows = store.rows_of("training")
+    rows = store.split_indices("training")
     for step in range(EPOCHS * len(rows) // BATCH):
-        yield torch.from_numpy(store.gather(rows_at(np.arange(step * BATCH, (step + 1) * BATCH), rows, 0)))
+        yield torch.from_numpy(store.get_clips(shuffled_indices(np.arange(step * BATCH, (step + 1) * BATCH), rows, 0)))
 
 
-def ours(store: Store, epochs: int = EPOCHS) -> Batches:
+def ours(store: ClipDataset, epochs: int = EPOCHS) -> Batches:
     steps = range(epochs * len(store) // BATCH)
     for batch in loader.batches(store, DataConfig(), 0, BATCH, 0, 1, steps):
         yield batch.clips
@@ -116,10 +116,10 @@ def parquet(folder: Path) -> Batches:
         yield from batches  # type: ignore[misc]
 
 
-def write_parquet(store: Store, folder: Path, tensors: bool) -> Path:
+def write_parquet(store: ClipDataset, folder: Path, tensors: bool) -> Path:
     folder.mkdir()
     for first in range(0, len(store), 100):
-        clips = store.gather(np.arange(first, first + 100))
+        clips = store.get_clips(np.arange(first, first + 100))
         if tensors:
             column: pa.Array = pa.FixedShapeTensorArray.from_numpy_ndarray(clips)
         else:
@@ -145,7 +145,7 @@ def experiment_in(folder: Path, root: Path) -> Experiment:
     return override(Experiment(), {"storage": str(folder), "data.root": str(root), "data.validation_fraction": 1e-9})
 
 
-def noise_store(folder: Path) -> Store:
+def noise_store(folder: Path) -> ClipDataset:
     (folder / "numbers" / "training" / "x").mkdir(parents=True)
     for number in range(CLIPS):
         (folder / "numbers" / "training" / "x" / f"{number:05}.mp4").write_text(str(number))
@@ -160,7 +160,7 @@ def real_videos(folder: Path, count: int) -> list[Path]:
     return sorted(root.glob("*.mp4"))
 
 
-def compare(folder: Path, store: Store, videos: list[Path], rounds: int) -> Table:
+def compare(folder: Path, store: ClipDataset, videos: list[Path], rounds: int) -> Table:
     tensors, binary = write_parquet(store, folder / "tensors", True), write_parquet(store, folder / "binary", False)
     ways: dict[str, Callable[[], Batches]] = {
         "plain memory map, no Ray (the ceiling)": lambda: plain(store),
@@ -188,7 +188,7 @@ def compare(folder: Path, store: Store, videos: list[Path], rounds: int) -> Tabl
     return table
 
 
-def first_batch_s(store: Store) -> list[float]:
+def first_batch_s(store: ClipDataset) -> list[float]:
     took_s = []
     for _ in range(5):
         began_s = time.perf_counter()
@@ -197,7 +197,7 @@ def first_batch_s(store: Store) -> list[float]:
     return took_s
 
 
-def memory_over_epochs(store: Store, epochs: int) -> list[float]:
+def memory_over_epochs(store: ClipDataset, epochs: int) -> list[float]:
     seen, steps = [], len(store) // BATCH
     for step, _ in enumerate(ours(store, epochs)):
         if step % (steps * epochs // 10) == steps:
@@ -216,7 +216,7 @@ def decoded_per_s(videos: list[Path], cpus: int, folder: Path) -> float:
     decode = functools.partial(
         shards.decode_shard,
         filesystem=catalog.filesystem,
-        recipe=Recipe(CLIP),
+        recipe=DecodeConfig(CLIP),
         limits=LimitsConfig(),
         location=str(folder),
     )

@@ -33,17 +33,17 @@ from rich.console import Console
 from rich.table import Table
 
 from giffy_ray.cluster import resources
-from giffy_ray.cluster.local import AS_ANY_PROCESS
-from giffy_ray.cluster.resources import share_of
+from giffy_ray.cluster.local import DEFAULT_NICENESS_ENV
+from giffy_ray.cluster.resources import resources_for
 from giffy_ray.config import DataConfig, Experiment, LimitsConfig, SyntheticConfig, load, override
 from giffy_ray.data import loader, shards
 from giffy_ray.data.catalog import read_catalog
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.shards import SHARD_VIDEOS, Recipe
+from giffy_ray.data.shards import SHARD_VIDEOS, DecodeConfig
 from giffy_ray.data.synthetic import dataset
 from giffy_ray.evaluation.evaluator import BATCH
-from giffy_ray.evaluation.report import MakeEvaluator, Trained
+from giffy_ray.evaluation.report import MakeEvaluator, TrainedModel
 from giffy_ray.training import checkpoints, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -233,7 +233,7 @@ def check_prepare(folder: Path, cores: int) -> tuple[Rates, list[tuple[int, floa
     decode = functools.partial(
         shards.decode_shard,
         filesystem=catalog.filesystem,
-        recipe=Recipe(experiment_of(root, folder).clip),
+        recipe=DecodeConfig(experiment_of(root, folder).clip),
         limits=LimitsConfig(),
         location=str(folder / "measured"),
     )
@@ -252,15 +252,20 @@ def check_prepare(folder: Path, cores: int) -> tuple[Rates, list[tuple[int, floa
     return rates, measured
 
 
-def check_training(folder: Path, store: Store) -> tuple[float, float, list[tuple[int, float, float]]]:
+def check_training(folder: Path, store: ClipDataset) -> tuple[float, float, list[tuple[int, float, float]]]:
     """One worker that trains the demo's CVAE: step_s and train_start_s from two short runs, then two longer ones."""
     demo = load(ROOT / "jobs/experiments/demo.yaml")
 
     def run(steps: int) -> float:
-        fields = {"storage": str(folder / "runs"), "name": f"steps{steps}", "cluster.workers": 1, "train.batch": 8}
-        epochs = max(1, steps * 8 // len(store.rows_of("training")))
+        fields = {
+            "storage": str(folder / "runs"),
+            "name": f"steps{steps}",
+            "cluster.workers": 1,
+            "train.global_batch_size": 8,
+        }
+        epochs = max(1, steps * 8 // len(store.split_indices("training")))
         experiment = override(demo, fields | {"train.epochs": epochs, "train.validate_every": epochs})
-        return seconds_of(lambda: trainer.train(experiment, store, share_of(experiment)))
+        return seconds_of(lambda: trainer.train(experiment, store, resources_for(experiment)))
 
     run(40)
     short_s, long_s = run(41), run(80)
@@ -277,9 +282,9 @@ def check_evaluation(folder: Path, actors: int) -> tuple[float, float, list[tupl
     }
     experiment = override(trained, {"storage": str(folder / "evaluated"), **synthetic_clips})
     store = prepare(experiment)
-    make = MakeEvaluator(experiment, (Trained("between", learner, trained),), store, frozenset(), frozenset())
-    rows = store.rows_of("validation")
-    asked = {"num_cpus": 1, "runtime_env": {"env_vars": resources.KEEP_MEMORY}}
+    make = MakeEvaluator(experiment, (TrainedModel("between", learner, trained),), store, frozenset(), frozenset())
+    rows = store.split_indices("validation")
+    asked = {"num_cpus": 1, "runtime_env": {"env_vars": resources.MALLOC_ENV}}
 
     def run(clips: int) -> float:
         mapped = functools.partial(
@@ -298,10 +303,10 @@ def check(console: Console) -> None:
     table = Table("job", "size", "predicted, s", "measured, s", "measured / predicted")
     with tempfile.TemporaryDirectory(prefix="giffy_ray-plan-") as name:
         folder = Path(name)
-        os.environ |= AS_ANY_PROCESS  # as in the Ray that a job starts for itself
+        os.environ |= DEFAULT_NICENESS_ENV  # as in the Ray that a job starts for itself
         ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         rates, prepared = check_prepare(folder, 2)
-        clips = Store(next((folder / "runs320").glob("stores/*/sets/*")).as_posix())
+        clips = ClipDataset(next((folder / "runs320").glob("stores/*/sets/*")).as_posix())
         step_s, train_start_s, trained = check_training(folder, clips)
         evaluated_s, evaluate_start_s, evaluated = check_evaluation(folder, 2)
         ray.shutdown()

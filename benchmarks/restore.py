@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from giffy_ray.cluster.local import free_port
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.training import checkpoints, learners
-from giffy_ray.training.checkpoints import Position, Snapshot
+from giffy_ray.training.checkpoints import Snapshot, TrainState
 from giffy_ray.training.learners import Learner
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def write_checkpoint(_: int, yaml: str, place: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
     Path(place).mkdir()
-    Snapshot(learner, experiment, Position(1)).save(Path(place))
+    Snapshot(learner, experiment, TrainState(1)).save(Path(place))
 
 
 def work(rank: int, yaml: str, place: str, way: str, workers: int, port: int, folder: str) -> None:

@@ -33,10 +33,10 @@ from giffy_ray.core.storage import join, write_bytes
 from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import shards
 from giffy_ray.data.catalog import Catalog, Video, read_catalog
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.sampler import Dealer, slice_of
-from giffy_ray.data.shards import ROW_SCHEMA, SHARD_VIDEOS, Recipe
+from giffy_ray.data.sampler import TrainingSampler, rank_indices
+from giffy_ray.data.shards import ROW_SCHEMA, SHARD_VIDEOS, DecodeConfig
 
 FRAMES, SIDE, BATCH, EPOCHS = 4, 8, 64, 10
 CATEGORIES = 300
@@ -71,7 +71,7 @@ def make_videos(folder: Path, count: int) -> None:
 
 def make_store(location: str, catalog: Catalog, experiment: Experiment) -> pa.Table:
     """The recipe and the one shard of a store. Returns an index in which it holds the frames of every clip."""
-    shards.write_recipe(location, Recipe(experiment.clip))
+    shards.write_recipe(location, DecodeConfig(experiment.clip))
     frames = np.random.default_rng(0).integers(0, 256, SHARD_VIDEOS * FRAMES * SIDE * SIDE * 3, np.uint8).tobytes()
     shard = hashlib.sha256(frames).hexdigest()
     write_bytes(shards.shard_path(location, shard), frames)
@@ -116,15 +116,15 @@ def memory_mb() -> tuple[float, float]:
 def open_and_deal(location: str) -> dict[str, float]:
     """Opens a store and deals an epoch, in this process, which should be fresh."""
     before = memory_mb()
-    store, open_s = timed(lambda: Store(location))
+    store, open_s = timed(lambda: ClipDataset(location))
     opened = memory_mb()
-    dealer, start_s = timed(lambda: Dealer(store, DataConfig(), 0))
-    _, batch_s = timed(lambda: dealer(slice_of(0, BATCH, 0, 1)))
+    dealer, start_s = timed(lambda: TrainingSampler(store, DataConfig(), 0))
+    _, batch_s = timed(lambda: dealer(rank_indices(0, BATCH, 0, 1)))
     steps, parts, epoch_s = len(dealer.rows) // BATCH, [], 0.0
 
     def deal(part: np.ndarray) -> None:
         for step in part.tolist():
-            dealer(slice_of(step, BATCH, 0, 1))
+            dealer(rank_indices(step, BATCH, 0, 1))
 
     for part in np.array_split(np.arange(steps), 4):
         epoch_s += timed(lambda part=part: deal(part))[1]
@@ -150,8 +150,8 @@ def start_stream(location: str) -> dict[str, float]:
     try:
 
         def first_batch() -> None:
-            store = Store(location)
-            steps = range(len(store.rows_of("training")) * EPOCHS // BATCH)
+            store = ClipDataset(location)
+            steps = range(len(store.split_indices("training")) * EPOCHS // BATCH)
             next(loader.batches(store, DataConfig(), 0, BATCH, 0, 1, steps))
 
         return {f"stream_batch_{again}_s": timed(first_batch)[1] for again in (1, 2)}
@@ -167,7 +167,7 @@ def in_fresh_process(what: str, location: str) -> dict[str, float]:
 
 def measure(count: int, folder: Path, with_files: bool, with_ray: bool) -> dict[str, float]:
     experiment, figures = experiment_of(folder), dict[str, float]()
-    location = join(experiment.storage, "stores", Recipe(experiment.clip).key)
+    location = join(experiment.storage, "stores", DecodeConfig(experiment.clip).key)
     if with_files:
         make_videos(folder, count)
         catalog, figures["list_s"] = timed(lambda: read_catalog(str(folder / "videos"), experiment.data))
@@ -185,12 +185,12 @@ def measure(count: int, folder: Path, with_files: bool, with_ray: bool) -> dict[
         # All that a job does before and after decoding, and what the next job of the same videos does.
         _, figures["prepare_s"] = timed(lambda: prepare(experiment))
         _, figures["prepare_prepared_s"] = timed(lambda: prepare(experiment))
-    store = Store(place)
+    store = ClipDataset(place)
     _, figures["count_s"] = timed(store.category_counts)
     figures["set_mb"] = Path(place, "rows.arrow").stat().st_size / 1e6
 
     def choose() -> list[tuple[str, str, str]]:
-        held_out = store.rows_of("validation")
+        held_out = store.split_indices("validation")
         chosen = np.random.default_rng(0).choice(held_out, min(VALIDATION_CLIPS, len(held_out)), replace=False)
         return [(store.ids[row], store.categories[row], store.sources[row]) for row in np.sort(chosen).tolist()]
 

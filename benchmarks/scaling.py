@@ -96,7 +96,7 @@ def _process(rank: int, yaml: str, workers: int, joined: bool, steps: int, port:
     experiment = from_yaml(yaml)
     # As many clips on each worker, however many there are.
     learner = learners.build(experiment, torch.device("cpu"))
-    frames = experiment.data.intervals.frames or experiment.clip.frames
+    frames = experiment.data.segments.frames or experiment.clip.frames
     clips = torch.randint(0, 256, (BATCH, frames, 64, 64, 3), dtype=torch.uint8)
     times, positions = torch.linspace(0, 1, frames).expand(BATCH, -1), torch.arange(BATCH)
     taken_s = seconds_of(lambda: learner.update(clips, times, positions), steps)
@@ -142,7 +142,7 @@ def checked(rounds: int, steps: int) -> Table:
     for heading in ("network", "gradient MB", "one worker", "two apart", "exchange", "two: predicted", "two: measured"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
     for name, (file, changes) in CHECKED.items():
-        experiment = override(load(EXPERIMENTS / f"{file}.yaml"), changes | {"train.batch": 2 * BATCH})
+        experiment = override(load(EXPERIMENTS / f"{file}.yaml"), changes | {"train.global_batch_size": 2 * BATCH})
         yaml, seen = to_yaml(experiment), []
         for _ in range(rounds):
             one, apart = in_processes(yaml, 1, False, steps)[0], in_processes(yaml, 2, False, steps)[0]

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, load
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
 from giffy_ray.evaluation import metrics
 from giffy_ray.models.sampling import learner_method
@@ -34,9 +34,9 @@ TINY = ROOT / "tests" / "tiny.yaml"
 MANY = 21  # reports of a trial
 
 
-def searched(experiment: Experiment, store: Store, share: resources.Share) -> tuner.Study:
+def searched(experiment: Experiment, store: ClipDataset, share: resources.WorkerResources) -> tuner.Study:
     with open_run(experiment) as parent:
-        found = tuner.search(experiment, store, share, parent.place, tuner.first_points(experiment))
+        found = tuner.search(experiment, store, share, parent.place, tuner.initial_points(experiment))
         parent.finish()
     return found
 
@@ -53,19 +53,19 @@ def seconds_of_trials(storage: str, trials: int) -> tuple[float, float]:
         experiment = load(TINY, [*words, "cluster.workers=1"])
         store = prepare(experiment)
         began_s = time.perf_counter()
-        searched(experiment, store, resources.Share(1.0, 0, 1))
+        searched(experiment, store, resources.WorkerResources(1.0, 0, 1))
         taken_s[epochs] = (time.perf_counter() - began_s) / trials
     return taken_s[1], (taken_s[MANY] - taken_s[1]) / (MANY - 1)
 
 
-def l2_of(trial: Experiment, store: Store) -> float:
+def l2_of(trial: Experiment, store: ClipDataset) -> float:
     """On the test clips: the mean distance, in the report's unit."""
-    learner, _ = checkpoints.load(checkpoints.newest(trial))
+    learner, _ = checkpoints.load(checkpoints.latest_checkpoint(trial))
     make, distances = learner_method(learner, trial.train.seed), []
-    for rows in np.array_split(store.rows_of("test"), 10):
-        real = torch.from_numpy(store.gather(rows))
+    for rows in np.array_split(store.split_indices("test"), 10):
+        real = torch.from_numpy(store.get_clips(rows))
         made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
-        distances += metrics.l2_report(made, real).tolist()
+        distances += metrics.l2_paper(made, real).tolist()
     return statistics.mean(distances)
 
 
@@ -82,7 +82,7 @@ def compared(storage: str, seeds: int, trials: int) -> Table:
             experiment = load(ROOT / "jobs" / "experiments" / "demo.yaml", words)
             store = prepare(experiment)
             began_s = time.perf_counter()
-            found = searched(experiment, store, resources.share_of_trials(experiment))
+            found = searched(experiment, store, resources.trial_resources_for(experiment))
             minutes = (time.perf_counter() - began_s) / 60
             report = next(trial for trial in found.trials if trial.number == 0)
             l2s = [

@@ -42,7 +42,7 @@ def main() -> None:
         changes = {
             "storage": folder,
             "name": "run",
-            "train.batch": 2,
+            "train.global_batch_size": 2,
             "cluster.workers": 1,
             "tracking.uri": f"http://127.0.0.1:{port}",
         }
@@ -70,7 +70,7 @@ def main() -> None:
 class Training:
     def __init__(self, experiment):
         self.learner = learners.build(experiment, torch.device("cpu"), steps=10**6)
-        clip, self.batch = experiment.clip, experiment.train.batch
+        clip, self.batch = experiment.clip, experiment.train.global_batch_size
         self.clips = torch.randint(0, 256, (self.batch, clip.frames, clip.height, clip.width, 3), dtype=torch.uint8)
         self.times = torch.linspace(0, 1, clip.frames).expand(self.batch, -1)
         self.step, self.logged = 0, dict[int, float]()

@@ -37,16 +37,16 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from giffy_ray import models
 from giffy_ray.cluster import resources
-from giffy_ray.cluster.local import AS_ANY_PROCESS, free_port
-from giffy_ray.cluster.resources import share_of
+from giffy_ray.cluster.local import DEFAULT_NICENESS_ENV, free_port
+from giffy_ray.cluster.resources import resources_for
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.core.tensor_types import to_floats
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.sampler import Dealer, slice_of
+from giffy_ray.data.sampler import TrainingSampler, rank_indices
 from giffy_ray.training import learners, trainer
 from giffy_ray.training.learners import losses
-from giffy_ray.training.progress_callback import relayed
+from giffy_ray.training.progress_callback import relay_metrics
 
 CLIPS, BATCH = 320, 16
 ROOT = Path(__file__).parent.parent
@@ -55,14 +55,14 @@ ROOT = Path(__file__).parent.parent
 class Clips(Dataset):
     """What a user would write over the stored clips."""
 
-    def __init__(self, store: Store):
+    def __init__(self, store: ClipDataset):
         self.store = store
 
     def __len__(self) -> int:
-        return len(self.store.rows_of("training"))
+        return len(self.store.split_indices("training"))
 
     def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(self.store.gather(np.asarray([row]))[0])
+        return torch.from_numpy(self.store.get_clips(np.asarray([row]))[0])
 
 
 def cvae_loss(network: nn.Module, clips: torch.Tensor, latent: int) -> torch.Tensor:
@@ -72,18 +72,18 @@ def cvae_loss(network: nn.Module, clips: torch.Tensor, latent: int) -> torch.Ten
     return (losses.gaussian_kl(mean, std) + whole + ends).mean()
 
 
-def bare(experiment: Experiment, store: Store, rank: int, workers: int, steps: int) -> list[float]:
+def bare(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     learner = learners.build(experiment, torch.device("cpu"), steps)
-    dealer = Dealer(store, experiment.data, 0)
+    dealer = TrainingSampler(store, experiment.data, 0)
     ready = []
     for step in range(8):
-        positions = slice_of(step, BATCH, rank, workers)
+        positions = rank_indices(step, BATCH, rank, workers)
         clips, times = dealer(positions)
         ready.append((torch.from_numpy(clips), torch.from_numpy(times), torch.from_numpy(positions)))
     return timed(functools.partial(learner.update, *ready[step % 8]) for step in range(steps))
 
 
-def plain(experiment: Experiment, store: Store, rank: int, workers: int, steps: int) -> list[float]:
+def plain(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     torch.manual_seed(0)
     network: nn.Module = models.build(experiment.model, experiment.clip)
     if workers > 1:
@@ -111,7 +111,7 @@ def endless(loader: DataLoader, sampler: DistributedSampler) -> Iterator[torch.T
         epoch += 1
 
 
-def lightning(experiment: Experiment, store: Store, rank: int, workers: int, steps: int) -> list[float]:
+def lightning(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     import lightning  # type: ignore[import-not-found]
 
     ended_s: list[float] = []
@@ -153,12 +153,12 @@ def timed(steps: Iterator[Callable[[], Any]]) -> list[float]:
     return taken_s
 
 
-def of_processes(way: Callable, experiment: Experiment, store: Store, workers: int, steps: int) -> float:
+def of_processes(way: Callable, experiment: Experiment, store: ClipDataset, workers: int, steps: int) -> float:
     """Seconds a step, of processes of its own; those of `bare` keep their memory, as ours do."""
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         words = (way.__name__, to_yaml(experiment), store.location, workers, steps, port, folder)
-        with mock.patch.dict(os.environ, resources.KEEP_MEMORY if way is bare else {}):
+        with mock.patch.dict(os.environ, resources.MALLOC_ENV if way is bare else {}):
             torch.multiprocessing.spawn(_process, args=words, nprocs=workers)  # type: ignore[attr-defined]
         return float(np.loadtxt(f"{folder}/seconds"))
 
@@ -170,26 +170,26 @@ def _process(rank: int, way: str, yaml: str, store: str, workers: int, steps: in
     os.environ |= {"LOCAL_WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "benchmark"}
     if workers > 1 and way != "lightning":
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
-    taken_s = globals()[way](from_yaml(yaml), Store(store), rank, workers, steps)
+    taken_s = globals()[way](from_yaml(yaml), ClipDataset(store), rank, workers, steps)
     if rank == 0:
         np.savetxt(f"{folder}/seconds", [np.mean(taken_s[len(taken_s) // 3 :])])
 
 
-def ours(experiment: Experiment, store: Store, workers: int, steps: int) -> tuple[float, float]:
+def ours(experiment: Experiment, store: ClipDataset, workers: int, steps: int) -> tuple[float, float]:
     """Seconds a step of the last two thirds, and the share of it that waits for data."""
     reports: list[Any] = []
     a_third = -(-steps // 3) * BATCH // CLIPS or 1
     name = f"run-{time.time_ns()}"
     changes = {"name": name, "train.epochs": 3 * a_third, "train.validate_every": a_third}
-    with relayed(reports.append) as relay:
+    with relay_metrics(reports.append) as relay:
         experiment = override(experiment, changes)
-        trainer.train(experiment, store, share_of(experiment), callbacks=[relay])
+        trainer.train(experiment, store, resources_for(experiment), callbacks=[relay])
     last = [report for report in reports if "epoch" in report][1:]
     waits = [report["speed/data_wait_fraction"] for report in last]
     return statistics.mean(report["speed/step_ms"] for report in last) / 1000, statistics.mean(waits)
 
 
-def one_round(experiment: Experiment, store: Store, steps: int) -> dict[tuple[str, int], float]:
+def one_round(experiment: Experiment, store: ClipDataset, steps: int) -> dict[tuple[str, int], float]:
     """Seconds a step by way and number of workers, and the shares of ours that wait for data."""
     ways = {"bare": bare, "DataLoader": plain, **({"Lightning": lightning} if _has_lightning() else {})}
     seconds = {}
@@ -228,10 +228,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     words = parser.parse_args()
     # Each process computes with one thread, ours too: so many threads and cores have both ways.
-    os.environ |= AS_ANY_PROCESS
+    os.environ |= DEFAULT_NICENESS_ENV
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"storage": folder, "train.batch": BATCH, "data.synthetic.training_clips": CLIPS // 2}
+        changes = {"storage": folder, "train.global_batch_size": BATCH, "data.synthetic.training_clips": CLIPS // 2}
         experiment = override(
             load(ROOT / "jobs/experiments/small/cvae.yaml"), changes | {"data.synthetic.validation_clips": 2}
         )

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from giffy_ray.config import ConfigError, Experiment, load, override, refuse_missing
 from giffy_ray.core.messages import redact_output
-from giffy_ray.core.storage import check_readable, check_writable, settle, without_secrets
+from giffy_ray.core.storage import check_readable, check_writable, redact_credentials, resolve_path
 
 _OVERRIDE = re.compile(r"[\w.-]*=")
 _LONGEST_MESSAGE = 600  # characters of an unexpected error; the rest is in its traceback
@@ -55,7 +55,7 @@ def run(
     arguments = parse(usage, sys.argv[1:], flags)
     with one_line_errors(arguments.debug):
         experiment = load(arguments.path or default, arguments.words)
-        experiment = override(experiment, {"storage": settle(experiment.storage)})
+        experiment = override(experiment, {"storage": resolve_path(experiment.storage)})
         _check_storage(experiment)
         if without_file and arguments.path is None:
             experiment = without_file(experiment, arguments.words)
@@ -109,13 +109,13 @@ def one_line_errors(debug: bool = False) -> Iterator[None]:
         sys.exit(_INTERRUPTED)
     except Exception as error:
         root = _root_cause(error)
-        trace = without_secrets("".join(traceback.format_exception(error)))
+        trace = redact_credentials("".join(traceback.format_exception(error)))
         if debug:
             _say(trace.rstrip())
         if isinstance(root, ConfigError):
-            _say(f"{program}: {without_secrets(str(root))}")
+            _say(f"{program}: {redact_credentials(str(root))}")
             sys.exit(2)
-        message = without_secrets(" ".join(str(root).split()))[:_LONGEST_MESSAGE]
+        message = redact_credentials(" ".join(str(root).split()))[:_LONGEST_MESSAGE]
         _say(f"{program}: {type(root).__name__}: {message}{_place_of(error)}")
         if not debug:
             _say(f"  {_kept_trace(program, trace)}")

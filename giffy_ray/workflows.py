@@ -10,12 +10,12 @@ import ray
 import ray.train
 from rich.console import Console
 
-from giffy_ray.cluster.resources import Share
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import Experiment
 from giffy_ray.core import run_lock
 from giffy_ray.data import prune
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.evaluation.report import Trained, check_evaluation, log_data_set, show_results
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.evaluation.report import TrainedModel, check_evaluation, log_data_set, show_results
 from giffy_ray.evaluation.tables import (
     WIDTH,
     count_of,
@@ -24,7 +24,7 @@ from giffy_ray.evaluation.tables import (
 from giffy_ray.inference import registration
 from giffy_ray.tracking.tracker import Tracker, open_run
 from giffy_ray.training import checkpoints
-from giffy_ray.training.progress_callback import line_of, relayed
+from giffy_ray.training.progress_callback import format_epoch, relay_metrics
 from giffy_ray.training.trainer import train
 
 _log = logging.getLogger(__name__)
@@ -41,42 +41,48 @@ def prune_storage(experiment: Experiment, dry_run: bool) -> None:
             removal.remove()
 
 
-def train_and_show(experiment: Experiment, store: Store, share: Share, parent: Tracker | None = None) -> None:
+def train_and_show(
+    experiment: Experiment, store: ClipDataset, share: WorkerResources, parent: Tracker | None = None
+) -> None:
     """Trains, then shows the trained model beside linear interpolation on the validation clips, and registers it.
 
     It is the checkpoint with the best validation in both cases. Everything goes to the training's own MLflow run, and
     to `parent`, the search that it belongs to, which goes on.
     """
     check_evaluation(experiment, store)
-    clips, asked = len(store.rows_of("training")), experiment.cluster
-    workers = str(asked.most) if asked.fewest == asked.most else f"{asked.fewest} to {asked.most}"
-    held_out = len(store.rows_of("validation"))
+    clips, asked = len(store.split_indices("training")), experiment.cluster
+    workers = (
+        str(asked.max_workers)
+        if asked.min_workers == asked.max_workers
+        else f"{asked.min_workers} to {asked.max_workers}"
+    )
+    held_out = len(store.split_indices("validation"))
     validated = count_of(min(held_out, experiment.train.validate_clips), held_out)
     print(f"training {experiment.name}: {clips} clips, {workers} workers; validation: {validated} clips", flush=True)
 
     def show(metrics: Mapping[str, Any]) -> None:
         if "epoch" in metrics:  # and not only a checkpoint
-            print(line_of(metrics, experiment.train.epochs), flush=True)
+            print(format_epoch(metrics, experiment.train.epochs), flush=True)
 
     try:
-        with relayed(show) as relay:
+        with relay_metrics(show) as relay:
             train(experiment, store, share, parent.place if parent else None, [relay])
     except ray.train.TrainingFailedError:
         try:
             with (
-                run_lock.held(experiment.run_dir),
+                run_lock.run_lock(experiment.run_dir),
                 open_run(experiment) as tracker,
             ):  # workers that were killed have not said so
                 tracker.finish("FAILED")
         except Exception as failure:  # must not hide why the training failed
             _log.warning("MLflow was not told that %r has failed (%r)", experiment.name, failure)
         raise
-    with run_lock.held(experiment.run_dir):  # the training's is over, and another one would write to the same run
+    with run_lock.run_lock(experiment.run_dir):  # the training's is over, and another one would write to the same run
         checkpoint = checkpoints.select(experiment)
         print(f"evaluating {checkpoints.describe(checkpoint)}", flush=True)
-        trained = Trained(experiment.model.kind, *checkpoints.load(checkpoint))
+        trained = TrainedModel(experiment.model.kind, *checkpoints.load(checkpoint))
         with open_run(experiment) as tracker:
             if parent is None:
                 log_data_set(store, [tracker])
             show_results(experiment, [trained], store, [tracker, *([parent] if parent else [])])
-        registration.offer(experiment)
+        registration.try_register(experiment)

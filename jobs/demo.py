@@ -14,7 +14,7 @@ from giffy_ray import cli
 from giffy_ray.cluster.local import local_head
 from giffy_ray.config import ConfigError, load
 from giffy_ray.core.messages import redact_output
-from giffy_ray.core.storage import settle
+from giffy_ray.core.storage import resolve_path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
 _EXPERIMENT = "jobs/experiments/demo.yaml"
@@ -28,7 +28,7 @@ def main(arguments: cli.Arguments) -> int:
         raise ConfigError(f"{arguments.path!r}: the demo has its own experiment file, {_EXPERIMENT}")
     words = [f"storage={_CHECKOUT / 'runs'}", *arguments.words]
     # The storage is given in full because Ray runs the job in a copy of this folder.
-    words.append(f"storage={settle(load(_CHECKOUT / _EXPERIMENT, words).storage)}")
+    words.append(f"storage={resolve_path(load(_CHECKOUT / _EXPERIMENT, words).storage)}")
     words += ["--debug"] if arguments.debug else []
     began_s = time.monotonic()
     print("starting a local Ray head", flush=True)

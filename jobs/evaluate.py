@@ -26,7 +26,7 @@ def main(experiment: Experiment) -> None:
     from giffy_ray.inference.loading import trained_runs
     from giffy_ray.tracking.tracker import check_tracking, open_evaluation
 
-    resources.share_of(experiment)
+    resources.resources_for(experiment)
     check_tracking(experiment)
     runs = trained_runs(experiment, experiment.clip)
     store = prepare(experiment)

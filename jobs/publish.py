@@ -2,7 +2,7 @@
 
 Of the checkpoint with the best validation, or of the newest where none was validated: the weights, and of the
 experiment the fields that make clips (clip, model, train.seed). The folder that is written, published/NAME in a
-local `storage`, is a checkpoint that evaluate.runs and train.start_from take.
+local `storage`, is a checkpoint that evaluate.runs and train.init_from take.
 """
 
 import functools
@@ -21,7 +21,7 @@ def main(experiment: Experiment) -> None:
 
     folder = Path(experiment.storage, "published", experiment.name)
     choose = functools.partial(checkpoints.select, experiment)  # a training may be running
-    location, _ = checkpoints.read_chosen(choose, lambda chosen: checkpoints.publish(chosen, folder))
+    location, _ = checkpoints.read_chosen(choose, lambda chosen: checkpoints.export_weights(chosen, folder))
     print(f"publishing {checkpoints.describe(location)}")
     print(folder)
 

@@ -16,7 +16,7 @@ def main(experiment: Experiment) -> None:
     from giffy_ray.core import run_lock
     from giffy_ray.tracking import tracker
 
-    with run_lock.held(experiment.run_dir):  # a run that is still trained sends its own
+    with run_lock.run_lock(experiment.run_dir):  # a run that is still trained sends its own
         left = tracker.replay(experiment)
     if left:
         sys.exit(1)

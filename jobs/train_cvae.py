@@ -16,7 +16,7 @@ def main(experiment: Experiment) -> None:
     from giffy_ray.tracking.tracker import check_tracking
     from giffy_ray.workflows import train_and_show
 
-    share = resources.share_of(experiment)
+    share = resources.resources_for(experiment)
     check_tracking(experiment)
     store = prepare(experiment)
     train_and_show(experiment, store, share)

@@ -21,10 +21,10 @@ def main(experiment: Experiment) -> None:
     from giffy_ray.tuning.report import show_search
     from giffy_ray.workflows import train_and_show
 
-    study = tuner.named(experiment)
+    study = tuner.resolve_study(experiment)
     check_tracking(study)
-    share, share_of_trials = resources.share_of(study), resources.share_of_trials(study)
-    points = tuner.first_points(study)  # a mistake in the space is told before anything is rendered or decoded
+    share, share_of_trials = resources.resources_for(study), resources.trial_resources_for(study)
+    points = tuner.initial_points(study)  # a mistake in the space is told before anything is rendered or decoded
     store = prepare(study)
     check_evaluation(experiment, store)
 
@@ -36,7 +36,7 @@ def main(experiment: Experiment) -> None:
         parent.close_children()
         show_search(study, found, store, parent)
 
-        best = tuner.trained_out(experiment, study, found)
+        best = tuner.refit_experiment(experiment, study, found)
         where = join(study.storage, study.name, "best.yaml")
         write_text(where, differences(best))
         parent.log_text(differences(best), "best.yaml")

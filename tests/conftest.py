@@ -19,9 +19,6 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-from giffy_ray.cluster.local import Head, local_head  # noqa: E402
-from giffy_ray.config import Experiment, override  # noqa: E402
-
 # Shapes and dtypes in annotations are checked here and never in workers. Before anything imports these modules.
 _LEARNERS = [f"training.learners.{name}" for name in ("between", "cvae", "gan", "discriminators", "optimized_module")]
 _CHECKED = ["core.tensor_types", "models", "evaluation.metrics", "evaluation.perceptual_metrics"]
@@ -39,6 +36,9 @@ os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = f"{tempfile.mkdtemp(prefix='giffy_ray-')}/token"
 with open(os.environ["RAY_AUTH_TOKEN_PATH"], "x") as _file:
     _file.write(secrets.token_hex(32))
+
+from giffy_ray.cluster.local import Head, local_head  # noqa: E402
+from giffy_ray.config import Experiment, override  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = "tests/tiny.yaml"

@@ -39,22 +39,22 @@ from mlflow.tracking import MlflowClient
 from ray.cluster_utils import Cluster
 
 from giffy_ray.cluster.local import free_port, local_head
-from giffy_ray.cluster.resources import Share, share_of
+from giffy_ray.cluster.resources import WorkerResources, resources_for
 from giffy_ray.config import ConfigError, Experiment, load, override
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
 from giffy_ray.tracking.server import mlflow_server
 from giffy_ray.training import checkpoints, trainer
 from giffy_ray.training.train_loop import train_loop
 from giffy_ray.tuning import tuner
 from giffy_ray.tuning.optuna_storage import opened
-from giffy_ray.tuning.optuna_study import Ledger
+from giffy_ray.tuning.optuna_study import OptunaStudy
 from tests import slow_training
 from tests.conftest import ROOT, moving_video
 
 pytestmark = pytest.mark.chaos
 VIDEOS = 3000
-LONG = {"train.epochs": 400, "train.batch": 4, "train.validate_every": 40, "train.checkpoint_every": 10}
+LONG = {"train.epochs": 400, "train.global_batch_size": 4, "train.validate_every": 40, "train.checkpoint_every": 10}
 
 
 def job_of(job: str, videos: Path, storage: Path, *words: str, **environment: str) -> subprocess.Popen:
@@ -76,9 +76,9 @@ def shards_in(storage: Path) -> dict[str, tuple[int, int]]:
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in files}
 
 
-def store_in(storage: Path) -> Store:
+def store_in(storage: Path) -> ClipDataset:
     (place,) = storage.glob("stores/*/sets/*")
-    return Store(str(place))
+    return ClipDataset(str(place))
 
 
 def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends_with(tmp_path: Path):
@@ -111,7 +111,7 @@ def test_a_job_that_is_killed_three_times_ends_with_what_an_undisturbed_one_ends
     assert killed.ids == whole.ids
     assert killed.rejects == whole.rejects
     assert killed.fingerprint == whole.fingerprint
-    sums = [hashlib.sha256(store.gather(np.arange(len(store)))).hexdigest() for store in (killed, whole)]
+    sums = [hashlib.sha256(store.get_clips(np.arange(len(store)))).hexdigest() for store in (killed, whole)]
     assert sums[0] == sums[1]
     # Even the shards are the same files, and no video is in two of them.
     assert shards_in(tmp_path / "killed").keys() == shards_in(tmp_path / "whole").keys()
@@ -127,7 +127,7 @@ TWO_STREAM = {
     "clip.frames": 16,
     "model.kind": "two_stream",
     "model.widths": [2, 2, 2, 2],
-    "optim.ema": 0.9,
+    "optim.ema_decay": 0.9,
     "optim.lr": 1e-3,
 }
 BATCH_NORM = {"cvae": {}, "two_stream": TWO_STREAM}
@@ -161,7 +161,7 @@ def weights_in(storage: Path) -> dict[str, str]:
 
 
 def newest_in(storage: Path) -> str:
-    return checkpoints.newest(override(Experiment(), {"storage": str(storage), "name": "run"}))
+    return checkpoints.latest_checkpoint(override(Experiment(), {"storage": str(storage), "name": "run"}))
 
 
 def only_run_in(storage: Path) -> tuple[MlflowClient, Run]:
@@ -298,7 +298,13 @@ def images_in(storage: Path) -> list[str]:
 def test_an_mlflow_that_is_away_for_a_minute_misses_nothing_and_has_nothing_twice(tmp_path: Path):
     """A real server, killed in mid-training; an undisturbed training writes into a database of its own."""
     videos, disturbed, port = few_videos(tmp_path), tmp_path / "disturbed", free_port()
-    words = ["name=run", "cluster.workers=1", "train.batch=4", "train.epochs=2500", "train.validate_every=100"]
+    words = [
+        "name=run",
+        "cluster.workers=1",
+        "train.global_batch_size=4",
+        "train.epochs=2500",
+        "train.validate_every=100",
+    ]
     there = f"tracking.uri=http://127.0.0.1:{port}"
     disturbed.mkdir()
     backend, files = f"sqlite:///{disturbed}/mlflow.db", ["--artifacts-destination", str(disturbed / "artifacts")]
@@ -342,11 +348,11 @@ BETWEEN = {
     "model.widths": (4, 6, 8),
     "model.latent": 2,
     "model.kl_weight": 0.5,
-    "model.sampled_share": 0.3,
+    "model.posterior_fraction": 0.3,
     "model.adversarial_weight": 0.1,
     "model.discriminator_widths": (4, 6, 8),
     "optim.lr": 1e-5,
-    "optim.ema": 0.99,
+    "optim.ema_decay": 0.99,
     "train.epochs": 1500,
 }
 
@@ -368,7 +374,12 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     monkeypatch.setattr(trainer, "train_loop", in_float64)
     monkeypatch.setattr(trainer, "_MAKE_DO_S", 10)
     monkeypatch.setattr(trainer, "_RESIZE_S", 5.0)
-    changes = {"data.root": str(few_videos(tmp_path)), "name": "run", "cluster.max_failures": 9, "train.batch": 4}
+    changes = {
+        "data.root": str(few_videos(tmp_path)),
+        "name": "run",
+        "cluster.max_failures": 9,
+        "train.global_batch_size": 4,
+    }
     changes |= {"train.epochs": 3000, "train.validate_every": 300, "train.checkpoint_every": 50}
     changes |= model
     experiment = load(ROOT / "tests/tiny.yaml")
@@ -378,9 +389,9 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
     try:
         node = cluster.add_node(num_cpus=1)
         ray.init(address=cluster.address, log_to_driver=False)
-        trainer.train(lonely, prepare(lonely), Share(1.0, 0, 1))
+        trainer.train(lonely, prepare(lonely), WorkerResources(1.0, 0, 1))
         with ThreadPoolExecutor(1) as aside:
-            training = aside.submit(trainer.train, shared, prepare(shared), Share(1.0, 0, 1))
+            training = aside.submit(trainer.train, shared, prepare(shared), WorkerResources(1.0, 0, 1))
             for loss in range(3):
                 wait_for_workers(2, training)
                 before = steps_saved(tmp_path / "shared")
@@ -401,7 +412,13 @@ def test_a_training_whose_machines_come_and_go_ends_with_the_curves_of_one_that_
         assert dict(curve) == pytest.approx(dict(undisturbed[name]), rel=1e-9), name
 
 
-ELASTIC = {"name": "run", "train.batch": 4, "train.epochs": 320, "train.validate_every": 320, "cluster.max_failures": 0}
+ELASTIC = {
+    "name": "run",
+    "train.global_batch_size": 4,
+    "train.epochs": 320,
+    "train.validate_every": 320,
+    "cluster.max_failures": 0,
+}
 
 
 @contextmanager
@@ -426,7 +443,7 @@ def slow_training_on_nodes(
         ray.init(address=cluster.address, log_to_driver=False)
         store = prepare(experiment)
         with ThreadPoolExecutor(1) as aside:
-            yield cluster, nodes, aside.submit(trainer.train, experiment, store, Share(1.0, 0, 1))
+            yield cluster, nodes, aside.submit(trainer.train, experiment, store, WorkerResources(1.0, 0, 1))
     finally:
         ray.shutdown()
         cluster.shutdown()
@@ -436,7 +453,7 @@ def slow_training_on_nodes(
 def assert_each_step_was_taken_once_with_finite_losses(storage: Path) -> None:
     assert [step for step, *_ in steps_in(storage)] == list(range(720))  # 320 epochs of 9 clips in batches of 4
     curves = curves_in(storage)
-    assert {"train/loss", "val/l2_report"} <= curves.keys()
+    assert {"train/loss", "val/l2_paper"} <= curves.keys()
     assert all(math.isfinite(value) for curve in curves.values() for _, value in curve)
 
 
@@ -512,17 +529,17 @@ def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
 
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)  # which Ray sets by a worker's CPUs
     monkeypatch.setattr(trainer, "train_loop", noted)
-    changes = {"data.root": str(few_videos(tmp_path)), "storage": str(tmp_path / "runs"), "train.batch": 8}
+    changes = {"data.root": str(few_videos(tmp_path)), "storage": str(tmp_path / "runs"), "train.global_batch_size": 8}
     changes |= {"train.epochs": 2, "cluster.max_failures": 0}
     experiment = override(load(ROOT / "tests/tiny.yaml"), changes)
-    four = override(experiment, {"name": "four", "cluster.workers": 4, "data.keep": False})
+    four = override(experiment, {"name": "four", "cluster.workers": 4, "data.cache_decoded": False})
     one = override(experiment, {"name": "one", "cluster.workers": 1})
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
     try:
         cluster.add_node(num_cpus=2)
         ray.init(address=cluster.address, log_to_driver=False)
-        for asked, expected in ((four, Share(0.5, 0, 1)), (one, Share(2.0, 0, 1))):
-            share = share_of(asked)  # each node is asked whether it sees the folders
+        for asked, expected in ((four, WorkerResources(0.5, 0, 1)), (one, WorkerResources(2.0, 0, 1))):
+            share = resources_for(asked)  # each node is asked whether it sees the folders
             assert share == expected
             with ThreadPoolExecutor(1) as aside:
                 aside.submit(trainer.train, asked, prepare(asked), share).result(timeout=300)
@@ -536,7 +553,7 @@ def test_four_workers_that_decode_train_on_two_nodes_of_two_cpus(
     printed = capsys.readouterr().out
     assert re.search(r"^4 workers, 0\.5 CPU each \(\S+: 2, \S+: 2\); 2 CPUs for Ray Data$", printed, re.M)
     assert re.search(r"^1 worker, 2 CPUs each \(\S+: 1\)$", printed, re.M)
-    assert checkpoints.newest(four)
+    assert checkpoints.latest_checkpoint(four)
 
 
 def test_a_node_trains_through_a_data_set_that_is_larger_than_its_disk(bucket: str, tmp_path: Path):
@@ -699,7 +716,7 @@ def searching(where: str, folder: Path, name: str, *words: str) -> Experiment:
 
 def searched(where: str, folder: Path, name: str) -> list[int]:
     """A search whose later trials are better, to its end. Returns the numbers of the best."""
-    ledger = Ledger(searching(where, folder, name, "search.asha=false"))
+    ledger = OptunaStudy(searching(where, folder, name, "search.asha=false"))
     while asked := ledger.ask():
         ledger.report(asked[0], 2, {"val/psnr": 20.0 + asked[0]})
         ledger.end(asked[0])
@@ -711,10 +728,10 @@ def test_searches_in_postgresql_begin_side_by_side_and_go_on_after_a_kill(postgr
     # At once in an empty database, whose tables each of them would create.
     with ProcessPoolExecutor(3, mp_context=multiprocessing.get_context("spawn")) as pool:
         assert list(pool.map(functools.partial(searched, where, tmp_path), ["a", "b", "c"])) == [[4]] * 3
-    killed = Ledger(searching(where, tmp_path, "killed"))
+    killed = OptunaStudy(searching(where, tmp_path, "killed"))
     number, values = killed.ask() or (-1, {})
     killed.report(number, 1, {"val/psnr": 21.0})
-    resumed = Ledger(searching(where, tmp_path, "killed"))
+    resumed = OptunaStudy(searching(where, tmp_path, "killed"))
     assert resumed.ask() == (number, values)
     resumed.report(number, 2, {"val/psnr": 22.0})
     resumed.end(number)
@@ -747,7 +764,9 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
     notes = tmp_path / "notes"
     notes.mkdir()
 
-    def poisoned(config: dict[str, Any], study: str, store: str, share: Share, parent: str, token: str) -> None:
+    def poisoned(
+        config: dict[str, Any], study: str, store: str, share: WorkerResources, parent: str, token: str
+    ) -> None:
         def alone(*_: Any) -> None:
             with open(notes / str(config["number"]), "a") as note:
                 note.write(f"{os.getpid()}\n")
@@ -755,7 +774,7 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
                 os.environ["POISONED"] = "1"
             if "POISONED" in os.environ:
                 raise RuntimeError("CUDA error: an illegal memory access was encountered")
-            ray.tune.report({"epoch": 1, "val/l2_report": 1.0 + config["number"]})
+            ray.tune.report({"epoch": 1, "val/l2_paper": 1.0 + config["number"]})
 
         module: Any = importlib.import_module("giffy_ray.tuning.trial_runner")
         module.Store, module._alone = lambda *_: None, alone
@@ -763,9 +782,9 @@ def test_a_trial_that_fails_ends_its_process_and_is_not_tried_again(
 
     monkeypatch.setattr(tuner, "trial", poisoned)
     monkeypatch.setenv("TUNE_PRINT_ALL_TRIAL_ERRORS", "0")
-    ledger, store = Ledger(asked), type("Clips", (), {"location": "nowhere"})()
+    ledger, store = OptunaStudy(asked), type("Clips", (), {"location": "nowhere"})()
     lease: Any = SimpleNamespace(holder="we", lost="")
-    tuner._tuner(asked, store, Share(1, 0, 1), "", ledger, lease).fit()
+    tuner._tuner(asked, store, WorkerResources(1, 0, 1), "", ledger, lease).fit()
     found = tuner._study(ledger)
     assert [trial.ended for trial in sorted(found.trials, key=lambda trial: trial.number)] == [
         *("", "RuntimeError: CUDA error: an illegal memory access was encountered", "", "")

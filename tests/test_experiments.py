@@ -62,7 +62,7 @@ def assert_golden(name: str, curve: list[float]) -> None:
 def test_it_beats_its_own_starting_point(path: Path):
     kind = load(path).model.kind
     rates = {"optim.lr": 3e-3, "optim.discriminator_lr": 1e-4, "optim.warmup_steps": 0}
-    changes = rates | {"train.batch": BATCH, "cluster.workers": 1}
+    changes = rates | {"train.global_batch_size": BATCH, "cluster.workers": 1}
     if path.stem == "between-sharp":
         # It goes on from a trained generator. One that starts with it fools so small a discriminator within ten
         # steps, and runs away from the clips where what it says counts in full.

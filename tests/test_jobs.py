@@ -14,7 +14,7 @@ from PIL import Image
 
 from giffy_ray.cluster.local import Head
 from giffy_ray.config import load
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.training import checkpoints
 from tests.conftest import BROKEN, EXPERIMENT, ROOT, submit
 
@@ -31,7 +31,7 @@ def test_broken_files_are_reported_by_name_and_the_job_goes_on(tuned: str, stora
     for name in BROKEN:
         assert f"{name}: " in tuned
     (location,) = storage.glob("stores/*/sets/*")
-    store = Store(str(location))
+    store = ClipDataset(str(location))
     assert len(store) == 20
     assert {reject["id"] for reject in store.rejects} == set(BROKEN)
 
@@ -45,12 +45,12 @@ def test_mlflow_holds_the_search_its_trials_and_the_best(tuned: str, storage: Pa
     # The report's learning rate is the first trial's.
     assert float(trials[0].data.params["optim.lr"]) == 1e-4
     for run, epochs in ((trials[0], 1), (trials[1], 1), (best, 2)):
-        history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "val/l2_report")
+        history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "val/l2_paper")
         assert [metric.step for metric in history] == list(range(1, epochs + 1))
         assert {"train/loss", "train/kl", "val/psnr", "speed/clips_per_s"} <= set(run.data.metrics)
         assert run.data.tags["data.fingerprint"] == best.data.tags["data.fingerprint"]
         assert len(run.data.tags["mlflow.source.git.commit"]) >= 40
-    winner = min(trials, key=lambda run: run.data.metrics["val/l2_report"])
+    winner = min(trials, key=lambda run: run.data.metrics["val/l2_paper"])
     assert best.data.params["optim.lr"] == winner.data.params["optim.lr"]
     artifacts = {item.path for item in MlflowClient(f"sqlite:///{storage}/mlflow.db").list_artifacts(best.info.run_id)}
     assert {"experiment.yaml", "evaluation.csv", "contact_sheet.png", "clips.gif", "images"} <= artifacts
@@ -73,16 +73,16 @@ def test_the_results_lie_in_the_storage(tuned: str, storage: Path):
     (folder,) = storage.glob("tiny-study-best")
     rows = list(csv.DictReader((folder / "evaluation.csv").open()))
     (location,) = storage.glob("stores/*/sets/*")
-    store = Store(str(location))
-    held_out = {store.ids[row] for row in store.rows_of("validation")}
+    store = ClipDataset(str(location))
+    held_out = {store.ids[row] for row in store.split_indices("validation")}
     for method in ("linear", "cvae"):
         assert {row["clip_id"] for row in rows if row["method"] == method} == held_out
-    assert not held_out & {store.ids[row] for row in store.rows_of("training")}
+    assert not held_out & {store.ids[row] for row in store.split_indices("training")}
     # Linear interpolation's figure again, from the store alone.
     row = next(row for row in rows if row["method"] == "linear")
-    clip = store.gather(np.asarray([store.ids.index(row["clip_id"])]))[0].astype(float)
+    clip = store.get_clips(np.asarray([store.ids.index(row["clip_id"])]))[0].astype(float)
     line = np.round(clip[0] + np.linspace(0, 1, 6)[:, None, None, None] * (clip[-1] - clip[0]))
-    assert float(row["l2_report"]) == pytest.approx(np.sqrt(((line - clip) ** 2).sum()) / 100, rel=1e-2)
+    assert float(row["l2_paper"]) == pytest.approx(np.sqrt(((line - clip) ** 2).sum()) / 100, rel=1e-2)
     assert Image.open(folder / "contact_sheet.png").width > 500
     assert Image.open(folder / "clips.gif").n_frames == 6
     assert "linear" in tuned
@@ -106,7 +106,7 @@ def test_a_run_started_again_goes_on_and_its_best_yaml_is_ready(head: Head, stor
     history = MlflowClient(f"sqlite:///{storage}/mlflow.db").get_metric_history(run.info.run_id, "train/loss")
     assert [metric.step for metric in history] == [1, 2, 3]
 
-    learner, restored = checkpoints.load(checkpoints.newest(load(best, words)))
+    learner, restored = checkpoints.load(checkpoints.latest_checkpoint(load(best, words)))
     assert restored.train.epochs == 3
     assert learner.optimizers.keys() == {"cvae"}
 
@@ -118,8 +118,10 @@ def test_own_videos_are_learned_on_from_the_checkpoint_that_comes_with_the_proje
     words += ["train.epochs=1", "train.validate_every=1", "evaluate.samples=1"]
     said = submit(head, "jobs/train_cvae.py", "jobs/experiments/own-videos.yaml", *words)
     assert "epoch 1/1" in said
-    learner, experiment = checkpoints.load(checkpoints.newest(load(ROOT / "jobs/experiments/own-videos.yaml", words)))
-    assert experiment.train.start_from == "published/between"
+    learner, experiment = checkpoints.load(
+        checkpoints.latest_checkpoint(load(ROOT / "jobs/experiments/own-videos.yaml", words))
+    )
+    assert experiment.train.init_from == "published/between"
     assert len(learner.networks["between"].mirrors) == 4
 
 

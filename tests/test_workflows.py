@@ -18,13 +18,13 @@ from rich.console import Console
 
 from giffy_ray import workflows
 from giffy_ray.cluster import resources
-from giffy_ray.cluster.resources import Share
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
 from giffy_ray.data import prepare as preparing
 from giffy_ray.data.sampler import sample_rows
 from giffy_ray.evaluation import metrics, report
 from giffy_ray.evaluation.evaluator import Score, summarise
-from giffy_ray.evaluation.report import Trained, show_results
+from giffy_ray.evaluation.report import TrainedModel, show_results
 from giffy_ray.evaluation.tables import distance_table, measures_table, skill_table
 from giffy_ray.inference.loading import trained_runs
 from giffy_ray.models.baselines import linear
@@ -46,10 +46,10 @@ class FakeStore:
         self.ids = [f"{category}/{row}.mp4" for row, category in enumerate(categories)]
         self.sources = [f"film {row}" for row in range(len(categories))]
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         return np.arange(len(self.ids) if split == "validation" else 0)
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
         levels = np.asarray([0, 20, 20, 60])[None] + 10 * np.asarray(rows)[:, None]
         return np.broadcast_to(levels[:, :, None, None, None].astype(np.uint8), (len(rows), 4, 16, 16, 3)).copy()
 
@@ -85,7 +85,7 @@ def experiment(storage: object = "runs", **fields: object) -> Experiment:
 def test_everything_is_left_in_the_folder_and_in_mlflow(tmp_path: Path, capsys: pytest.CaptureFixture):
     (tmp_path / "set").mkdir()
     asked, tracker = experiment(tmp_path, baselines=("hold",), samples=3), FakeTracker()
-    runs = [Trained("mine", Halves(), asked)]  # type: ignore[arg-type]
+    runs = [TrainedModel("mine", Halves(), asked)]  # type: ignore[arg-type]
     show_results(asked, runs, FakeStore(tmp_path / "set"), [tracker])  # type: ignore[arg-type]
 
     files = {path.name: path.read_bytes() for path in (tmp_path / "study").iterdir()}
@@ -98,9 +98,9 @@ def test_everything_is_left_in_the_folder_and_in_mlflow(tmp_path: Path, capsys: 
     assert Image.open(io.BytesIO(files["clips.gif"])).n_frames == 4  # type: ignore[attr-defined]
     assert b"skiing/3.mp4" in files["evaluation.html"]
 
-    means = {m: np.mean([float(row["l2_report"]) for row in rows if row["method"] == m]) for m in methods}
+    means = {m: np.mean([float(row["l2_paper"]) for row in rows if row["method"] == m]) for m in methods}
     for method, mean in means.items():
-        assert tracker.results[f"validation/{method.replace(',', '')}/l2_report"] == pytest.approx(mean)
+        assert tracker.results[f"validation/{method.replace(',', '')}/l2_paper"] == pytest.approx(mean)
     assert all(re.fullmatch(r"[\w./ -]+", name) for name in tracker.results)  # what MLflow allows everywhere
     assert tracker.results["validation/mine/won"] in (0, 0.25, 0.5, 0.75, 1)
     printed = capsys.readouterr().out
@@ -190,7 +190,7 @@ def test_runs_that_cannot_be_compared_are_refused(
 ):
     for run in ("older", "hold"):
         stored[checkpoint_of(tmp_path, run)] = experiment()
-    stored[checkpoint_of(tmp_path, "larger")] = override(experiment(), {"clip.height": 32})
+    stored[checkpoint_of(tmp_path, "maximize")] = override(experiment(), {"clip.height": 32})
     stored[checkpoint_of(tmp_path, "longer")] = override(experiment(), {"clip.frames": 30})
     with pytest.raises(ConfigError, match=message):
         trained_runs(experiment(tmp_path, runs=runs), CLIP)
@@ -200,7 +200,12 @@ def test_runs_that_cannot_be_compared_are_refused(
 def test_between_makes_clips_of_the_size_and_length_that_are_asked_for(
     size: dict[str, int], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
-    model = {"model.kind": "between", "model.widths": (2, 2, 2), "model.adversarial_weight": 0.1, "optim.ema": 0.5}
+    model = {
+        "model.kind": "between",
+        "model.widths": (2, 2, 2),
+        "model.adversarial_weight": 0.1,
+        "optim.ema_decay": 0.5,
+    }
     trained = override(experiment(), model | {"model.discriminator_widths": (2, 2, 2)})
     learner = learners.build(trained, torch.device("cpu"))
     for weight in learner.networks["between_average"].parameters():
@@ -318,19 +323,21 @@ class SixFrames(FakeStore):
         super().__init__(folder)
         self.clip = ClipConfig(frames=6, fps=2.0, height=16, width=16)
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
-        return super().gather(rows)[:, [0, 1, 1, 2, 2, 3]]
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
+        return super().get_clips(rows)[:, [0, 1, 1, 2, 2, 3]]
 
 
 @pytest.fixture
 def run_with_checkpoints(tmp_path: Path, tiny: Experiment) -> Experiment:
     """A run whose second checkpoint has the best validation, and the fourth none."""
-    asked = override(tiny, {"name": "study", "storage": str(tmp_path), "train.batch": 4, "evaluate.samples": 1})
+    asked = override(
+        tiny, {"name": "study", "storage": str(tmp_path), "train.global_batch_size": 4, "evaluate.samples": 1}
+    )
     for number, l2 in enumerate([math.nan, 20.0, 30.0, None]):
         folder = tmp_path / "study" / f"checkpoint_{number}"
         folder.mkdir(parents=True)
-        measured = {} if l2 is None else {"val/l2_report": l2}
-        position = checkpoints.Position(10 * number, measured, epoch=None if l2 is None else number)
+        measured = {} if l2 is None else {"val/l2_paper": l2}
+        position = checkpoints.TrainState(10 * number, measured, epoch=None if l2 is None else number)
         learner = learners.build(override(asked, {"train.seed": number}), torch.device("cpu"))
         checkpoints.Snapshot(learner, asked, position).save(folder)
     return asked
@@ -350,10 +357,10 @@ def test_after_a_training_the_network_that_is_shown_is_the_one_that_is_registere
 ):
     (tmp_path / "set").mkdir()
     store: Any = SixFrames(tmp_path / "set")
-    monkeypatch.setattr(workflows, "train", lambda *_: checkpoints.newest(run_with_checkpoints))
+    monkeypatch.setattr(workflows, "train", lambda *_: checkpoints.latest_checkpoint(run_with_checkpoints))
     monkeypatch.setattr(report, "log_data_set", lambda *_: None)
-    workflows.train_and_show(run_with_checkpoints, store, Share(1, 0, 1))
-    assert f"evaluating {tmp_path}/study/checkpoint_1 (epoch 1, val/l2_report 20.00)" in capsys.readouterr().out
+    workflows.train_and_show(run_with_checkpoints, store, WorkerResources(1, 0, 1))
+    assert f"evaluating {tmp_path}/study/checkpoint_1 (epoch 1, val/l2_paper 20.00)" in capsys.readouterr().out
 
     rows = list(csv.DictReader((tmp_path / "study" / "evaluation.csv").open()))
     client = MlflowClient(tracking_uri(run_with_checkpoints))
@@ -361,7 +368,7 @@ def test_after_a_training_the_network_that_is_shown_is_the_one_that_is_registere
     folder = str(version.source).rpartition("/")[2]
     registered = client.download_artifacts(str(version.run_id), f"{folder}/checkpoint")
     learner, _ = checkpoints.load(registered)
-    real = torch.from_numpy(store.gather(np.arange(4)))
+    real = torch.from_numpy(store.get_clips(np.arange(4)))
     made = learner.generate(real[:, 0], real[:, -1], torch.zeros(4, learner.latent))
     errors = [float(row["squared_error"]) for row in rows if row["method"] == "cvae"]
     assert errors == pytest.approx(metrics.squared_error(made, real).tolist())
@@ -378,7 +385,7 @@ def test_an_evaluation_leaves_a_running_training_alone(
     training.log_metrics({"train/loss": 1.0}, 1)
     training.flush()
     letters = sorted(Path(training.place, "tracking").rglob("*"))
-    monkeypatch.setattr(resources, "share_of", lambda experiment: None)
+    monkeypatch.setattr(resources, "resources_for", lambda experiment: None)
     monkeypatch.setattr(preparing, "prepare", lambda experiment: SixFrames(folder))
     evaluate.main(run_with_checkpoints)
 
@@ -411,7 +418,7 @@ def test_a_training_whose_workers_were_killed_does_not_seem_to_run(
 
     monkeypatch.setattr(workflows, "train", killed)
     with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
-        workflows.train_and_show(run_with_checkpoints, SixFrames(tmp_path), Share(1, 0, 1))  # type: ignore[arg-type]
+        workflows.train_and_show(run_with_checkpoints, SixFrames(tmp_path), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
     (run,) = MlflowClient(tracking_uri(run_with_checkpoints)).search_runs(["1"])
     assert run.info.status == "FAILED"
 
@@ -422,7 +429,7 @@ def test_why_a_training_failed_is_said_also_where_nobody_can_be_told(
     monkeypatch.setattr(workflows, "train", raising(ray.train.TrainingFailedError("3 workers died")))
     monkeypatch.setattr(workflows, "open_run", raising(OSError("the bucket is away")))
     with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
-        workflows.train_and_show(run_with_checkpoints, SixFrames(tmp_path), Share(1, 0, 1))  # type: ignore[arg-type]
+        workflows.train_and_show(run_with_checkpoints, SixFrames(tmp_path), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -439,8 +446,8 @@ def test_a_search_that_raises_leaves_no_run_that_seems_to_run(
     tune_cvae = job("tune_cvae")
     space = {"search.space": {"optim.lr": {"log_uniform": [1e-4, 1e-2]}}, "name": "tuned"}
     searched = override(run_with_checkpoints, space)
-    monkeypatch.setattr(resources, "share_of", lambda experiment: Share(1, 0, 1))
-    monkeypatch.setattr(resources, "share_of_trials", lambda experiment: Share(1, 0, 1))
+    monkeypatch.setattr(resources, "resources_for", lambda experiment: WorkerResources(1, 0, 1))
+    monkeypatch.setattr(resources, "share_of_trials", lambda experiment: WorkerResources(1, 0, 1))
     monkeypatch.setattr(preparing, "prepare", lambda experiment: SixFrames(tmp_path))
     monkeypatch.setattr(report, "log_data_set", lambda *_: None)
     monkeypatch.setattr(tuner, "claim", lambda *_: contextlib.nullcontext())

@@ -27,10 +27,10 @@ from giffy_ray.config import ConfigError
 _OBJECT_STORE_BYTES = 256 * 2**20
 # For a Ray that is started with it: by default each worker stands back behind everything else on its machine (nice 15),
 # and where all cores train, each waking of Ray's own processes then costs a step more than it has to.
-AS_ANY_PROCESS = {"RAY_worker_niceness": "0"}
+DEFAULT_NICENESS_ENV = {"RAY_worker_niceness": "0"}
 # How long `ray job stop` waits for a job to write its last checkpoint before it kills it; Ray's default is 3 s. The
 # process on the head that supervises the job reads it, with the environment of `ray start`.
-JOB_STOP_WAIT = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
+JOB_STOP_WAIT_ENV = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
 
 # Sockets of Unix have names of at most 107 bytes. Ray's longest is
@@ -70,7 +70,7 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
     (folder / "token").write_text(secrets.token_hex(32))
     (folder / "token").chmod(0o600)
     environment = (
-        JOB_STOP_WAIT
+        JOB_STOP_WAIT_ENV
         | os.environ
         | {
             "RAY_AUTH_MODE": "token",
@@ -79,7 +79,7 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
             # Jobs find this environment's python and ray, whether it was activated or not.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
-            **AS_ANY_PROCESS,
+            **DEFAULT_NICENESS_ENV,
         }
     )
     command = [sys.executable, "-m", "giffy_ray.cluster.local", str(folder), str(cpus or os.cpu_count())]

@@ -27,7 +27,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Share:
+class WorkerResources:
     """What each DDP worker takes, and how many trainings fit side by side."""
 
     cpus_per_worker: float
@@ -36,43 +36,49 @@ class Share:
     summary: str = field(default="", compare=False)  # the same in words, for the user
 
 
-def plan(nodes: Sequence[Node], experiment: Experiment) -> Share:
+def plan(nodes: Sequence[Node], experiment: Experiment) -> WorkerResources:
     """Divides the nodes among the workers of one training. Raises ConfigError where they cannot hold it.
 
-    However Ray places the workers, they fit; where `data.keep` is false, one node keeps a whole CPU for decode tasks.
+    However Ray places the workers, they fit; where `data.cache_decoded` is false, one node keeps a whole CPU for decode tasks.
     A GPU worker takes one CPU. CPU workers share all cores: whole CPUs each, as Ray sets their number of threads, or a
     fraction where there are more workers than cores. An autoscaler is counted on only where the live nodes have less
     than a CPU for each worker.
     """
-    settings, decodes = experiment.cluster, not experiment.data.keep
+    settings, decodes = experiment.cluster, not experiment.data.cache_decoded
     use_gpu = _uses_gpu(nodes, experiment)
     if not use_gpu:
         _refuse_gpu_fields(experiment)
     if all(node.cpus < DATA_CPUS for node in nodes):
         raise ConfigError(f"cluster: no node has a whole CPU, which decoding a video takes ({_named(nodes)})")
     if use_gpu:
-        _check_totals(nodes, settings.fewest, use_gpu, decodes)
+        _check_totals(nodes, settings.min_workers, use_gpu, decodes)
         fitting = most_workers(nodes, 1.0, 1, decodes)
-        if fitting < settings.fewest:
-            raise ConfigError(_does_not_fit(nodes, "cluster.workers", settings.fewest, fitting, 1.0, 1, decodes))
-        workers, cpus, gpus = min(fitting, settings.most), 1.0, 1
-        return Share(cpus, gpus, max(1, fitting // settings.most), _summary(nodes, experiment, workers, cpus, gpus))
-    for workers in range(settings.most, settings.fewest - 1, -1):
+        if fitting < settings.min_workers:
+            raise ConfigError(_does_not_fit(nodes, "cluster.workers", settings.min_workers, fitting, 1.0, 1, decodes))
+        workers, cpus, gpus = min(fitting, settings.max_workers), 1.0, 1
+        return WorkerResources(
+            cpus, gpus, max(1, fitting // settings.max_workers), _summary(nodes, experiment, workers, cpus, gpus)
+        )
+    for workers in range(settings.max_workers, settings.min_workers - 1, -1):
         counted = _nodes_needed(nodes, workers, decodes)
         cpus = largest_share(counted, workers, decodes)
         if cpus:
-            return Share(cpus, 0, 1, _summary(counted, experiment, workers, cpus, 0))
-    _check_totals(nodes, settings.fewest, use_gpu, decodes)
+            return WorkerResources(cpus, 0, 1, _summary(counted, experiment, workers, cpus, 0))
+    _check_totals(nodes, settings.min_workers, use_gpu, decodes)
     fitting = most_workers(nodes, 1.0, 0, decodes)
-    raise ConfigError(_does_not_fit(nodes, "cluster.workers", settings.fewest, fitting, 1.0, 0, decodes))
+    raise ConfigError(_does_not_fit(nodes, "cluster.workers", settings.min_workers, fitting, 1.0, 0, decodes))
 
 
-def plan_trials(nodes: Sequence[Node], experiment: Experiment) -> Share:
+def plan_trials(nodes: Sequence[Node], experiment: Experiment) -> WorkerResources:
     """The same for the trials of a search, `search.workers` each: as many side by side as there are cores or GPUs.
 
     Where a search has fewer trials than that, each gets more CPUs.
     """
-    workers, of_gpu, decodes = experiment.search.workers, experiment.search.gpus_per_worker, not experiment.data.keep
+    workers, of_gpu, decodes = (
+        experiment.search.workers,
+        experiment.search.gpus_per_worker,
+        not experiment.data.cache_decoded,
+    )
     trial = override(experiment, {"cluster.workers": workers})
     plan(nodes, trial)  # what cannot hold one training is refused in the same words
     if _uses_gpu(nodes, trial):
@@ -86,7 +92,7 @@ def plan_trials(nodes: Sequence[Node], experiment: Experiment) -> Share:
         if fitting < workers:
             raise ConfigError(_does_not_fit(nodes, "search.workers", workers, fitting, 1.0, of_gpu, decodes))
         side_by_side = fitting // workers
-        return Share(1.0, of_gpu, side_by_side, _summary_of_trials(side_by_side, workers, 1.0, of_gpu))
+        return WorkerResources(1.0, of_gpu, side_by_side, _summary_of_trials(side_by_side, workers, 1.0, of_gpu))
     # A trial of one worker may take less than a CPU: it then shares a core with decode tasks.
     cores = _total(nodes, lambda node: int(node.cpus))
     room = cores if workers == 1 else most_workers(nodes, 1.0, 0, decodes)
@@ -94,7 +100,7 @@ def plan_trials(nodes: Sequence[Node], experiment: Experiment) -> Share:
         counted = _nodes_needed(nodes, side_by_side * workers, decodes)
         cpus = largest_share(counted, side_by_side * workers, decodes)
         if cpus:
-            return Share(cpus, 0, side_by_side, _summary_of_trials(side_by_side, workers, cpus, 0))
+            return WorkerResources(cpus, 0, side_by_side, _summary_of_trials(side_by_side, workers, cpus, 0))
     raise AssertionError("a single trial is a training, which fits")
 
 
@@ -203,7 +209,7 @@ def _check_totals(nodes: Sequence[Node], workers: int, use_gpu: bool, decodes: b
 def _does_not_fit(
     nodes: Sequence[Node], name: str, workers: int, fitting: int, cpus: float, gpus: float, decodes: bool
 ) -> str:
-    spare = " and leave a whole CPU on one of them to decode videos (data.keep=false)" if decodes else ""
+    spare = " and leave a whole CPU on one of them to decode videos (data.cache_decoded=false)" if decodes else ""
     return (
         f"{name}: at most {fitting} workers of {_amounts(cpus, gpus)} fit on the nodes{spare} (value {workers}); the "
         f"cluster has or may add {_named(nodes)}"
@@ -211,14 +217,14 @@ def _does_not_fit(
 
 
 def _summary(nodes: Sequence[Node], experiment: Experiment, workers: int, cpus: float, gpus: float) -> str:
-    elastic = experiment.cluster.fewest != experiment.cluster.most
-    count = f"{experiment.cluster.fewest} to {experiment.cluster.most}" if elastic else f"{workers}"
+    elastic = experiment.cluster.min_workers != experiment.cluster.max_workers
+    count = f"{experiment.cluster.min_workers} to {experiment.cluster.max_workers}" if elastic else f"{workers}"
     placed = place(nodes, workers, cpus, gpus)
     live = {node.name: node.live for node in nodes}
     names = [f"{name if live[name] else f'to be added, {name}'}: {number}" for name, number in placed.items()]
     where = ", ".join(names[:_SHOWN_NODES]) + (", ..." if len(names) > _SHOWN_NODES else "")
     data = ""
-    if not experiment.data.keep:
+    if not experiment.data.cache_decoded:
         counted = [node for node in nodes if node.live or node.name in placed]
         free = _total(counted, lambda node: node.cpus) - workers * cpus
         data = f"; {free:g} CPU{'' if free == 1 else 's'} for Ray Data"

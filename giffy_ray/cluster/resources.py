@@ -22,12 +22,12 @@ from ray._private.state import state  # no public function tells what an autosca
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from giffy_ray.cluster.local import AS_ANY_PROCESS, JOB_STOP_WAIT, refuse_long_folder
-from giffy_ray.cluster.placement import Node, Share, plan, plan_trials
+from giffy_ray.cluster.local import DEFAULT_NICENESS_ENV, JOB_STOP_WAIT_ENV, refuse_long_folder
+from giffy_ray.cluster.placement import Node, WorkerResources, plan, plan_trials
 from giffy_ray.cluster.shared_storage import Answer, check_each_node, refuse_growth
 from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.core.messages import show_worker_messages, worker_setup
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 
 _ANSWER_S = 10  # for a cluster's head to answer
 # With less, `ray job stop` may kill a job whose last checkpoint is still being written. Ray's default is 3 s.
@@ -54,7 +54,7 @@ def connect() -> None:
         refuse_long_folder(f"{folder.rstrip('/')}/ray", len(str(os.getpid())))
     else:
         _refuse_silent(address)
-    os.environ.update(AS_ANY_PROCESS | JOB_STOP_WAIT | os.environ)
+    os.environ.update(DEFAULT_NICENESS_ENV | JOB_STOP_WAIT_ENV | os.environ)
     setup = {"worker_process_setup_hook": worker_setup(os.environ)}
     try:
         ray.init(logging_level=logging.WARNING, log_to_driver=True, runtime_env=setup)
@@ -69,13 +69,13 @@ def stop_wait_warning(environment: Mapping[str, str]) -> str | None:
 
     Ray gives a job the environment of the process that supervises it, which is the one that reads the waiting time.
     """
-    (name,) = JOB_STOP_WAIT
+    (name,) = JOB_STOP_WAIT_ENV
     value = environment.get(name, _RAY_STOP_WAIT)
     if RAY_JOB_CONFIG_JSON_ENV_VAR not in environment or (value.isdecimal() and int(value) >= _SHORTEST_STOP_WAIT_S):
         return None
     return (
         f"warning: `ray job stop` kills this job after {value} s ({name}), which may cut off its last checkpoint; "
-        f"export {name}={JOB_STOP_WAIT[name]} before `ray start --head`, or set it in the job's runtime environment"
+        f"export {name}={JOB_STOP_WAIT_ENV[name]} before `ray start --head`, or set it in the job's runtime environment"
     )
 
 
@@ -89,7 +89,7 @@ def _address() -> str | None:
         )
         raise ConfigError(
             f"RAY_ADDRESS: {scheme}:// is {kind}; submit the job with `ray job submit --address http://HOST:8265 -- "
-            f"python ...`, or unset RAY_ADDRESS to run it here (value {without_secrets(given)!r})"
+            f"python ...`, or unset RAY_ADDRESS to run it here (value {redact_credentials(given)!r})"
         )
     try:
         return services.canonicalize_bootstrap_address(None)  # type: ignore[arg-type]
@@ -114,7 +114,7 @@ def _refuse_silent(address: str) -> None:
         ) from None
 
 
-def share_of(experiment: Experiment) -> Share:
+def resources_for(experiment: Experiment) -> WorkerResources:
     """Divides the cluster, with what its autoscaler may add, among the workers of a training.
 
     Raises ConfigError where it cannot hold the training, or where its nodes do not share a local folder of it.
@@ -123,7 +123,7 @@ def share_of(experiment: Experiment) -> Share:
     return plan(nodes_of_cluster(), experiment)
 
 
-def share_of_trials(experiment: Experiment) -> Share:
+def trial_resources_for(experiment: Experiment) -> WorkerResources:
     """The same for the trials of a search, `search.workers` each: as many side by side as there are cores or GPUs."""
     return plan_trials(nodes_of_cluster(), experiment)
 
@@ -231,7 +231,7 @@ def _answer_of(answer: Any) -> Answer:
 # glibc gives large blocks back to the kernel, and the pages that are asked for again take a quarter of a step's time
 # where a network is trained on the CPU. One arena, as any but the first gives back what is larger than 64 MB all the
 # same, and we train in a thread; huge pages, of which there are fewer to ask for.
-KEEP_MEMORY = {
+MALLOC_ENV = {
     "MALLOC_MMAP_THRESHOLD_": str(2**32),
     "MALLOC_TRIM_THRESHOLD_": str(2**32),
     "MALLOC_ARENA_MAX": "1",

@@ -39,17 +39,17 @@ from giffy_ray.config.sections import (
     DataConfig,
     Distribution,
     Experiment,
-    IntervalsConfig,
     LimitsConfig,
     OptimConfig,
     PerceptualMetric,
     SearchConfig,
+    SegmentsConfig,
     SpeedConfig,
     Supplied,
     SyntheticConfig,
 )
 from giffy_ray.core.errors import ConfigError
-from giffy_ray.core.storage import SecretInAddress, without_secrets
+from giffy_ray.core.storage import SecretInAddress, redact_credentials
 
 __all__ = [
     "MISSING",
@@ -68,12 +68,12 @@ __all__ = [
     "Distribution",
     "Encoders",
     "Experiment",
-    "IntervalsConfig",
     "LimitsConfig",
     "ModelConfig",
     "OptimConfig",
     "PerceptualMetric",
     "SearchConfig",
+    "SegmentsConfig",
     "SpeedConfig",
     "Supplied",
     "SyntheticConfig",
@@ -89,7 +89,7 @@ __all__ = [
 
 _EXPERIMENT = TypeAdapter(Experiment)
 # Fields whose names the user chooses: values, not sections.
-_OPEN = ("search.space", "data.caps", "evaluate.weights", "search.objectives")
+_OPEN = ("search.space", "data.max_videos", "evaluate.weights", "search.objectives")
 _KIND = "model.kind"
 _TYPE = re.compile(r"constrained-\w+|\w*\[.*\]")  # in the place of a pydantic error: which type of a union it is of
 MISSING = "???"  # the value of a text field in an experiment file that the user must give
@@ -243,7 +243,7 @@ def _explain(error: Any) -> str:
 
 def _shown(value: Any) -> str:
     """For a message: no secrets of addresses, and not more than a line."""
-    text = without_secrets(repr(value))
+    text = redact_credentials(repr(value))
     return text if len(text) <= reading.LONGEST_SHOWN else f"{text[: reading.LONGEST_SHOWN]}..."
 
 

@@ -12,14 +12,14 @@ from typing import Any
 # one of the two, as the model is of another kind, there is nothing to say.
 NEEDS: dict[str, tuple[str, Callable[[Any], bool], str]] = {
     "data.augment.pan": ("data.augment.crop", lambda crop: crop < 1, "below 1"),
-    "data.intervals.shortest_s": ("data.intervals.frames", bool, "above 0"),
-    "data.intervals.moments": ("data.intervals.frames", bool, "above 0"),
-    "data.keep_gb": ("data.keep", bool, "true"),
+    "data.segments.shortest_s": ("data.segments.frames", bool, "above 0"),
+    "data.segments.frame_times": ("data.segments.frames", bool, "above 0"),
+    "data.cache_max_gb": ("data.cache_decoded", bool, "true"),
     "model.image_batch_statistics": ("model.batch_norm", bool, "true"),
     "model.real_label": ("model.adversarial_loss", lambda loss: loss == "logistic", "logistic"),
     "model.adversarial_from_step": ("model.adversarial_weight", bool, "above 0"),
     "model.discriminator_widths": ("model.adversarial_weight", bool, "above 0"),
-    "model.kl_weight": ("model.sampled_share", bool, "above 0"),
+    "model.kl_weight": ("model.posterior_fraction", bool, "above 0"),
     "model.kl_warmup_steps": ("model.kl_weight", bool, "above 0"),
     "model.free_nats": ("model.kl_weight", bool, "above 0"),
     "speed.sync_batch_norm": ("model.batch_norm", bool, "true"),

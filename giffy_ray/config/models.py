@@ -43,7 +43,7 @@ class AdvancedCVAEConfig(Encoders):
     kind: Literal["advanced_cvae"] = "advanced_cvae"
     generator_widths: tuple[Positive, Positive, Positive, Positive, Positive] = (128, 64, 32, 16, 8)
     # Before the last doubling of height and width, or after it, as coded.
-    joined: Literal["half_size", "full_size"] = "full_size"
+    join_stage: Literal["half_size", "full_size"] = "full_size"
     time_channels: Literal[1, 3] = 3  # the frame number, so many times
 
 
@@ -114,12 +114,14 @@ class BetweenConfig(Strict):
     kind: Literal["between"] = "between"
     widths: tuple[Positive, Positive, Positive] = (32, 48, 64)  # at 1/2, 1/4 and 1/8 of the size
     latent: Positive = 8
-    sampled_share: Share = 0.5  # of the clips are made from q(latent | clip) in training, the others from the prior
+    posterior_fraction: Share = (
+        0.5  # of the clips are made from q(latent | clip) in training, the others from the prior
+    )
     kl_weight: Weight = 1e-4  # relative to a squared error as large as linear interpolation's
     kl_warmup_steps: Count = 500
     free_nats: Weight = 0.05  # of each value of the latent, that cost nothing
     # Mean squared errors below this count as one of its size: what is nearly still is not worth a large weight.
-    error_floor: Annotated[float, Field(gt=0)] = 0.002
+    error_epsilon: Annotated[float, Field(gt=0)] = 0.002
     # What is made is the mean over this many mirror images of the ends: as it is, left to right, upside down, both.
     self_ensemble: Literal[1, 2, 4] = 1
     # Above 0, a discriminator that sees the end images judges the made frames.

@@ -13,7 +13,7 @@ from giffy_ray.config.values import Count, LocalPath, Location, Positive, Run, S
 from giffy_ray.core.storage import join
 
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Split = Literal["training", "validation", "test", "shifted"]
+Split = Literal["training", "validation", "test", "ood"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 VIDEO_LIST_SUFFIXES = (".csv", ".parquet")  # of a `data.root` that is a list of videos
 Baseline = Literal["linear", "linear_as_coded", "hold", "minterpolate_mci", "minterpolate_blend"]
@@ -43,7 +43,7 @@ class SyntheticConfig(Strict):
     training_clips: Annotated[int, Field(gt=0, le=1_000_000)] = 400
     validation_clips: Annotated[int, Field(gt=0, le=1_000_000)] = 50
     test_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # seen by neither training nor tuning
-    shifted_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # a test outside the range of the others
+    ood_clips: Annotated[int, Field(ge=0, le=1_000_000)] = 0  # a test outside the range of the others
     seed: Seed = 0
 
 
@@ -60,12 +60,12 @@ class LimitsConfig(Strict):
 
 
 @dataclass(frozen=True)
-class IntervalsConfig(Strict):
+class SegmentsConfig(Strict):
     """Training on parts of the videos: the store keeps all their frames, and random intervals of them are dealt."""
 
     frames: Literal[0] | Annotated[int, Field(ge=2, lt=2**31)] = 0  # dealt of each interval; 0: whole clips are dealt
     shortest_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 0.5
-    moments: Literal["even", "random"] = "even"  # of the frames between start and end
+    frame_times: Literal["uniform", "jittered"] = "uniform"  # of the frames between start and end
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ class AugmentConfig(Strict):
     crop: Annotated[float, Field(gt=0, le=1)] = 1.0  # the smallest share of height and width that is cut out
     pan: Share = 0.0  # how far the part that is cut out may move on its way from the first frame to the last
     brightness: Annotated[float, Field(ge=0, lt=1)] = 0.0  # the largest share by which all values grow or shrink
-    colours: bool = False  # red, green and blue change places
+    permute_channels: bool = False  # red, green and blue change places
 
 
 @dataclass(frozen=True)
@@ -86,18 +86,20 @@ class DataConfig(Strict):
     root: Location | None = None
     categories: tuple[str, ...] = ()  # empty: all that there are
     # The most videos of a category ('*': of each other one) in a split: {skiing: {training: 1800, validation: 81}}.
-    caps: dict[str, dict[Split, Positive]] = field(default_factory=dict)
+    max_videos: dict[str, dict[Split, Positive]] = field(default_factory=dict)
     # Share of the videos held out of training, by what they were cut from; the data set's own validation split then
     # becomes `test`. None: its own split, or a tenth where it has none.
     validation_fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
     ucf101_list: Literal[1, 2, 3] = 1  # which of its three split lists
     max_reject_fraction: Annotated[float, Field(ge=0, le=1)] = 0.2  # nothing is trained on what is left over beyond
-    keep: bool = True  # decoded clips are kept on disk; false: videos are decoded again whenever they are dealt
-    keep_gb: Annotated[float, Field(gt=0)] | None = None  # the most that decoded clips may take; none: the disk
+    cache_decoded: bool = (
+        True  # decoded clips are kept on disk; false: videos are decoded again whenever they are dealt
+    )
+    cache_max_gb: Annotated[float, Field(gt=0)] | None = None  # the most that decoded clips may take; none: the disk
     # The most that copies of clips on s3:// or gs:// may take on a node; none: what is free, less a tenth of the disk.
     node_cache_gb: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     limits: LimitsConfig = field(default_factory=LimitsConfig)
-    intervals: IntervalsConfig = field(default_factory=IntervalsConfig)
+    segments: SegmentsConfig = field(default_factory=SegmentsConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     synthetic: SyntheticConfig = field(default_factory=SyntheticConfig)
 
@@ -125,20 +127,22 @@ class OptimConfig(Strict):
     weight_decay: Weight = 0.0  # decoupled from the gradient (AdamW)
     warmup_steps: Count = 0  # over which the learning rate rises to its value
     schedule: Literal["constant", "cosine"] = "constant"  # cosine: down to nothing at the last step
-    clip_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient of a network
-    ema: Annotated[float, Field(ge=0, lt=1)] = 0.0  # decay of an average of the weights, which then makes the clips
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = None  # of the gradient of a network
+    ema_decay: Annotated[float, Field(ge=0, lt=1)] = (
+        0.0  # decay of an average of the weights, which then makes the clips
+    )
 
 
 @dataclass(frozen=True)
 class TrainConfig(Strict):
     epochs: Positive = 100
-    batch: Positive = 20  # clips per optimiser step, over all workers together
+    global_batch_size: Positive = 20  # clips per optimiser step, over all workers together
     validate_every: Positive = 1  # epochs from one validation, with samples and a checkpoint, to the next
     validate_clips: Positive = 500  # at most, of the validation split; the same ones in every run of a data set
     checkpoint_every: Count = 0  # steps between further checkpoints; 0: none
-    keep: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
-    start_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
-    most_skipped: Count = 10  # steps without a finite gradient before a run is stopped
+    keep_checkpoints: Positive = 1  # checkpoints of the best validations that are kept, beside the newest
+    init_from: Location | None = None  # a run, or where a checkpoint lies, whose networks the first step starts from
+    max_skipped_steps: Count = 10  # steps without a finite gradient before a run is stopped
     seed: Seed = 0
 
 
@@ -149,7 +153,7 @@ class SpeedConfig(Strict):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"  # of the networks; auto: bfloat16 on a GPU
     compile: bool = False  # by torch.compile: a minute at the start, for faster steps
     channels_last: bool = False  # how clips and weights lie in memory; some GPUs convolve faster so
-    micro_batch: Count = 0  # most clips that a worker takes at once; 0: its whole share
+    micro_batch_size: Count = 0  # most clips that a worker takes at once; 0: its whole share
     compress_gradients: bool = False  # workers send each other bfloat16
     sync_batch_norm: bool = False  # statistics of the clips of all workers, on GPUs
     profile: bool = False  # a torch.profiler trace of a few steps, among the run's files in MLflow; or say --profile
@@ -157,7 +161,7 @@ class SpeedConfig(Strict):
 
 @dataclass(frozen=True)
 class ClusterConfig(Strict):
-    # DDP workers; [fewest, most]: as many as there is room for, more and fewer while the training runs.
+    # DDP workers; [min, max]: as many as there is room for, more and fewer while the training runs.
     workers: Positive | tuple[Positive, Positive] = 1
     max_failures: Count = 3  # restarts from the last checkpoint before a run is given up
     max_preemptions: Count = 100  # restarts for machines that were taken away, counted apart
@@ -165,15 +169,15 @@ class ClusterConfig(Strict):
     shared_storage: bool = False  # nodes that an autoscaler adds mount the local `storage` and `data.root`, too
 
     def __post_init__(self) -> None:
-        if self.fewest > self.most:
-            raise ValueError(f"workers must be [fewest, most], fewest first: not {list(self.workers)}")  # type: ignore[arg-type]
+        if self.min_workers > self.max_workers:
+            raise ValueError(f"workers must be [min, max], the smaller first: not {list(self.workers)}")  # type: ignore[arg-type]
 
     @property
-    def fewest(self) -> int:
+    def min_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[0]
 
     @property
-    def most(self) -> int:
+    def max_workers(self) -> int:
         return self.workers if isinstance(self.workers, int) else self.workers[1]
 
 
@@ -188,7 +192,7 @@ class TrackingConfig(Strict):
 
 @dataclass(frozen=True)
 class EvaluateConfig(Strict):
-    split: Literal["validation", "test", "shifted"] = "validation"
+    split: Literal["validation", "test", "ood"] = "validation"
     clips: Positive = 1000  # at most, of the split; the same ones in every evaluation of a data set
     # Names of runs in `storage`, locations of checkpoints, models:/NAME@champion; empty: the run `name`.
     runs: tuple[Run, ...] = ()
@@ -206,14 +210,14 @@ class SearchConfig(Strict):
     max_hours: Annotated[float, Field(gt=0)] | None = None  # no trial is begun later; what was interrupted counts on
     patience: Positive | None = None  # trials without a better one, after which none is begun
     epochs: Positive = 20  # of the longest trial; ASHA ends poor ones sooner
-    metric: str = "val/l2_report"  # optimised in its own direction; must not be computed from the searched fields
-    # Replaces `metric`: {val/skill: larger, val/blur: smaller}. With two or more, ASHA is off. A single one states the
+    metric: str = "val/l2_paper"  # optimised in its own direction; must not be computed from the searched fields
+    # Replaces `metric`: {val/skill: maximize, val/blur: minimize}. With two or more, ASHA is off. A single one states the
     # direction of a metric that has none of its own, such as train/d_real.
-    objectives: dict[str, Literal["smaller", "larger"]] = field(default_factory=dict)
+    objectives: dict[str, Literal["minimize", "maximize"]] = field(default_factory=dict)
     # pbt: `trials` train side by side, and after each validation the worst take over weights and values of the best.
     sampler: Literal["tpe", "random", "pbt"] = "tpe"
     asha: bool = True  # of one metric, and not of pbt
-    grace_epochs: Positive = 2  # no trial is ended before
+    grace_period: Positive = 2  # no trial is ended before
     reduction_factor: Annotated[int, Field(ge=2, lt=2**31)] = 2  # of so many trials at a rung, one goes on
     seed: Seed = 0
     workers: Positive = 1  # of a trial; one trains in the trial's own process

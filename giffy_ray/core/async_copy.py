@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
+def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the CPU on `device`. A GPU fetches it when it comes to it; from other memory than pinned, we wait."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-class Fetched:
+class AsyncHostCopy:
     """The values of a tensor, on their way to the CPU from now on.
 
     Asking for them waits for what the GPU was told to do before, and, unlike `tensor.tolist()`, for nothing later.
@@ -25,7 +25,7 @@ class Fetched:
         if self._arrived:
             self._arrived.record()
 
-    def values(self) -> list[float]:
+    def wait(self) -> list[float]:
         """All of them, in one row."""
         if self._arrived:
             self._arrived.synchronize()

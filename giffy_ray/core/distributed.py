@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.nn.parallel import DistributedDataParallel
 
-from giffy_ray.core.async_copy import Fetched, sent
+from giffy_ray.core.async_copy import AsyncHostCopy, to_device_async
 
 Result = TypeVar("Result")
 
 
-def count() -> int:
+def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -25,15 +25,15 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def weight_of(clips: int, batch: int) -> float:
+def local_loss_weight(clips: int, batch: int) -> float:
     """What a mean over this worker's clips counts for, so that the mean over workers is that over the whole batch."""
-    return clips * count() / batch
+    return clips * world_size() / batch
 
 
-def sums(values: Iterable[float], device: torch.device) -> list[float]:
+def all_reduce_sum(values: Iterable[float], device: torch.device) -> list[float]:
     """Each value summed over all workers, in float64."""
     own = [float(value) for value in values]
-    if count() == 1:
+    if world_size() == 1:
         return own
     tensor = torch.tensor(own, dtype=torch.float64, device=device)
     dist.all_reduce(tensor)
@@ -41,15 +41,15 @@ def sums(values: Iterable[float], device: torch.device) -> list[float]:
 
 
 def mean_of(values: Tensor, weight: float) -> Tensor:
-    """The mean of `values` over the workers, each counting for its `weight_of`. On a GPU, the CPU does not wait."""
-    if count() == 1:
+    """Mean of `values` over the ranks, weighted by `local_loss_weight`. On a GPU, the CPU does not wait."""
+    if world_size() == 1:
         return weight * values
-    total = weight / count() * values
+    total = weight / world_size() * values
     dist.all_reduce(total)
     return total
 
 
-class AnyOfEach:
+class DelayedAnyReduce:
     """Of each flag, whether any worker had set it at the call before: all get the same answer, and wait for nobody.
 
     Where there is one worker, its answer is that of the same call.
@@ -57,17 +57,17 @@ class AnyOfEach:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._asked: tuple[dist.Work, Fetched] | None = None
+        self._asked: tuple[dist.Work, AsyncHostCopy] | None = None
 
     def __call__(self, flags: Sequence[bool]) -> list[bool]:
-        if count() == 1:
+        if world_size() == 1:
             return list(flags)
         answer = self.end() or [False] * len(flags)
-        asked = sent(torch.tensor(flags, dtype=torch.int32), self.device)
+        asked = to_device_async(torch.tensor(flags, dtype=torch.int32), self.device)
         work = cast(dist.Work, dist.all_reduce(asked, async_op=True))
         if asked.is_cuda:
             work.wait()  # the GPU, not we
-        self._asked = work, Fetched(asked)
+        self._asked = work, AsyncHostCopy(asked)
         return answer
 
     def end(self) -> list[bool] | None:
@@ -76,12 +76,12 @@ class AnyOfEach:
             return None
         work, answer = self._asked
         work.wait()
-        return [value > 0 for value in answer.values()]
+        return [value > 0 for value in answer.wait()]
 
 
-def from_first(values: list[Any]) -> list[Any]:
+def broadcast_object(values: list[Any]) -> list[Any]:
     """The values that rank 0 has, on all workers."""
-    if count() > 1:
+    if world_size() > 1:
         dist.broadcast_object_list(values, src=0)
     return values
 
@@ -89,8 +89,8 @@ def from_first(values: list[Any]) -> list[Any]:
 def from_all(value: Any) -> list[Any]:
     """The value of each rank, by rank, on all workers."""
     values = [value]
-    if count() > 1:
-        values = [None] * count()
+    if world_size() > 1:
+        values = [None] * world_size()
         dist.all_gather_object(values, value)
     return values
 
@@ -103,7 +103,7 @@ def on_first(work: Callable[[], Result]) -> Result:
             result = work()
         except Exception as error:
             failure = error
-    result, sent_failure = from_first([result, _picklable(failure)])
+    result, sent_failure = broadcast_object([result, _picklable(failure)])
     if failure or sent_failure:
         raise failure or sent_failure
     return result
@@ -144,7 +144,7 @@ def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
     as it is, without a copy; several travel together.
     """
     tensors = [tensor.detach() for tensor in tensors if tensor.numel()]
-    if count() == 1 or not tensors:
+    if world_size() == 1 or not tensors:
         return
     pieces = [tensor.to(device).contiguous().view(-1).view(torch.uint8) for tensor in tensors]
     carried = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -155,9 +155,9 @@ def broadcast(tensors: Sequence[Tensor], device: torch.device) -> None:
             tensor.copy_(aligned.view(tensor.dtype).view(tensor.shape))
 
 
-def averaging(network: nn.Module, compressed: bool = False) -> nn.Module:
+def wrap_ddp(network: nn.Module, compressed: bool = False) -> nn.Module:
     """A network whose gradients are averaged over the workers as they are made; sent as bfloat16 where `compressed`."""
-    if count() == 1:
+    if world_size() == 1:
         return network
     parallel = DistributedDataParallel(network, gradient_as_bucket_view=True)
     if compressed:
@@ -165,12 +165,12 @@ def averaging(network: nn.Module, compressed: bool = False) -> nn.Module:
     return parallel
 
 
-def share_buffers(networks: Iterable[nn.Module]) -> None:
+def broadcast_buffers(networks: Iterable[nn.Module]) -> None:
     """Gives all workers the statistics of rank 0's batch norms: those that its checkpoint holds.
 
     Counts are the same everywhere, and that of an average of weights lies on the CPU, from where NCCL sends nothing.
     """
-    if count() > 1:
+    if world_size() > 1:
         for network in networks:
             for buffer in network.buffers():
                 if buffer.is_floating_point():

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any, TextIO
 
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 
 # Environment variables of the driver that all processes of its job get, by how their names begin: credentials, and
 # where servers are.
@@ -32,7 +32,7 @@ class RedactedStream:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(without_secrets(text))
+        self._stream.write(redact_credentials(text))
         return len(text)
 
     def __getattr__(self, name: str) -> Any:
@@ -58,7 +58,7 @@ class MarkedHandler(logging.StreamHandler):
 
 
 def _marked(text: str) -> str:
-    return _MARK + json.dumps(without_secrets(text))
+    return _MARK + json.dumps(redact_credentials(text))
 
 
 def mark_warnings() -> None:

@@ -38,18 +38,18 @@ _GONE = -1  # the start time of a process that has ended and was not waited for
 _log = logging.getLogger(__name__)
 
 
-class LeaseLost(Exception):
+class RunLockLost(Exception):
     """The run belongs to another process, or may by now. The message names the run and says why."""
 
 
 @contextmanager
-def held(run_dir: str) -> Iterator[Lease]:
+def run_lock(run_dir: str) -> Iterator[RunLock]:
     """Holds the lease of the run in `run_dir` inside the block. Waits for a lease that may have expired.
 
     Raises ConfigError where another process holds it. LeaseLost is raised at the end of a block in which it was lost;
     an error that the block raises is not replaced, and says so in a note.
     """
-    lease = Lease(run_dir)
+    lease = RunLock(run_dir)
     lease.acquire()
     try:
         try:
@@ -57,13 +57,13 @@ def held(run_dir: str) -> Iterator[Lease]:
         finally:
             lease.release()
     except Exception as error:
-        if lease.lost and not isinstance(error, LeaseLost):
+        if lease.lost and not isinstance(error, RunLockLost):
             error.add_note(lease.lost)
         raise
     lease.check()
 
 
-class Lease:
+class RunLock:
     """A lease that a thread of this process renews. `holder` identifies it in the file."""
 
     def __init__(self, run_dir: str):
@@ -86,7 +86,7 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseLost."""
         if self.lost:
-            raise LeaseLost(self.lost)
+            raise RunLockLost(self.lost)
 
     def acquire(self) -> None:
         """Raises ConfigError where another process holds the lease, or gets it first."""
@@ -182,7 +182,7 @@ class Lease:
         )
 
 
-class Watch:
+class RunLockWatcher:
     """Follows the lease of `holder` from any process that reads the storage, such as a worker of its training."""
 
     def __init__(self, run_dir: str, holder: str):
@@ -204,7 +204,7 @@ class Watch:
     def check(self) -> None:
         """Raises LeaseLost. To be called before what only the holder may do, such as completing a checkpoint."""
         if lost := self.look():
-            raise LeaseLost(lost)
+            raise RunLockLost(lost)
 
 
 def is_live(location: str) -> bool:

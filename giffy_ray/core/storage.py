@@ -118,12 +118,12 @@ def join(location: str, *names: str) -> str:
     return "/".join([location.rstrip("/"), *names])
 
 
-def without_secrets(text: str) -> str:
+def redact_credentials(text: str) -> str:
     """Without the credentials in its addresses: what stands before the @, and values of a query such as token=..."""
     return _CREDENTIAL.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
-def settle(location: str) -> str:
+def resolve_path(location: str) -> str:
     """A location that means the same in every process: addresses as they are, local paths made absolute.
 
     `ray job submit --working-dir` runs a job in a copy of the folder that Ray deletes later; what is relative goes

@@ -23,7 +23,7 @@ ImageFloats: TypeAlias = Float[Tensor, "batch 3 height width"]
 ClipFloats: TypeAlias = Float[Tensor, "batch 3 time height width"]
 Times: TypeAlias = Float[Tensor, "batch time"]  # of each frame, from 0 at the start to 1 at the end
 Noise: TypeAlias = Float[Tensor, "batch latent"]
-Positions: TypeAlias = Int64[Tensor, " batch"]
+SampleIndices: TypeAlias = Int64[Tensor, " batch"]
 PerClip: TypeAlias = Float[Tensor, " batch"]
 
 

@@ -133,7 +133,9 @@ def _read_catalog(
         Video(row.id, join(base, row.id), row.category, split, row.source, *found.get(row.id, NO_FILE))
         for row, split in zip(rows, deal_splits(rows, data.validation_fraction), strict=True)
     ]
-    videos = _capped(videos, {unicodedata.normalize("NFC", category): caps for category, caps in data.caps.items()})
+    videos = _capped(
+        videos, {unicodedata.normalize("NFC", category): caps for category, caps in data.max_videos.items()}
+    )
     if not any(video.split == "training" for video in videos):
         raise ConfigError(
             f"data.root: no training videos ({', '.join(EXTENSIONS)}); expected training/<category>/, <category>/ or "
@@ -202,11 +204,11 @@ def _check_categories(rows: Sequence[Row], data: DataConfig, root: str) -> None:
             raise ConfigError(
                 f"data.categories: {category!r} is not in {root!r}, which has {', '.join(present) or 'none'}"
             )
-    for category in data.caps:
+    for category in data.max_videos:
         if unicodedata.normalize("NFC", category) not in present and category != "*":
             near = difflib.get_close_matches(category, present, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"it has {', '.join(present) or 'none'}"
-            raise ConfigError(f"data.caps.{category}: no such category in {root!r}; {hint}")
+            raise ConfigError(f"data.max_videos.{category}: no such category in {root!r}; {hint}")
 
 
 def _rows_of_folder(

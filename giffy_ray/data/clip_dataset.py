@@ -39,7 +39,7 @@ from giffy_ray.data.catalog import Catalog, Video
 from giffy_ray.data.decode import RejectedVideo, nearest_frames
 from giffy_ray.data.node_cache import NodeCache
 from giffy_ray.data.sandbox import sandbox_for
-from giffy_ray.data.shards import Recipe, read_video, shard_path
+from giffy_ray.data.shards import DecodeConfig, read_video, shard_path
 
 _FORMAT = 2  # of the files of a set; sets of another format are written again, from the same shards
 _VIDEO_SCHEMA = pa.schema(
@@ -198,7 +198,7 @@ def _rows_on_this_node(location: str) -> Path:
         return copy
     filesystem, remote = filesystem_of(join(location, _ROWS))
     sha256 = json.loads(_text(join(location, "set.json")))["rows_sha256"]
-    if not node_cache(None).bring(copy, filesystem, remote, sha256):
+    if not node_cache(None).download(copy, filesystem, remote, sha256):
         raise ConfigError(f"{copy.parent}: the disk is full; free some of it, or set TMPDIR to a larger one")
     return copy
 
@@ -248,7 +248,7 @@ class Column(Sequence[Any]):
         return f"Column([{shown}{', ...' if len(self) > 3 else ''}], {len(self)} values)"
 
 
-class Store:
+class ClipDataset:
     """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use.
 
     Opening it maps its columns: it takes the same time and memory however many clips there are.
@@ -265,7 +265,7 @@ class Store:
         self.fingerprint: str = about["fingerprint"]  # see `fingerprint_of`
         self._limits = LimitsConfig(**about["limits"])
         self._reject_count: int = about["rejects"]
-        self.recipe = Recipe.from_json(_text(join(self._store, "recipe.json")))
+        self.recipe = DecodeConfig.from_json(_text(join(self._store, "recipe.json")))
         self.clip = self.recipe.clip
         rows = read_set(location)
         self.ids = Column(rows["id"])
@@ -277,16 +277,16 @@ class Store:
         )
         self._splits, self._paths, self._times_s = rows["split"], rows["path"], rows["times_s"]
         self._shards, self._firsts, self._frames = rows["shard"], rows["first"], rows["frames"]
-        self.bytes = about["frames"] * self.clip.height * self.clip.width * 3 if self.recipe.keep else 0
+        self.bytes = about["frames"] * self.clip.height * self.clip.width * 3 if self.recipe.cache else 0
         self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
 
     def __reduce__(self):
-        return Store, (self.location, self.node_cache_gb)  # what is mapped stays in its process
+        return ClipDataset, (self.location, self.node_cache_gb)  # what is mapped stays in its process
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         """int64: the rows of the clips of a split, in order of their ids."""
         # By the numbers of the dictionary, so that no text is compared.
         chosen = [part.indices.to_numpy() == part.dictionary.index(split).as_py() for part in self._splits.chunks]
@@ -298,7 +298,7 @@ class Store:
 
         Where no frames are kept the video is decoded; one that was good before and is not now is a RuntimeError.
         """
-        if not self.recipe.keep:
+        if not self.recipe.cache:
             return self._decoded(row)
         shard, first, frames = (column[row].as_py() for column in (self._shards, self._firsts, self._frames))
         pixels = self._mapped(shard)[first : first + frames]
@@ -307,12 +307,12 @@ class Store:
             raise RuntimeError(f"{path}: it was cut off; run jobs/prepare.py, which decodes its videos again")
         return pixels, self._times_of(row)
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
         """Copies clips out: uint8 [len(rows), frames, height, width, 3]."""
         clips = np.empty((len(rows), self.clip.frames, self.clip.height, self.clip.width, 3), np.uint8)
         for place, row in enumerate(rows):
             frames, times_s = self.frames_of(int(row))
-            clips[place] = frames[nearest_frames(times_s, self.clip)] if self.recipe.every else frames
+            clips[place] = frames[nearest_frames(times_s, self.clip)] if self.recipe.keep_all_frames else frames
         return clips
 
     def counts(self) -> dict[str, int]:
@@ -339,7 +339,7 @@ class Store:
         return _counted(self._rejects["reason"])
 
     def _times_of(self, row: int) -> np.ndarray:
-        if self.recipe.every:
+        if self.recipe.keep_all_frames:
             return self._times_s[row].values.to_numpy()
         return np.arange(self.clip.frames) / self.clip.fps
 

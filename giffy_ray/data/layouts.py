@@ -7,7 +7,7 @@
                       ucfTrainTestlist/ or beside the classes; the test list is the validation split
     kinetics          <youtube id>_<start>_<end>.mp4 in any folder, with lists such as train.csv, whose header names
                       label, youtube_id, time_start, time_end and split. Lists without labels are not used
-    split_folders     training/<category>/*.mp4, validation/<category>/*.mp4, or train/ and val/; also test/, shifted/
+    split_folders     training/<category>/*.mp4, validation/<category>/*.mp4, or train/ and val/; also test/, ood/
     class_folders     <category>/*.mp4, or *.mp4 as one category
 
 A list decides: files that it does not name are not used, and files that it names and that are not there stay as rows,

@@ -1,7 +1,7 @@
 """The Ray Data graphs, and the only importer of ray.data: videos -> shards, positions -> batches, rows -> results.
 
     videos, 32 to a block --decode_shard, in tasks of the whole cluster--> shards, and rows that say what became of each
-    steps, in order --Dealer, in the worker or in tasks--> this worker's batch of each
+    steps, in order --TrainingSampler, in the worker or in tasks--> this worker's batch of each
     rows of the store, in batches --a mapper, in a pool of actors that hold models--> the result of each batch, in order
 
 One execution deals a whole training. Where clips are kept, Ray Data deals the numbers of the steps and the worker
@@ -28,9 +28,9 @@ from ray.data.collate_fn import NumpyBatchCollateFn
 
 from giffy_ray.config import DataConfig
 from giffy_ray.core.progress import Bar
-from giffy_ray.core.tensor_types import Clips, Positions, Times
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.data.sampler import Dealer, slice_of
+from giffy_ray.core.tensor_types import Clips, SampleIndices, Times
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.data.sampler import TrainingSampler, rank_indices
 
 _PREFETCH = 2
 _STEPS_PER_DEAL = 4  # dealing a number costs Ray Data as much as gathering its clips costs us
@@ -46,7 +46,7 @@ Result = TypeVar("Result")
 class Batch:
     clips: Clips
     times: Times
-    positions: Positions
+    positions: SampleIndices
 
 
 def decode_all(chunks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
@@ -57,12 +57,12 @@ def decode_all(chunks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table
     yield from cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
-class _Deal:
+class _CollateStep:
     """The number of a step -> the clips, times and positions of this worker's slice of it."""
 
-    def __init__(self, dealer: Dealer, batch: int, rank: int, workers: int, first_step: int):
+    def __init__(self, dealer: TrainingSampler, batch: int, rank: int, workers: int, first_step: int):
         self.dealer, self.first_step = dealer, first_step
-        self.positions = functools.partial(slice_of, batch=batch, rank=rank, workers=workers)
+        self.positions = functools.partial(rank_indices, batch=batch, rank=rank, workers=workers)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         positions = self.positions(self.first_step + step)
@@ -73,7 +73,7 @@ class _Deal:
 class _Gathered(NumpyBatchCollateFn):
     """Numbers of steps -> their batches, gathered here."""
 
-    def __init__(self, deal: _Deal):
+    def __init__(self, deal: _CollateStep):
         super().__init__()
         self.deal = deal
 
@@ -96,7 +96,7 @@ def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
 
 
 def batches(
-    store: Store, data: DataConfig, seed: int, batch: int, rank: int, workers: int, steps: range
+    store: ClipDataset, data: DataConfig, seed: int, batch: int, rank: int, workers: int, steps: range
 ) -> Iterator[Batch]:
     """This worker's batches of the training split for `steps`, in order. One execution serves all of them.
 
@@ -104,8 +104,8 @@ def batches(
     """
     _be_quiet()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    deal = _Deal(Dealer(store, data, seed), batch, rank, workers, steps.start)
-    if store.recipe.keep:
+    deal = _CollateStep(TrainingSampler(store, data, seed), batch, rank, workers, steps.start)
+    if store.recipe.cache:
         dealing = _numbers(len(steps), _STEPS_PER_DEALT_BLOCK).iter_torch_batches(
             batch_size=_STEPS_PER_DEAL, prefetch_batches=_PREFETCH, collate_fn=_Gathered(deal)
         )
@@ -118,7 +118,7 @@ def batches(
             _numbers(len(steps), _STEPS_PER_TASK)
             .map_batches(decode, batch_size=1)
             .iter_torch_batches(
-                batch_size=len(slice_of(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
+                batch_size=len(rank_indices(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
             )
         )
     for dealt in cast(Iterator[list[Batch]], dealing):

@@ -66,7 +66,7 @@ class NodeCache:
         """
         copy = self.folder / name
         while (content := _map(copy)) is None:
-            if not self.bring(copy, filesystem, remote, sha256):
+            if not self.download(copy, filesystem, remote, sha256):
                 content = _read(filesystem, remote, sha256)
                 break
         self._mapped_bytes += content.size
@@ -75,7 +75,7 @@ class NodeCache:
             self._mapped_bytes = content.size
         return content
 
-    def bring(self, copy: Path, filesystem: fs.FileSystem, remote: str, sha256: str) -> bool:
+    def download(self, copy: Path, filesystem: fs.FileSystem, remote: str, sha256: str) -> bool:
         """Copies a remote file to `copy`, unless it is there. False where other processes use all the room.
 
         Raises as `map`.
@@ -150,12 +150,12 @@ class NodeCache:
         if self._limit_bytes is not None and size > self._limit_bytes:
             raise ConfigError(
                 f"data.node_cache_gb: one shard of the clips has {size / 1e9:.3g} GB "
-                f"(value {self._limit_bytes / 1e9:g}); give more, or data.keep=false"
+                f"(value {self._limit_bytes / 1e9:g}); give more, or data.cache_decoded=false"
             )
         if size > held + free or (full and not held):
             raise ConfigError(
                 f"{self.folder}: {free / 1e9:.1f} GB are free, too little for one shard of the clips that this node "
-                f"reads ({size / 1e9:.3g} GB); set TMPDIR to a larger disk, or data.keep=false"
+                f"reads ({size / 1e9:.3g} GB); set TMPDIR to a larger disk, or data.cache_decoded=false"
             )
 
     def _copies(self) -> Iterator[_Copy]:

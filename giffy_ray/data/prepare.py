@@ -18,8 +18,8 @@ from giffy_ray.core.storage import filesystem_of, is_local, join
 from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import loader, prune, shards
 from giffy_ray.data.catalog import Catalog, ending_of, read_catalog
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.data.shards import PASSING, Recipe
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.data.shards import RETRYABLE_REASONS, DecodeConfig
 from giffy_ray.data.synthetic import dataset
 
 _USUAL_FPS = 30
@@ -36,7 +36,7 @@ def catalog_of(experiment: Experiment) -> Catalog:
     return read_catalog(root, experiment.data, name=dataset.NAME)
 
 
-def prepare(experiment: Experiment, again: bool = False, decoder: str | None = None) -> Store:
+def prepare(experiment: Experiment, again: bool = False, decoder: str | None = None) -> ClipDataset:
     """Decodes what is not stored yet, and says what was rejected and why. Raises ConfigError.
 
     `again`: also checks what is stored, and tries rejected videos again where another try may help. Without it a
@@ -44,7 +44,7 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
     lost of it is decoded once more. `decoder`: see `shards.decode_shard`.
     """
     catalog, data = catalog_of(experiment), experiment.data
-    recipe = Recipe(experiment.clip, every=data.intervals.frames > 0, keep=data.keep)
+    recipe = DecodeConfig(experiment.clip, keep_all_frames=data.segments.frames > 0, cache=data.cache_decoded)
     location = join(experiment.storage, "stores", recipe.key)
     shards.write_recipe(location, recipe)
     place = stores.set_location(location, catalog)
@@ -58,17 +58,17 @@ def prepare(experiment: Experiment, again: bool = False, decoder: str | None = N
             index = _decode_missing(experiment, catalog, recipe, location, again, decoder)
             written = stores.write_set(location, catalog, index, data.limits)
             place = stores.choose_set(location, catalog, written, replace=broken or again)
-    store = Store(place, data.node_cache_gb)
+    store = ClipDataset(place, data.node_cache_gb)
     _check_node_caches(store)
     _tell_skipped(catalog)
     _tell_hdr(store)
     _tell_rejects(store, len(catalog.videos))
-    _refuse_scraps(store, len(catalog.videos), data.max_reject_fraction)
+    _check_reject_fraction(store, len(catalog.videos), data.max_reject_fraction)
     return store
 
 
 def _decode_missing(
-    experiment: Experiment, catalog: Catalog, recipe: Recipe, location: str, again: bool, decoder: str | None
+    experiment: Experiment, catalog: Catalog, recipe: DecodeConfig, location: str, again: bool, decoder: str | None
 ) -> pa.Table:
     """Decodes the videos of a catalog that the store does not know, or has lost. Returns its index."""
     data = experiment.data
@@ -78,7 +78,7 @@ def _decode_missing(
     index = shards.choose_rows(whole)
     known = dict(zip(index["identity"].to_pylist(), index["reason"].to_pylist(), strict=True))
     new = {video.identity: video for video in catalog.videos if video.identity not in known}
-    retried = [video for video in catalog.videos if again and known.get(video.identity) in PASSING]
+    retried = [video for video in catalog.videos if again and known.get(video.identity) in RETRYABLE_REASONS]
     # The videos of a shard that was lost together, as before: their frames then have its name, so that every set and
     # every training that reads it is whole again. A training meanwhile keeps what it has mapped.
     groups = []
@@ -88,7 +88,7 @@ def _decode_missing(
     if new or retried or groups:
         rest = list(new.values())
         videos = [*rest, *retried, *(video for group in groups for video in group)]
-        _check_space(location, recipe, data.keep_gb, whole, len(videos) - len(retried))
+        _check_space(location, recipe, data.cache_max_gb, whole, len(videos) - len(retried))
         # Apart from each other, so that the new ones are dealt to shards as if nothing had ever been rejected.
         chunks = [*map(shards.chunk_of, groups), *shards.chunks_of(rest), *shards.chunks_of(retried)]
         decode = functools.partial(
@@ -104,7 +104,7 @@ def _decode_missing(
         rows = shards.read_rows(location)
     if damaged or again:
         suspects = rows.filter(shards.are_in(rows, damaged))
-        shards.forget(location, shards.damaged_shards(location, suspects))
+        shards.delete_shards(location, shards.damaged_shards(location, suspects))
         rows = shards.read_rows(location)
     index = shards.choose_rows(rows)
     decoded = set(index["identity"].to_pylist())
@@ -137,32 +137,32 @@ def _damaged(location: str, rows: pa.Table, contents: bool) -> dict[str, str]:
     return damaged
 
 
-def _check_space(location: str, recipe: Recipe, keep_gb: float | None, rows: pa.Table, videos: int) -> None:
+def _check_space(location: str, recipe: DecodeConfig, keep_gb: float | None, rows: pa.Table, videos: int) -> None:
     """Refuses, before anything is decoded, what would not fit. Raises ConfigError."""
-    if not recipe.keep:
+    if not recipe.cache:
         return
     clip = recipe.clip
-    frames = max(clip.frames, (clip.frames - 1) / clip.fps * _USUAL_FPS) if recipe.every else clip.frames
+    frames = max(clip.frames, (clip.frames - 1) / clip.fps * _USUAL_FPS) if recipe.keep_all_frames else clip.frames
     needed = videos * frames * clip.height * clip.width * 3
     kept = rows.filter(rows["shard"].is_valid()).group_by("shard").aggregate([("shard_bytes", "max")])
     stored = sum(kept["shard_bytes_max"].to_pylist())
     if keep_gb is not None and stored + needed > keep_gb * 1e9:
         raise ConfigError(
-            f"data.keep_gb: {videos} more videos take about {needed / 1e9:.1f} GB beside the {stored / 1e9:.1f} GB in "
-            f"{location} (value {keep_gb}); give more, fewer videos (data.caps), or data.keep=false"
+            f"data.cache_max_gb: {videos} more videos take about {needed / 1e9:.1f} GB beside the {stored / 1e9:.1f} GB in "
+            f"{location} (value {keep_gb}); give more, fewer videos (data.max_videos), or data.cache_decoded=false"
         )
     if is_local(location):
         free = shutil.disk_usage(filesystem_of(location)[1]).free
         if needed > free:
             raise ConfigError(
                 f"storage: {videos} videos take about {needed / 1e9:.1f} GB and {free / 1e9:.1f} GB are free on the "
-                f"disk of {location}; give another folder, fewer videos (data.caps), or data.keep=false"
+                f"disk of {location}; give another folder, fewer videos (data.max_videos), or data.cache_decoded=false"
             )
 
 
-def _check_node_caches(store: Store) -> None:
+def _check_node_caches(store: ClipDataset) -> None:
     """Refuses a node whose disk cannot take one shard, and warns of one that cannot take all. Raises ConfigError."""
-    if is_local(store.location) or not store.recipe.keep or not len(store):
+    if is_local(store.location) or not store.recipe.cache or not len(store):
         return
     largest = pc.max(stores.read_set(store.location)["shard_bytes"]).as_py()  # type: ignore[attr-defined]
     for node, capacity in sorted(_node_cache_bytes(store.node_cache_gb).items()):
@@ -170,7 +170,7 @@ def _check_node_caches(store: Store) -> None:
             raise ConfigError(
                 f"data.node_cache_gb: the node {node} may keep copies of {capacity / 1e9:.3g} GB (value "
                 f"{store.node_cache_gb}), and a shard of the clips has {largest / 1e9:.3g} GB; give the field a "
-                "larger value, set TMPDIR to a larger disk, or data.keep=false"
+                "larger value, set TMPDIR to a larger disk, or data.cache_decoded=false"
             )
         if capacity < store.bytes:
             print(
@@ -223,13 +223,13 @@ def _tell_skipped(catalog: Catalog) -> None:
         print(f"  {len(names)} {ending}: {shown}", file=sys.stderr)
 
 
-def _tell_hdr(store: Store) -> None:
+def _tell_hdr(store: ClipDataset) -> None:
     hdr = pc.sum(store.facts["hdr"]).as_py()  # type: ignore[attr-defined]
     if hdr:
         print(f"{hdr} of {len(store)} clips are from HDR videos, tone-mapped to SDR")
 
 
-def _tell_rejects(store: Store, videos: int) -> None:
+def _tell_rejects(store: ClipDataset, videos: int) -> None:
     if not store.rejects:
         return
     counts = ", ".join(f"{count} {reason}" for reason, count in sorted(store.reject_counts().items()))
@@ -246,10 +246,10 @@ def _printable(line: str) -> str:
     return line if line.isprintable() else line.encode("unicode_escape").decode()
 
 
-def _refuse_scraps(store: Store, videos: int, most: float) -> None:
+def _check_reject_fraction(store: ClipDataset, videos: int, most: float) -> None:
     if len(store.rejects) > most * videos:
         raise ConfigError(
             f"data.max_reject_fraction: {len(store.rejects)} of {videos} videos gave no clip (value {most}); they are "
             f"listed in {join(store.location, 'rejects.parquet')}. Mend them, or raise the field. jobs/prepare.py "
-            f"tries those again whose reason is {', '.join(PASSING[:-1])} or {PASSING[-1]}"
+            f"tries those again whose reason is {', '.join(RETRYABLE_REASONS[:-1])} or {RETRYABLE_REASONS[-1]}"
         )

@@ -27,7 +27,7 @@ from giffy_ray.core.storage import PARTIAL, filesystem_of, is_local, join, read_
 from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import shards
 from giffy_ray.data.catalog import Catalog, read_catalog
-from giffy_ray.data.shards import STALE_S, VERSION, Recipe
+from giffy_ray.data.shards import STALE_S, VERSION, DecodeConfig
 from giffy_ray.data.synthetic import dataset
 
 DATA_SET_LOCATION = "data_set_location"  # a file of a run's folder
@@ -69,7 +69,7 @@ class _InUse(NamedTuple):
 def protected(experiment: Experiment, location: str) -> Iterator[None]:
     """Inside, `plan` leaves the store at `location` and the built-in videos alone."""
     job = override(experiment, {"storage": join(location, _JOBS), "name": uuid.uuid4().hex})
-    claim = run_lock.Lease(job.run_dir)  # whose loss ends nothing: another process only reads it
+    claim = run_lock.RunLock(job.run_dir)  # whose loss ends nothing: another process only reads it
     claim.acquire()
     try:
         yield
@@ -84,7 +84,9 @@ def plan(experiment: Experiment) -> Pruning:
     """Looks for what can be removed. Changes nothing, renders and decodes nothing. Raises ConfigError."""
     storage = experiment.storage
     catalog, root = _catalog_of(experiment)
-    recipe = Recipe(experiment.clip, every=experiment.data.intervals.frames > 0, keep=experiment.data.keep)
+    recipe = DecodeConfig(
+        experiment.clip, keep_all_frames=experiment.data.segments.frames > 0, cache=experiment.data.cache_decoded
+    )
     keys = _folders(join(storage, "stores"))
     in_use = _in_use(storage, keys)
     if in_use.unknown:
@@ -264,7 +266,7 @@ def _stale_partials(storage: str, busy: set[str]) -> list[Removal]:
     return [_file_removal("partial files", storage, stale, f"not written to for {STALE_S // 60} minutes")]
 
 
-def _why_other(location: str, recipe: Recipe) -> str:
+def _why_other(location: str, recipe: DecodeConfig) -> str:
     text = read_text(join(location, "recipe.json"))
     if text is None:
         return "no recipe.json: nothing was stored in it"

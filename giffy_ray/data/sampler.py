@@ -13,13 +13,13 @@ import hashlib
 import numpy as np
 
 from giffy_ray.config import AugmentConfig, DataConfig
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.data.transforms import _DRAWS, _INTERVAL, _shares, augmented, interval_of
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.data.transforms import _DRAWS, _INTERVAL, _shares, augment_clip, choose_segment
 
 _AUGMENT = 2**64 - 1  # where an epoch's number stands in the keys of permutations
 
 
-def rows_at(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+def shuffled_indices(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
     """The store rows at positions of the sample stream over `rows`: each row once an epoch, in seeded order."""
     epochs, places = np.divmod(positions, len(rows))
     chosen = np.empty(len(positions), dtype=np.int64)
@@ -34,12 +34,12 @@ def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def sample_rows(store: Store, split: str, most: int, seed: int = 0) -> np.ndarray:
+def sample_rows(store: ClipDataset, split: str, most: int, seed: int = 0) -> np.ndarray:
     """int64: the rows of a split, in order, or of `most` of them: those whose ids have the smallest hash with the seed.
 
     So each clip that is added takes the place of at most one other.
     """
-    rows = store.rows_of(split)
+    rows = store.split_indices(split)
     if len(rows) <= most:
         return rows
     ids, key = store.ids, seed.to_bytes(8, "little")
@@ -48,7 +48,7 @@ def sample_rows(store: Store, split: str, most: int, seed: int = 0) -> np.ndarra
     return rows[np.sort(order[:most])]
 
 
-def slice_of(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
+def rank_indices(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
     """int64: the positions that rank `rank` of `workers` takes in a step of `batch` clips over all workers.
 
     As even as can be: shares differ by one clip at most.
@@ -56,31 +56,31 @@ def slice_of(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
     return step * batch + np.arange(rank * batch // workers, (rank + 1) * batch // workers)
 
 
-class Dealer:
+class TrainingSampler:
     """Positions of the training split -> clips, uint8 [n, frames, height, width, 3], and times, float32 [n, frames]:
     when each frame is shown, from 0 at the start to 1 at the end.
     """
 
-    def __init__(self, store: Store, data: DataConfig, seed: int):
-        self.store, self.rows, self.seed = store, store.rows_of("training"), seed
-        self.intervals, self.augment = data.intervals, data.augment
-        self.frames = data.intervals.frames or store.clip.frames
+    def __init__(self, store: ClipDataset, data: DataConfig, seed: int):
+        self.store, self.rows, self.seed = store, store.split_indices("training"), seed
+        self.segments, self.augment = data.segments, data.augment
+        self.frames = data.segments.frames or store.clip.frames
 
     def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, clip = rows_at(positions, self.rows, self.seed), self.store.clip
+        rows, clip = shuffled_indices(positions, self.rows, self.seed), self.store.clip
         times = np.tile(np.linspace(0, 1, self.frames, dtype=np.float32), (len(rows), 1))
-        if not self.intervals.frames and self.augment == AugmentConfig():
-            return self.store.gather(rows), times
+        if not self.segments.frames and self.augment == AugmentConfig():
+            return self.store.get_clips(rows), times
         clips = np.empty((len(rows), self.frames, clip.height, clip.width, 3), np.uint8)
         for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
             draws = self._draws(int(position))
-            if self.intervals.frames:
+            if self.segments.frames:
                 frames, times_s = self.store.frames_of(int(row))
-                chosen = interval_of(times_s, self.intervals, draws[_INTERVAL:])
+                chosen = choose_segment(times_s, self.segments, draws[_INTERVAL:])
                 frames, times[place] = frames[chosen], _shares(times_s[chosen])
             else:
-                frames = self.store.gather(rows[place : place + 1])[0]
-            clips[place] = augmented(frames, times[place], self.augment, draws)
+                frames = self.store.get_clips(rows[place : place + 1])[0]
+            clips[place] = augment_clip(frames, times[place], self.augment, draws)
             if self.augment.reverse and draws[1] < 0.5:
                 times[place] = 1 - times[place, ::-1]
         return clips, times

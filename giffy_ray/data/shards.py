@@ -41,7 +41,7 @@ from giffy_ray.data.sandbox import sandbox_for
 SHARD_VIDEOS = 32
 VERSION = 3  # of what decoding gives; raise it when the same video would give another clip
 # What another try, a mended file server or a wider limit may change; such videos are tried again by `again`.
-PASSING = ("missing", "unreadable", "not_file", "timeout", "crash", "memory", "too_large", "too_long")
+RETRYABLE_REASONS = ("missing", "unreadable", "not_file", "timeout", "crash", "memory", "too_large", "too_long")
 ROW_SCHEMA = pa.schema(
     {
         "identity": pa.string(),
@@ -67,12 +67,12 @@ _READERS = 16  # files that are read at once: an object store takes some 20 ms t
 
 
 @dataclass(frozen=True)
-class Recipe:
+class DecodeConfig:
     """What is made of a video: the settings that clips are stored under."""
 
     clip: ClipConfig
-    every: bool = False  # keep all source frames of the clip's span, not only those of the clip
-    keep: bool = True  # false: only what became of each video is written down, no frames
+    keep_all_frames: bool = False  # keep all source frames of the clip's span, not only those of the clip
+    cache: bool = True  # false: only what became of each video is written down, no frames
 
     @property
     def key(self) -> str:
@@ -80,15 +80,15 @@ class Recipe:
 
     @property
     def decoder(self) -> str:
-        return f"giffy_ray.data.decode:{'sample_source' if self.every else 'sample_clip'}"
+        return f"giffy_ray.data.decode:{'sample_source' if self.keep_all_frames else 'sample_clip'}"
 
     def to_json(self) -> str:
         return json.dumps({"version": VERSION, **dataclasses.asdict(self)}, indent=2, sort_keys=True)
 
     @staticmethod
-    def from_json(text: str) -> Recipe:
+    def from_json(text: str) -> DecodeConfig:
         fields = json.loads(text)
-        return Recipe(ClipConfig(**fields["clip"]), fields["every"], fields["keep"])
+        return DecodeConfig(ClipConfig(**fields["clip"]), fields["keep_all_frames"], fields["cache"])
 
 
 def chunks_of(videos: Sequence[Video]) -> list[pa.Table]:
@@ -103,7 +103,7 @@ def chunk_of(videos: Iterable[Video]) -> pa.Table:
 def decode_shard(
     videos: pa.Table,
     filesystem: fs.FileSystem,
-    recipe: Recipe,
+    recipe: DecodeConfig,
     limits: LimitsConfig,
     location: str,
     decoder: str | None = None,
@@ -128,7 +128,7 @@ def decode_shard(
             first += len(sampled.clip)
             kept.append(sampled.clip)
         rows.append(row)
-    pixels = np.concatenate(kept).tobytes() if kept and recipe.keep else b""
+    pixels = np.concatenate(kept).tobytes() if kept and recipe.cache else b""
     shard = {"shard": hashlib.sha256(pixels).hexdigest()} if pixels else {}
     rows = [row | {"shard_bytes": len(pixels)} | (shard if "first" in row else {}) for row in rows]
     table = pa.Table.from_pylist(rows, ROW_SCHEMA)
@@ -222,7 +222,7 @@ def choose_rows(rows: pa.Table) -> pa.Table:
     """
     if not len(rows):
         return rows
-    passing = pc.is_in(rows["reason"], value_set=pa.array(PASSING))  # type: ignore[attr-defined]
+    passing = pc.is_in(rows["reason"], value_set=pa.array(RETRYABLE_REASONS))  # type: ignore[attr-defined]
     rank = pc.add(rows["reason"].is_valid().cast(pa.int8()), passing.cast(pa.int8()))  # type: ignore[attr-defined]
     order = ["identity", "rank", "reason", "detail", "sha256", "shard", "first"]
     ordered = rows.append_column("rank", rank).sort_by([(name, "ascending") for name in order])
@@ -231,7 +231,7 @@ def choose_rows(rows: pa.Table) -> pa.Table:
     return ordered.take(starts).drop_columns("rank")
 
 
-def write_recipe(location: str, recipe: Recipe) -> None:
+def write_recipe(location: str, recipe: DecodeConfig) -> None:
     write_if_different(join(location, "recipe.json"), recipe.to_json().encode())
 
 
@@ -276,7 +276,7 @@ def members_of(rows: pa.Table, shards: Collection[str]) -> dict[str, list[str]]:
     return {shard: list(identities) for shard, identities in members.items()}
 
 
-def forget(location: str, shards: Collection[str]) -> None:
+def delete_shards(location: str, shards: Collection[str]) -> None:
     """Removes shards, the rows of their clips and listings that are damaged: these videos are decoded again."""
     filesystem, base = filesystem_of(join(location, "shards"))
     for info in filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True)):
@@ -322,12 +322,12 @@ def _stem(path: str) -> str:
     return path.rpartition("/")[2].partition(".")[0]
 
 
-def _facts_of(sampled: Sampled, recipe: Recipe) -> dict:
+def _facts_of(sampled: Sampled, recipe: DecodeConfig) -> dict:
     source = sampled.source
-    clip = sampled.clip[nearest_frames(sampled.times_s, recipe.clip)] if recipe.every else sampled.clip
+    clip = sampled.clip[nearest_frames(sampled.times_s, recipe.clip)] if recipe.keep_all_frames else sampled.clip
     return {
         "sha256": hashlib.sha256(np.ascontiguousarray(clip).data).hexdigest(),
-        "times_s": sampled.times_s.tolist() if recipe.every else None,
+        "times_s": sampled.times_s.tolist() if recipe.keep_all_frames else None,
         "padded": sampled.padded,
         "codec": source.codec,
         "source_width": source.width,

@@ -6,33 +6,33 @@ import itertools
 
 import numpy as np
 
-from giffy_ray.config import AugmentConfig, IntervalsConfig
+from giffy_ray.config import AugmentConfig, SegmentsConfig
 
 # Flip, reverse, crop: size and place, brightness, colours; pan: how far, size and place; interval: length and start.
 _DRAWS, _PAN, _INTERVAL = 13, 7, 11
 _COLOURS = list(itertools.permutations(range(3)))
 
 
-def interval_of(times_s: np.ndarray, intervals: IntervalsConfig, draws: np.ndarray) -> np.ndarray:
-    """int64 [intervals.frames]: the frames dealt of an interval of a video whose frames are shown at `times_s`.
+def choose_segment(times_s: np.ndarray, segments: SegmentsConfig, draws: np.ndarray) -> np.ndarray:
+    """int64 [segments.frames]: the frames of a segment of a video whose frames are shown at `times_s`.
 
     Its length is uniform between `shortest_s` and the whole video, then its start is uniform. Draws in [0, 1):
-    length, start, and one for each frame, which `moments: random` takes.
+    length, start, and one for each frame, which `frame_times: jittered` takes.
     """
     span_s = times_s[-1]
-    shortest_s = min(intervals.shortest_s, span_s)
+    shortest_s = min(segments.shortest_s, span_s)
     length_s = shortest_s + draws[0] * (span_s - shortest_s)
     start_s = draws[1] * (span_s - length_s)
-    if intervals.moments == "even":
-        shares = np.linspace(0, 1, intervals.frames)
+    if segments.frame_times == "uniform":
+        shares = np.linspace(0, 1, segments.frames)
     else:
         # Each frame between has a part of the interval to itself: in order, spread out, and anywhere in it.
-        inner = intervals.frames - 2
+        inner = segments.frames - 2
         shares = np.concatenate([[0], (np.arange(inner) + draws[2 : 2 + inner]) / max(inner, 1), [1]])
     return np.abs(times_s[None, :] - (start_s + shares * length_s)[:, None]).argmin(axis=1)
 
 
-def augmented(frames: np.ndarray, times: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
+def augment_clip(frames: np.ndarray, times: np.ndarray, augment: AugmentConfig, draws: np.ndarray) -> np.ndarray:
     """uint8 [time, height, width, 3], a view where it can be: all frames changed alike, as `augment` says.
 
     But for `pan`, which moves what is cut out evenly over `times`, float [time] from 0 to 1.
@@ -50,7 +50,7 @@ def augmented(frames: np.ndarray, times: np.ndarray, augment: AugmentConfig, dra
     if augment.brightness:
         gain = 1 + (2 * draws[5] - 1) * augment.brightness
         frames = np.minimum(np.round(np.arange(256) * gain), 255).astype(np.uint8)[frames]
-    if augment.colours:
+    if augment.permute_channels:
         frames = frames[..., _COLOURS[int(draws[6] * len(_COLOURS))]]
     return frames
 

@@ -20,8 +20,8 @@ import torch
 
 from giffy_ray.config import SPLITS
 from giffy_ray.core.media import FAINT, INK, PAPER, contact_sheet
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.evaluation.metrics import l2_report
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.evaluation.metrics import l2_paper
 from giffy_ray.models.baselines import linear
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ class Measures:
 
     rows: np.ndarray  # int64 [clips], of the store
     motion: np.ndarray  # float64 [clips], mean absolute difference of consecutive frames, in grey levels 0..255
-    linear_l2: np.ndarray  # float64 [clips], error of linear interpolation between the ends, in `l2_report`'s unit
+    linear_l2: np.ndarray  # float64 [clips], error of linear interpolation between the ends, in `l2_paper`'s unit
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Histogram:
     beyond: int
 
 
-def survey(store: Store) -> dict[str, bytes]:
+def survey(store: ClipDataset) -> dict[str, bytes]:
     """File name -> PNG, of a store with at least one clip.
 
     At most 8 categories are told apart, the largest; motion and error are measured on at most 400 clips for each of
@@ -91,14 +91,14 @@ def sample(rows: np.ndarray, most: int) -> np.ndarray:
     return np.asarray([rng.choice(stretch) for stretch in np.array_split(rows, most)])
 
 
-def measure(store: Store, rows: np.ndarray) -> Measures:
+def measure(store: ClipDataset, rows: np.ndarray) -> Measures:
     """Motion and linear interpolation's error of the clips of `rows`, int64 [clips]."""
     motion, linear_l2 = np.empty(len(rows)), np.empty(len(rows))
     for place, row in enumerate(rows):  # one at a time: as float64, a large clip takes a few hundred megabytes
-        clip = store.gather(np.asarray([row]))
+        clip = store.get_clips(np.asarray([row]))
         motion[place] = np.abs(np.diff(clip.astype(np.int16), axis=1)).mean()
         real = torch.from_numpy(clip)
-        linear_l2[place] = l2_report(linear(real[:, 0], real[:, -1], real.shape[1]), real).item()
+        linear_l2[place] = l2_paper(linear(real[:, 0], real[:, -1], real.shape[1]), real).item()
     return Measures(rows, motion, linear_l2)
 
 
@@ -124,7 +124,7 @@ def _largest(categories: Sequence[str]) -> list[str]:
     return sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MOST_CATEGORIES])
 
 
-def _header(store: Store) -> list[str]:
+def _header(store: ClipDataset) -> list[str]:
     """Name, clips, and what they came from: a line each."""
     clip, every = store.clip, np.arange(len(store.ids))
     codecs = Counter(store.facts["codec"].to_pylist()).most_common()
@@ -141,13 +141,13 @@ def _header(store: Store) -> list[str]:
     return [readable(store.name, _TITLE_LETTERS), *("   ·   ".join(line) for line in facts)]
 
 
-def _clips_of(store: Store, rows: np.ndarray) -> str:
+def _clips_of(store: ClipDataset, rows: np.ndarray) -> str:
     """'412 clips: 350 training, 62 validation'."""
-    counts = {split: int(np.isin(store.rows_of(split), rows).sum()) for split in SPLITS}
+    counts = {split: int(np.isin(store.split_indices(split), rows).sum()) for split in SPLITS}
     return f"{_counted(len(rows), 'clip')}: " + ", ".join(f"{n:,} {split}" for split, n in counts.items() if n)
 
 
-def _padded(store: Store, rows: np.ndarray) -> str:
+def _padded(store: ClipDataset, rows: np.ndarray) -> str:
     """The share of clips whose videos were too short, so that their last frame was repeated."""
     padded = store.facts["padded"].to_numpy()[rows] > 0
     return f"{_percent(int(padded.sum()), len(rows))} padded at the end"
@@ -162,7 +162,7 @@ def _counted(count: int, noun: str) -> str:
     return f"{count:,} {noun if count == 1 else plural}" if count else f"no {plural}"
 
 
-def _clips_picture(store: Store, of_shown: dict[str, np.ndarray], measures: Measures) -> bytes:
+def _clips_picture(store: ClipDataset, of_shown: dict[str, np.ndarray], measures: Measures) -> bytes:
     l2_of = dict(zip(measures.rows.tolist(), measures.linear_l2.tolist(), strict=True))
     categories = np.asarray(store.categories)
     samples = []
@@ -172,7 +172,7 @@ def _clips_picture(store: Store, of_shown: dict[str, np.ndarray], measures: Meas
         clips = {}
         for row, quantile in reversed(quantile_of.items()):
             name = readable(Path(store.ids[row]).stem, _ID_LETTERS)
-            clips[f"{quantile:.0%}   l2 {l2_of[row]:.0f}\n{name}"] = _thumbnail(store.gather(np.asarray([row]))[0])
+            clips[f"{quantile:.0%}   l2 {l2_of[row]:.0f}\n{name}"] = _thumbnail(store.get_clips(np.asarray([row]))[0])
         of_category = np.flatnonzero(categories == category)
         title = readable(category, _TITLE_LETTERS)
         samples.append((f"{title}   {_clips_of(store, of_category)}   {_padded(store, of_category)}", clips))
@@ -211,7 +211,7 @@ def readable(text: str, letters: int) -> str:
     return text if len(text) <= letters else f"{text[: letters // 2]}…{text[-((letters - 1) // 2) :]}"
 
 
-def _measures_picture(store: Store, shown: list[str], sampled: np.ndarray, measures: Measures) -> bytes:
+def _measures_picture(store: ClipDataset, shown: list[str], sampled: np.ndarray, measures: Measures) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 

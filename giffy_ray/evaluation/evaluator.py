@@ -17,7 +17,7 @@ from torch import Tensor
 from giffy_ray.config import ClipConfig
 from giffy_ray.core import media
 from giffy_ray.core.tensor_types import Clips, PerClip
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.evaluation import metrics
 from giffy_ray.models.baselines import BASELINES
 from giffy_ray.models.sampling import FromNoise, Method, generate_in_parts
@@ -28,7 +28,7 @@ ALL = "all"  # the categories together
 BATCH = 16  # clips: what an actor of an evaluation is given at a time
 _RESAMPLES = 1000
 _MOST_INTERVALS = 8  # categories: where there are more, only all together get one, as it takes a quarter of a second
-_BOUNDED = ("l2_report", "psnr")  # whose means over all clips get an interval
+_BOUNDED = ("l2_paper", "psnr")  # whose means over all clips get an interval
 _MEASURED = 2  # clips at a time: the memory of larger float64 copies costs more than what is computed from them
 
 # Sees clips go by: the method's name, or REAL; rows of the store; their clips, uint8 [rows, time, height, width, 3]
@@ -39,23 +39,23 @@ class Measure(NamedTuple):
     """How a metric of `giffy_ray.evaluation.metrics` is shown."""
 
     label: str
-    better: Literal["smaller", "larger", "one", "none"]  # one: nearer to 1
+    better: Literal["minimize", "maximize", "one", "none"]  # one: nearer to 1
     digits: int
     meaning: str
 
 
 MEASURES = {
-    "l2_report": Measure("l2", "smaller", 0, "distance to the real clip, in the report's unit"),
-    "psnr": Measure("PSNR dB", "larger", 1, "of the frames between"),
-    "ssim": Measure("SSIM", "larger", 3, "of the frames between"),
-    "motion_error": Measure("motion error", "smaller", 1, "of the changes from frame to frame, in grey levels"),
+    "l2_paper": Measure("l2", "minimize", 0, "distance to the real clip, in the report's unit"),
+    "psnr": Measure("PSNR dB", "maximize", 1, "of the frames between"),
+    "ssim": Measure("SSIM", "maximize", 3, "of the frames between"),
+    "motion_error": Measure("motion error", "minimize", 1, "of the changes from frame to frame, in grey levels"),
     "motion_ratio": Measure("motion ratio", "one", 2, "how much it moves, over how much the real clip does"),
     "sharpness_ratio": Measure("sharpness", "one", 2, "how sharp its frames are, over how sharp the real ones are"),
-    "ends_error": Measure("ends error", "smaller", 1, "of the first and the last frame, in grey levels"),
+    "ends_error": Measure("ends error", "minimize", 1, "of the first and the last frame, in grey levels"),
     "diversity": Measure("diversity", "none", 1, "how far a clip's samples are from each other, in grey levels"),
 }
 _METRICS = {
-    "l2_report": metrics.l2_report,
+    "l2_paper": metrics.l2_paper,
     "psnr": metrics.psnr,
     "ssim": metrics.ssim,
     "ends_error": metrics.ends_error,
@@ -85,7 +85,7 @@ class Score:
     method: str
     category: str
     clip_id: str
-    l2_report: float
+    l2_paper: float
     psnr: float
     ssim: float
     ends_error: float
@@ -115,7 +115,7 @@ def baseline_methods(names: Iterable[str], clip: ClipConfig) -> dict[str, list[M
 
 def evaluate(
     methods: Mapping[str, Sequence[Method]],
-    store: Store,
+    store: ClipDataset,
     rows: np.ndarray,
     sources: Sequence[str],
     watch: Watch = lambda name, rows, clips: None,
@@ -145,7 +145,7 @@ class Evaluator:
     """
 
     def __init__(
-        self, methods: Mapping[str, Sequence[Method]], store: Store, watched: Iterable[int], drawn: Iterable[int]
+        self, methods: Mapping[str, Sequence[Method]], store: ClipDataset, watched: Iterable[int], drawn: Iterable[int]
     ):
         self.methods, self.store = methods, store
         self.watched, self.drawn = np.asarray(sorted(watched), dtype=np.int64), frozenset(drawn)
@@ -166,10 +166,10 @@ class Evaluator:
 
 
 def _score(
-    methods: Mapping[str, Sequence[Method]], store: Store, rows: np.ndarray, sources: Sequence[str], watch: Watch
+    methods: Mapping[str, Sequence[Method]], store: ClipDataset, rows: np.ndarray, sources: Sequence[str], watch: Watch
 ) -> list[Score]:
     scores = []
-    real = torch.from_numpy(store.gather(rows))
+    real = torch.from_numpy(store.get_clips(rows))
     watch(REAL, rows, real.numpy())
     made_by = _make(methods, real, [store.ids[row] for row in rows])
     for name, several in methods.items():
@@ -232,7 +232,7 @@ class Summary:
     method: str
     clips: int
     spreads: dict[str, tuple[float, float]]  # of each metric mean and population standard deviation over the clips
-    won: float | None  # share of clips with a smaller l2_report than linear interpolation; none for itself
+    won: float | None  # share of clips with a smaller l2_paper than linear interpolation; none for itself
     # Against linear interpolation, and the ends of its 95 % interval by source, NaN where there is none.
     skill: tuple[float, float, float] | None
     # Of the means of `_BOUNDED`, the ends of their 95 % intervals by source; NaN where there is none.
@@ -259,9 +259,7 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
         won = skill = None
         if method != BASELINE:
             beside = [baseline[score.clip_id] for score in group]
-            won = float(
-                np.mean([ours.l2_report < linear.l2_report for ours, linear in zip(group, beside, strict=True)])
-            )
+            won = float(np.mean([ours.l2_paper < linear.l2_paper for ours, linear in zip(group, beside, strict=True)]))
             skill = _skill(group, beside, category == ALL or categories <= _MOST_INTERVALS + 1)
         # Only over all clips, as it takes time.
         intervals = {metric: _interval_of_mean(group, values[metric]) for metric in _BOUNDED if category == last}

@@ -17,14 +17,14 @@ from typing import Any
 import numpy as np
 
 from giffy_ray.core.media import sprite_columns
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.evaluation.evaluator import MEASURES, REAL, REPORT_NOTE, REPORT_TABLE_2, Score, Summary
 
 _TEMPLATE, _STYLE = Path(__file__).with_suffix(".html"), Path(__file__).with_suffix(".css")
 _MOST_PIXELS = 90_000_000  # of all frames of all clips: about 25 MB of file
 
 
-def chosen_rows(store: Store, rows: np.ndarray, methods: int) -> list[int]:
+def chosen_rows(store: ClipDataset, rows: np.ndarray, methods: int) -> list[int]:
     """Those of `rows` that a page with this many methods has room for: the first of every category, in order."""
     clip = store.clip
     pixels = clip.frames * clip.height * clip.width * (methods + 1)
@@ -36,8 +36,8 @@ def chosen_rows(store: Store, rows: np.ndarray, methods: int) -> list[int]:
     return sorted(row for _, row in sorted(ranked)[: max(1, _MOST_PIXELS // pixels)])
 
 
-def page(
-    store: Store,
+def render_comparison(
+    store: ClipDataset,
     split: str,
     scores: Sequence[Score],
     summaries: Sequence[Summary],
@@ -79,10 +79,10 @@ def page(
             for row, pictures in sprites.items()
         ],
     }
-    return filled(_TEMPLATE, study)
+    return render_template(_TEMPLATE, study)
 
 
-def filled(template: Path, study: Mapping[str, Any]) -> bytes:
+def render_template(template: Path, study: Mapping[str, Any]) -> bytes:
     """The page of a template: with the look that all have, and `study` as the JSON that it draws."""
     # In a script element only "</script" and "<!--" matter, and JSON has "<" nowhere but in strings.
     text = json.dumps(_plain(study), allow_nan=False).replace("<", "\\u003c")

@@ -20,7 +20,7 @@ from giffy_ray.core.tensor_types import Clips, PerClip
 _WINDOW = 5  # values on each side of the middle of SSIM's window
 
 
-def l2_report(made: Clips, real: Clips) -> PerClip:
+def l2_paper(made: Clips, real: Clips) -> PerClip:
     """The unit of the report's Table 2: Euclidean distance over all pixels of the clip in 0..255, over 100.
 
     The table's caption says pixels in 0..1; its published figures are reproduced only by 0..255.
@@ -116,7 +116,7 @@ def sharpness_ratio(made: Clips, real: Clips) -> PerClip:
     return _steepness(made[:, 1:-1]) / _steepness(real[:, 1:-1])
 
 
-METRICS = {"l2_report": l2_report, "psnr": psnr, "ssim": ssim}
+METRICS = {"l2_paper": l2_paper, "psnr": psnr, "ssim": ssim}
 
 
 def skill(made_sse: Tensor, linear_sse: Tensor) -> Tensor:

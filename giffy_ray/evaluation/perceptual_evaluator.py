@@ -24,7 +24,7 @@ _OF_SETS: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
 }
 
 
-class Perceived:
+class PerceptualEvaluator:
     """Perceptual metrics of the clips of some rows of a store.
 
     `weights`: the paths of TorchScript files. What a metric lacks is a ConfigError here.
@@ -49,7 +49,7 @@ class Perceived:
         self._real = torch.empty(0)
         perceptual_metrics.require(self._names, weights)
 
-    def watch(self, method: str, rows: np.ndarray, clips: np.ndarray) -> None:
+    def update(self, method: str, rows: np.ndarray, clips: np.ndarray) -> None:
         """For `evaluate`: of each part the real clips come first."""
         ours = torch.from_numpy(clips[np.isin(rows, self.rows)])
         if not len(ours):
@@ -62,7 +62,7 @@ class Perceived:
         for kind, features in self._features.items():
             self._gathered[method, kind].append(features(ours))
 
-    def results(self) -> dict[str, dict[str, float]]:
+    def compute(self) -> dict[str, dict[str, float]]:
         """Each metric by method, in the order seen."""
         gathered = {key: torch.cat(parts) for key, parts in self._gathered.items()}
         methods = dict.fromkeys(method for method, _ in gathered if method != REAL)

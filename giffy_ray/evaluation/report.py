@@ -13,11 +13,11 @@ import numpy as np
 from rich.console import Console
 
 from giffy_ray.cluster import resources
-from giffy_ray.cluster.resources import KEEP_MEMORY
+from giffy_ray.cluster.resources import MALLOC_ENV
 from giffy_ray.config import ClipConfig, ConfigError, Experiment
 from giffy_ray.core import media
 from giffy_ray.core.storage import join, read_bytes, write_bytes
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.loader import map_rows
 from giffy_ray.data.sampler import sample_rows
 from giffy_ray.evaluation import perceptual_metrics
@@ -33,8 +33,8 @@ from giffy_ray.evaluation.evaluator import (
     summarise,
     to_csv,
 )
-from giffy_ray.evaluation.html_report import chosen_rows, page
-from giffy_ray.evaluation.perceptual_evaluator import Perceived
+from giffy_ray.evaluation.html_report import chosen_rows, render_comparison
+from giffy_ray.evaluation.perceptual_evaluator import PerceptualEvaluator
 from giffy_ray.evaluation.tables import (
     COLUMNS,
     WIDTH,
@@ -54,7 +54,7 @@ _MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
 _MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
 
 
-class Trained(NamedTuple):
+class TrainedModel(NamedTuple):
     """A generator that is evaluated, and the experiment that it was trained with."""
 
     name: str
@@ -62,7 +62,7 @@ class Trained(NamedTuple):
     experiment: Experiment
 
 
-def show_data_set(store: Store) -> None:
+def show_data_set(store: ClipDataset) -> None:
     """What a data set holds: a printed table, and pictures in its folder."""
     Console(width=WIDTH).print(data_table(store))
     for name, content in survey(store).items():
@@ -70,7 +70,7 @@ def show_data_set(store: Store) -> None:
         print(f"  {join(store.location, name)}")
 
 
-def log_data_set(store: Store, trackers: Sequence[Tracker]) -> None:
+def log_data_set(store: ClipDataset, trackers: Sequence[Tracker]) -> None:
     """The same to MLflow: pictures, the list of rejects, and counts."""
     rejects = read_bytes(join(store.location, "rejects.parquet"))
     _log_files({**survey(store), "rejects.parquet": rejects}, trackers, "data_set")
@@ -80,7 +80,7 @@ def log_data_set(store: Store, trackers: Sequence[Tracker]) -> None:
         tracker.log_results({f"data/{name}": value for name, value in counts.items()})
 
 
-def check_evaluation(experiment: Experiment, store: Store | None = None) -> None:
+def check_evaluation(experiment: Experiment, store: ClipDataset | None = None) -> None:
     """Raises ConfigError for what `show_results` could not show, before the training that it comes after.
 
     `store`: of the clips, where they are known.
@@ -91,7 +91,7 @@ def check_evaluation(experiment: Experiment, store: Store | None = None) -> None
         if name not in settings.perceptual:
             raise ConfigError(f"evaluate.weights.{name}: evaluate.perceptual does not name {name} (value {path!r})")
     perceptual_metrics.require(settings.perceptual, settings.weights)
-    if store is not None and not len(store.rows_of(settings.split)):
+    if store is not None and not len(store.split_indices(settings.split)):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {settings.split!r})")
 
 
@@ -100,8 +100,8 @@ class MakeEvaluator:
     """What an actor of an evaluation is made from."""
 
     experiment: Experiment
-    runs: tuple[Trained, ...]
-    store: Store
+    runs: tuple[TrainedModel, ...]
+    store: ClipDataset
     watched: frozenset[int]
     drawn: frozenset[int]
 
@@ -110,7 +110,7 @@ class MakeEvaluator:
         return Evaluator(methods, self.store, self.watched, self.drawn)
 
 
-def methods_of(experiment: Experiment, runs: Sequence[Trained], clip: ClipConfig) -> dict[str, list[Method]]:
+def methods_of(experiment: Experiment, runs: Sequence[TrainedModel], clip: ClipConfig) -> dict[str, list[Method]]:
     """The baselines of `evaluate.baselines`, then what the learners of `runs` make."""
     methods = baseline_methods(experiment.evaluate.baselines, clip)
     for run in runs:
@@ -118,33 +118,37 @@ def methods_of(experiment: Experiment, runs: Sequence[Trained], clip: ClipConfig
     return methods
 
 
-def _bytes_of(run: Trained) -> int:
+def _bytes_of(run: TrainedModel) -> int:
     return sum(value.nbytes for network in run.learner.networks.values() for value in network.state_dict().values())
 
 
-def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, trackers: Sequence[Tracker]) -> None:
+def show_results(
+    experiment: Experiment, runs: Sequence[TrainedModel], store: ClipDataset, trackers: Sequence[Tracker]
+) -> None:
     """Sets the runs and the baselines side by side on `evaluate.split`, as the `evaluate` section says.
 
     Prints tables, and leaves CSV, pictures and a page in the experiment's folder and in MLflow. Raises ConfigError
     where the data set has no such split.
     """
     split, clip = experiment.evaluate.split, store.clip
-    rows, there_are = sample_rows(store, split, experiment.evaluate.clips), len(store.rows_of(split))
+    rows, there_are = sample_rows(store, split, experiment.evaluate.clips), len(store.split_indices(split))
     if not len(rows):
         raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
     names = list(methods_of(experiment, runs, clip))
     clips: dict[int, dict[str, np.ndarray]] = {row: {} for row in _typical(store, rows)}
     sprites: dict[int, dict[str, bytes]] = {row: {} for row in chosen_rows(store, rows, len(names))}
-    perceived = Perceived(experiment.evaluate.perceptual, experiment.evaluate.weights, sample(rows, _MOST_PERCEIVED))
+    perceived = PerceptualEvaluator(
+        experiment.evaluate.perceptual, experiment.evaluate.weights, sample(rows, _MOST_PERCEIVED)
+    )
     watched = {*clips, *(perceived.rows.tolist() if experiment.evaluate.perceptual else [])}
     make_evaluator = MakeEvaluator(experiment, tuple(runs), store, frozenset(watched), frozenset(sprites))
     pool = resources.model_pool(experiment, -(-len(rows) // BATCH), sum(_bytes_of(run) for run in runs))
-    asked = {**pool.resources, "runtime_env": {"env_vars": KEEP_MEMORY}}
+    asked = {**pool.resources, "runtime_env": {"env_vars": MALLOC_ENV}}
     scores: list[Score] = []
     for done in map_rows(rows, make_evaluator, batch=BATCH, actors=pool.actors, title="evaluating", resources=asked):
         scores += done.scores
         for name, seen, made in done.clips:
-            perceived.watch(name, seen, made)
+            perceived.update(name, seen, made)
             for row, one in zip(seen.tolist(), made, strict=True):
                 if row in clips:
                     clips[row][name] = one.copy()
@@ -155,12 +159,12 @@ def show_results(experiment: Experiment, runs: Sequence[Trained], store: Store, 
     console.print(distance_table(summaries, store, split, there_are))
     console.print(skill_table(summaries, store))
     console.print(measures_table(summaries, there_are))
-    looks = perceived.results()
+    looks = perceived.compute()
     if looks:
         console.print(perceptual_table(looks, len(perceived.rows), there_are))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
-        "evaluation.html": page(store, split, scores, summaries, sprites, there_are),
+        "evaluation.html": render_comparison(store, split, scores, summaries, sprites, there_are),
         **_pictures(clips, store, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
     folder = join(experiment.storage, experiment.name)
@@ -192,7 +196,7 @@ def _logged(summaries: Sequence[Summary], split: str, looks: Mapping[str, Mappin
     return logged
 
 
-def _typical(store: Store, rows: np.ndarray) -> list[int]:
+def _typical(store: ClipDataset, rows: np.ndarray) -> list[int]:
     """A few clips of the largest categories, easy and hard, told by linear interpolation alone."""
     of_category: dict[str, list[int]] = {}
     for row in rows.tolist():
@@ -206,10 +210,10 @@ def _typical(store: Store, rows: np.ndarray) -> list[int]:
 
 
 def _pictures(
-    clips: Mapping[int, Mapping[str, np.ndarray]], store: Store, scores: Sequence[Score], moving: Sequence[str]
+    clips: Mapping[int, Mapping[str, np.ndarray]], store: ClipDataset, scores: Sequence[Score], moving: Sequence[str]
 ) -> dict[str, bytes]:
     """The contact sheet of a few rows' clips by method, and the animation of the methods of `moving`."""
-    l2_of = {(score.method, score.clip_id): score.l2_report for score in scores}
+    l2_of = {(score.method, score.clip_id): score.l2_paper for score in scores}
     samples = []
     for row, made in clips.items():
         clip_id = store.ids[row]

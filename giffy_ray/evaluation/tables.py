@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table
 
 from giffy_ray.config import SPLITS
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prune import Removal
 from giffy_ray.evaluation.evaluator import ALL, MEASURES, REPORT_NOTE, REPORT_TABLE_2, Summary
 
@@ -18,14 +18,14 @@ WIDTH = 110  # of the tables; a job's log has no terminal to ask
 COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
 _SHOWN_CATEGORIES = 30
 _METHOD_WIDTH = 34  # of the first column of the tables
-_HOPELESS = -1  # a skill below this needs neither digits nor bounds
+_SKILL_PRECISION_FLOOR = -1  # a skill below this needs neither digits nor bounds
 _BOUNDED = 3  # columns that have room for intervals
 
 
-def data_table(store: Store) -> Table:
+def data_table(store: ClipDataset) -> Table:
     """How many clips there are of each category in each split, and how many videos were rejected."""
-    splits = [split for split in SPLITS if len(store.rows_of(split))]
-    kept = f"{store.bytes / 1e9:.2f} GB" if store.recipe.keep else "decoded anew each time"
+    splits = [split for split in SPLITS if len(store.split_indices(split))]
+    kept = f"{store.bytes / 1e9:.2f} GB" if store.recipe.cache else "decoded anew each time"
     table = Table(title=f"{store.name}: {len(store)} clips, {kept}", title_justify="left")
     table.add_column("category", no_wrap=True)
     for heading in (*splits, "rejected"):
@@ -39,7 +39,7 @@ def data_table(store: Store) -> Table:
         table.add_row(f"and {len(names) - _SHOWN_CATEGORIES} more")
     if len(names) > 1:
         table.add_section()
-        table.add_row(ALL, *(str(len(store.rows_of(split))) for split in splits), str(len(store.rejects)))
+        table.add_row(ALL, *(str(len(store.split_indices(split))) for split in splits), str(len(store.rejects)))
     return table
 
 
@@ -61,7 +61,7 @@ def removals_table(removals: Sequence[Removal], storage: str, dry_run: bool) -> 
     return table
 
 
-def distance_table(summaries: Sequence[Summary], store: Store, split: str, there_are: int | None = None) -> Table:
+def distance_table(summaries: Sequence[Summary], store: ClipDataset, split: str, there_are: int | None = None) -> Table:
     """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside.
 
     `there_are`: clips of the split, where the evaluation is of some of them.
@@ -69,14 +69,14 @@ def distance_table(summaries: Sequence[Summary], store: Store, split: str, there
     clips = count_of(summaries[-1].clips, there_are)
     table = Table(
         title=f"{store.name}: l2 of {clips} {split} clips, mean ± standard deviation; smaller is better\n"
-        + _interval_of_means(summaries, "l2_report"),
+        + _interval_of_means(summaries, "l2_paper"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     shown, left_out = _columns(table, summaries, store)
-    of = {(summary.category, summary.method): summary.spreads["l2_report"] for summary in summaries}
+    of = {(summary.category, summary.method): summary.spreads["l2_paper"] for summary in summaries}
     for method in dict.fromkeys(summary.method for summary in summaries):
         table.add_row(method, *("{:.0f} ± {:.0f}".format(*of[category, method]) for category in shown))
     captions = []
@@ -108,7 +108,7 @@ def _interval_of_means(summaries: Sequence[Summary], metric: str) -> str:
     return f"95 % interval of the means over all, by source video: ±{half:.{digits}f} at most"
 
 
-def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
+def skill_table(summaries: Sequence[Summary], store: ClipDataset) -> Table:
     """How much nearer than linear interpolation each method comes, in the columns of `distance_table`."""
     table = Table(
         title=f"skill and clips won against linear interpolation, of {summaries[-1].clips:,} clips",
@@ -128,7 +128,7 @@ def skill_table(summaries: Sequence[Summary], store: Store) -> Table:
 def measures_table(summaries: Sequence[Summary], there_are: int | None = None) -> Table:
     """The means of the other metrics, over all clips. `there_are`: as for `distance_table`."""
     every = [summary for summary in summaries if summary.category == summaries[-1].category]
-    others = {name: shown for name, shown in MEASURES.items() if name != "l2_report"}
+    others = {name: shown for name, shown in MEASURES.items() if name != "l2_paper"}
     table = Table(
         title=f"{count_of(every[0].clips, there_are)} clips; means\nPSNR: {_interval_of_means(summaries, 'psnr')}",
         caption="Motion ratio, sharpness: best at 1. best of K: the nearest of K samples; diversity: between them.",
@@ -163,7 +163,7 @@ def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int, there
     return table
 
 
-def _columns(table: Table, summaries: Sequence[Summary], store: Store) -> tuple[list[str], int]:
+def _columns(table: Table, summaries: Sequence[Summary], store: ClipDataset) -> tuple[list[str], int]:
     """Adds a column for the methods, and one for each of the largest categories and for all.
 
     Returns those categories, and how many are left out.
@@ -181,11 +181,11 @@ def _columns(table: Table, summaries: Sequence[Summary], store: Store) -> tuple[
 def _skill_of(summary: Summary, bounded: bool) -> str:
     assert summary.skill
     skill, low, high = summary.skill
-    if skill < _HOPELESS:
+    if skill < _SKILL_PRECISION_FLOOR:
         return f"{skill:.1f} {summary.won:4.0%}"
     bounds = f" ({low:z.2f}, {high:z.2f})" if bounded and not math.isnan(low) else ""
     return f"{skill:z.2f}{bounds} {summary.won:4.0%}"
 
 
-def category_name(store: Store, category: str) -> str:
+def category_name(store: ClipDataset, category: str) -> str:
     return category if category == ALL else f"{store.name}-{category}"

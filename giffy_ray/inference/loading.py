@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
-from giffy_ray.core.storage import settle
+from giffy_ray.core.storage import resolve_path
 from giffy_ray.evaluation.evaluator import (
     BASELINE,
     REAL,
 )
-from giffy_ray.evaluation.report import Trained
+from giffy_ray.evaluation.report import TrainedModel
 from giffy_ray.tracking.model_registry import fetch
 from giffy_ray.tracking.tracker import tracking_uri
 from giffy_ray.training import checkpoints, learners
@@ -24,7 +24,7 @@ from giffy_ray.training.learners import Learner
 _REGISTERED = "models:/"  # in MLflow's registry
 
 
-def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
+def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[TrainedModel]:
     """The learners of `evaluate.runs`, or of the experiment's own run; of each run the checkpoint that
     `checkpoints.select` chooses, which is printed.
 
@@ -32,8 +32,8 @@ def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[Trained]:
     """
     if not experiment.evaluate.runs:
         learner, trained = _selected(experiment)
-        return [_fitting(Trained(trained.model.kind, learner, trained), "name", clip)]
-    runs = [Trained(_short(run), *_loaded(experiment, run)) for run in experiment.evaluate.runs]
+        return [_fitting(TrainedModel(trained.model.kind, learner, trained), "name", clip)]
+    runs = [TrainedModel(_short(run), *_loaded(experiment, run)) for run in experiment.evaluate.runs]
     names = Counter(run.name for run in runs)
     names.update([REAL, BASELINE, *experiment.evaluate.baselines])
     for run in runs:
@@ -48,7 +48,7 @@ def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
         if run.startswith(_REGISTERED):
             with tempfile.TemporaryDirectory() as folder:
                 return checkpoints.load(fetch(tracking_uri(experiment), run, Path(folder)))
-        return checkpoints.load(settle(run)) if "/" in run else _selected(override(experiment, {"name": run}))
+        return checkpoints.load(resolve_path(run)) if "/" in run else _selected(override(experiment, {"name": run}))
     except (ConfigError, FileNotFoundError, checkpoints.DamagedCheckpoint) as error:
         raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
 
@@ -68,7 +68,7 @@ def _short(run: str) -> str:
     return folders[-1] if folders and last.startswith("checkpoint_") else last
 
 
-def _fitting(run: Trained, field: str, clip: ClipConfig) -> Trained:
+def _fitting(run: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
     """The run as it makes clips of the size and length of `clip`. Only `between` can make others than it learned."""
     ours = run.experiment.clip
     others = [name for name in ("frames", "height", "width") if getattr(ours, name) != getattr(clip, name)]
@@ -82,7 +82,7 @@ def _fitting(run: Trained, field: str, clip: ClipConfig) -> Trained:
     return run
 
 
-def _resized(run: Trained, field: str, clip: ClipConfig) -> Trained:
+def _resized(run: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
     """The same networks as the learner of an experiment with another clip; its discriminators stay behind."""
     changes = {f"clip.{name}": getattr(clip, name) for name in ("frames", "height", "width")}
     experiment = override(run.experiment, changes | {"model.adversarial_weight": 0.0})
@@ -92,4 +92,4 @@ def _resized(run: Trained, field: str, clip: ClipConfig) -> Trained:
         raise ConfigError(f"{field}: {run.name} cannot make these clips: {error}") from error
     for name, network in learner.networks.items():
         network.load_state_dict(run.learner.networks[name].state_dict())
-    return Trained(run.name, learner, experiment)
+    return TrainedModel(run.name, learner, experiment)

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from giffy_ray.models.sampling import noise_at
+from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.training import checkpoints
 
 
-class Maker:
+class InterpolationModel:
     def __init__(self, location: str):
         self.learner, self.experiment = checkpoints.load(location)
 
@@ -27,10 +27,10 @@ class Maker:
         seed = (params or {}).get("seed")
         noise = torch.zeros(len(start), self.learner.latent)
         if seed is not None and self.learner.latent:
-            noise = noise_at(seed, range(len(start)), self.learner.latent)
+            noise = noise_from_keys(seed, range(len(start)), self.learner.latent)
         return self.learner.generate(start, end, noise).numpy()
 
 
-def _load_pyfunc(location: str) -> Maker:
+def _load_pyfunc(location: str) -> InterpolationModel:
     """The name that MLflow calls."""
-    return Maker(location)
+    return InterpolationModel(location)

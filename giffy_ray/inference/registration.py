@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from giffy_ray.config import ClipConfig, ConfigError, Experiment
-from giffy_ray.core.storage import join, read_text, without_secrets
+from giffy_ray.core.storage import join, read_text, redact_credentials
 from giffy_ray.tracking import model_registry
 from giffy_ray.tracking.model_registry import Version
 from giffy_ray.tracking.tracker import tracking_uri
@@ -22,7 +22,7 @@ _METRIC = checkpoints.METRIC  # by which the champion is chosen, as a run's best
 _CLIPS = ("data.fingerprint", "data.split", "clip")
 
 
-def offer(experiment: Experiment) -> None:
+def try_register(experiment: Experiment) -> None:
     """Registers the run of the experiment's name under `tracking.model`, and says what came of it.
 
     Whatever goes wrong is said, with how to do it again: a training is not lost with a registry that is away.
@@ -34,7 +34,7 @@ def offer(experiment: Experiment) -> None:
     except Exception as failure:
         words = f"name={experiment.name} storage={experiment.storage} tracking.model={experiment.tracking.model}"
         words += f" tracking.uri={experiment.tracking.uri}" if experiment.tracking.uri else ""
-        words, why = without_secrets(words), without_secrets(str(failure)).strip() or type(failure).__name__
+        words, why = redact_credentials(words), redact_credentials(str(failure)).strip() or type(failure).__name__
         print(
             f"the model was not registered: {why}\n  once that is mended: python jobs/register.py {words}", flush=True
         )
@@ -58,26 +58,28 @@ def register(experiment: Experiment) -> str:
 
         def read(location: str) -> dict[str, Any]:
             position = checkpoints.position_of(location)
-            checkpoints.publish(location, published)
+            checkpoints.export_weights(location, published)
             return position
 
         _, position = checkpoints.read_chosen(functools.partial(checkpoints.best, experiment, _METRIC), read)
         learner, trained = checkpoints.load(str(published))
-        model_registry.describe(Path(folder), trained.clip, learner.latent, "giffy_ray.inference.pyfunc_model")
+        model_registry.write_mlmodel(Path(folder), trained.clip, learner.latent, "giffy_ray.inference.pyfunc_model")
         digest = hashlib.sha256((published / "manifest.json").read_bytes()).hexdigest()
-        version = model_registry.add(uri, name, run_id, Path(folder), digest, facts(experiment, trained, position))
+        version = model_registry.add(
+            uri, name, run_id, Path(folder), digest, version_tags(experiment, trained, position)
+        )
     before = model_registry.champion(uri, name)
-    crowned, why = verdict(version, before)
+    crowned, why = compare_to_champion(version, before)
     if crowned:
-        model_registry.crown(uri, version)
+        model_registry.set_champion(uri, version)
     return f"models:/{name}/{version.number}: {why}"
 
 
-def facts(experiment: Experiment, trained: Experiment, position: Mapping[str, Any]) -> dict[str, str]:
+def version_tags(experiment: Experiment, trained: Experiment, position: Mapping[str, Any]) -> dict[str, str]:
     """What is known of a checkpoint, as tags of its version: its metrics, and on which clips they were measured."""
     place = join(experiment.storage, experiment.name)
     tags = {
-        "giffy_ray.run": without_secrets(place),
+        "giffy_ray.run": redact_credentials(place),
         "model.kind": trained.model.kind,
         "steps_done": str(position["steps_done"]),
         "data.fingerprint": read_text(join(place, "data_set")) or "",
@@ -87,7 +89,7 @@ def facts(experiment: Experiment, trained: Experiment, position: Mapping[str, An
     return tags | {name: repr(value) for name, value in position["metrics"].items() if name.startswith("val/")}
 
 
-def verdict(new: Version, champion: Version | None) -> tuple[bool, str]:
+def compare_to_champion(new: Version, champion: Version | None) -> tuple[bool, str]:
     """Whether `new` becomes the champion in place of `champion`, and why, or why not."""
     ours = _metric(new.tags)
     if champion is None:

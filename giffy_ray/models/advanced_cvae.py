@@ -34,7 +34,7 @@ class AdvancedGenerator(nn.Module):
         self.seed_shape = (first, clip.frames // 10, clip.height // 32, clip.width // 32)
         flat = first * (clip.frames // 10) * (clip.height // 32) * (clip.width // 32)
         self.seed = normalised(linear(model.latent + 2 * model.image_code, flat), norm_1d, flat, nn.ReLU())
-        self.half_size, self.time_channels = model.joined == "half_size", model.time_channels
+        self.half_size, self.time_channels = model.join_stage == "half_size", model.time_channels
 
         def up(inputs: int, outputs: int, stride: Triple) -> nn.Module:
             return normalised(SameConvTranspose3d(inputs, outputs, _KERNEL, stride), norm_3d, outputs, nn.ReLU())

@@ -8,28 +8,28 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
 from torch import nn
 
-from giffy_ray.core.async_copy import sent
+from giffy_ray.core.async_copy import to_device_async
 from giffy_ray.core.tensor_types import Clips, Images, Noise
 
 
-def noise_at(seed: int, keys: Sequence[int], width: int, device: torch.device | None = None) -> Noise:
+def noise_from_keys(seed: int, keys: Sequence[int], width: int, device: torch.device | None = None) -> Noise:
     """Standard normal [len(keys), width] in torch's default dtype; row i depends on (seed, keys[i]) only."""
     rows = [
         np.random.Generator(np.random.Philox(key=[seed, key])).standard_normal(width, dtype=np.float32) for key in keys
     ]
     noise = torch.from_numpy(np.stack(rows)).to(torch.get_default_dtype())
-    return noise if device is None else sent(noise, device)
+    return noise if device is None else to_device_async(noise, device)
 
 
-def noise_for(seed: int, clip_ids: Sequence[str], width: int, device: torch.device | None = None) -> Noise:
-    """`noise_at` with one row for each clip id: a clip is made from the same noise in every evaluation."""
-    return noise_at(seed, [zlib.crc32(clip_id.encode()) for clip_id in clip_ids], width, device)
+def noise_from_clip_ids(seed: int, clip_ids: Sequence[str], width: int, device: torch.device | None = None) -> Noise:
+    """`noise_from_keys` with one row for each clip id: a clip is made from the same noise in every evaluation."""
+    return noise_from_keys(seed, [zlib.crc32(clip_id.encode()) for clip_id in clip_ids], width, device)
 
 
 _GENERATED = 8  # clips that a generator makes at a time
@@ -37,6 +37,7 @@ _GENERATED = 8  # clips that a generator makes at a time
 Method = Callable[[Images, Images, list[str]], Clips]
 
 
+@runtime_checkable
 class ClipGenerator(Protocol):
     """Makes clips from two images; every `Learner` is one."""
 
@@ -64,7 +65,7 @@ class FromNoise:
     def noise(self, clip_ids: Sequence[str]) -> Noise:
         if self.seed is None:
             return torch.zeros(len(clip_ids), self.learner.latent)
-        return noise_for(self.seed, clip_ids, self.learner.latent)
+        return noise_from_clip_ids(self.seed, clip_ids, self.learner.latent)
 
 
 def learner_methods(name: str, learner: ClipGenerator, seed: int, samples: int) -> dict[str, list[Method]]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from giffy_ray.config import ClipConfig, ConfigError
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 from giffy_ray.tracking.uploader import client_of
 
 CHAMPION = "champion"
@@ -30,7 +30,7 @@ class Version:
     tags: Mapping[str, str]
 
 
-def describe(folder: Path, clip: ClipConfig, latent: int, loader: str) -> None:
+def write_mlmodel(folder: Path, clip: ClipConfig, latent: int, loader: str) -> None:
     """Writes the MLmodel file of the checkpoint below `folder`, with the signature of what `loader` loads."""
     import numpy as np
     from mlflow import pyfunc
@@ -79,7 +79,7 @@ def champion(uri: str, name: str) -> Version | None:
     return Version(name, int(found.version), found.tags)
 
 
-def crown(uri: str, version: Version) -> None:
+def set_champion(uri: str, version: Version) -> None:
     client_of(uri).set_registered_model_alias(version.name, CHAMPION, str(version.number))
 
 
@@ -102,7 +102,7 @@ def fetch(uri: str, model: str, folder: Path) -> str:
         checkpoint = f"{_place(version.tags[_DIGEST])}/{CHECKPOINT}"
         return client.download_artifacts(version.run_id or "", checkpoint, str(folder))
     except MlflowException as error:
-        raise ConfigError(without_secrets(f"MLflow at {uri} says: {error}")) from error
+        raise ConfigError(redact_credentials(f"MLflow at {uri} says: {error}")) from error
 
 
 def _place(digest: str) -> str:

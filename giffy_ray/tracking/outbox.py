@@ -23,13 +23,13 @@ from typing import Any
 
 from pyarrow import fs
 
-from giffy_ray.core.storage import PARTIAL, filesystem_of, join, read_bytes, without_secrets, write_bytes
+from giffy_ray.core.storage import PARTIAL, filesystem_of, join, read_bytes, redact_credentials, write_bytes
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Letter:
+class Event:
     name: str
     head: Mapping[str, Any]
     content: bytes
@@ -80,7 +80,7 @@ class Outbox:
                     write_bytes(join(self.folder, "waiting", name), folded)
                     return
                 except OSError as failure:
-                    _log.warning("%s cannot be written: %s", self.folder, without_secrets(str(failure)))
+                    _log.warning("%s cannot be written: %s", self.folder, redact_credentials(str(failure)))
             self._unwritten.append((name, folded))
 
     def write_pending(self) -> None:
@@ -106,20 +106,20 @@ class Outbox:
         """Names of the letters that were put aside, in the order in which they were put in."""
         return sorted(_names(join(self.folder, "refused")))
 
-    def read(self, name: str, folder: str = "waiting") -> Letter:
+    def read(self, name: str, folder: str = "waiting") -> Event:
         """Raises ValueError if the file is not a letter."""
         head, _, content = read_bytes(join(self.folder, folder, name)).partition(b"\n")
         head = json.loads(head)
         if not isinstance(head, dict) or "kind" not in head:
             raise ValueError(f"{name} is not a letter")
-        return Letter(name, head, content)
+        return Event(name, head, content)
 
-    def delivered(self, letter: Letter) -> None:
+    def delivered(self, letter: Event) -> None:
         if letter.key:
             write_bytes(join(self.folder, "sent", letter.key), b"")
         self._remove("waiting", letter.name)
 
-    def put_aside(self, letter: Letter, reason: str) -> None:
+    def put_aside(self, letter: Event, reason: str) -> None:
         """Moves a letter to `refused/`, with the reason."""
         folded = _folded({**letter.head, "refusal": reason}, letter.content)
         write_bytes(join(self.folder, "refused", letter.name), folded)
@@ -148,10 +148,10 @@ class Outbox:
                 write_bytes(join(self.folder, "waiting", name), _folded(head, letter.content))
             self._remove("refused", name)
 
-    def keep_begin(self, letter: Letter) -> None:
+    def keep_begin(self, letter: Event) -> None:
         write_bytes(join(self.folder, "begun"), _folded({**letter.head, "letter": letter.name}, letter.content))
 
-    def begun(self) -> Letter | None:
+    def begun(self) -> Event | None:
         """The letter that last began the run. None before the first, for runs of earlier versions, and if it is
         damaged."""
         if "begun" not in _names(self.folder):
@@ -159,7 +159,7 @@ class Outbox:
         head, _, content = read_bytes(join(self.folder, "begun")).partition(b"\n")
         try:
             head = json.loads(head)
-            return Letter(head.pop("letter"), head, content)
+            return Event(head.pop("letter"), head, content)
         except (ValueError, KeyError, TypeError, AttributeError) as damage:
             _log.warning("%s/begun is damaged: %r", self.folder, damage)
             return None

@@ -24,12 +24,12 @@ from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, flatten, to_yaml
 from giffy_ray.core.messages import say
-from giffy_ray.core.run_lock import LeaseLost
-from giffy_ray.core.storage import filesystem_of, is_local, join, read_text, without_secrets
+from giffy_ray.core.run_lock import RunLockLost
+from giffy_ray.core.storage import filesystem_of, is_local, join, read_text, redact_credentials
 from giffy_ray.tracking.outbox import Outbox, has_waiting, kind_in
 from giffy_ray.tracking.system_metrics import Sampler
 from giffy_ray.tracking.ui_view import colour
-from giffy_ray.tracking.uploader import Carrier, params_of
+from giffy_ray.tracking.uploader import MlflowUploader, params_of
 from giffy_ray.tracking.uri import check_address, check_experiment_name, sqlite_address
 
 __all__ = [
@@ -53,7 +53,7 @@ def tracking_uri(experiment: Experiment) -> str:
     if not is_local(experiment.storage):
         raise ConfigError(
             f"tracking.uri: give the address of an MLflow server; without one runs are kept in an SQLite file, "
-            f"which cannot be on {without_secrets(experiment.storage)!r}"
+            f"which cannot be on {redact_credentials(experiment.storage)!r}"
         )
     Path(experiment.storage).mkdir(parents=True, exist_ok=True)
     return sqlite_address(join(experiment.storage, "mlflow.db"))
@@ -75,7 +75,7 @@ class Tracker:
     def __init__(
         self,
         outbox: Outbox | None = None,
-        carrier: Carrier | None = None,
+        carrier: MlflowUploader | None = None,
         place: str = "",
         samples: bool = True,
         send_trials: Callable[[], int] = lambda: 0,
@@ -94,7 +94,7 @@ class Tracker:
         """Finishes the run unless `finish` was called: as KILLED where it was stopped from outside, as FAILED where
         something else was raised. Where another process has taken the run, its status is that process's to tell.
         """
-        if kind and issubclass(kind, LeaseLost):
+        if kind and issubclass(kind, RunLockLost):
             if self._sampler:
                 self._sampler.end(sample=False)
             if self._carrier:
@@ -129,7 +129,7 @@ class Tracker:
             "name": name,
             "digest": fingerprint,
             "source_type": kind,
-            "source": json.dumps({"uri": without_secrets(source)}),
+            "source": json.dumps({"uri": redact_credentials(source)}),
             "profile": json.dumps(dict(counts)),
         }
         self._put({"kind": "inputs", "dataset": dataset}, key="inputs")
@@ -147,7 +147,7 @@ class Tracker:
 
     def log_text(self, text: str, name: str) -> None:
         """Logs a text file, without the credentials of addresses."""
-        self._files([name], None, without_secrets(text).encode())
+        self._files([name], None, redact_credentials(text).encode())
 
     def log_file(self, path: Path, folder: str | None = None) -> None:
         if self._outbox:
@@ -248,10 +248,10 @@ def _opened(
     tracker = Tracker(*_connected(experiment, place), place, experiment.tracking.samples, send_trials)
     source = {"mlflow.source.name": "giffy_ray", "mlflow.source.type": "LOCAL"}  # the page shows the commit beside it
     own_tags = {**source, **colour(name), **_git(), "requirements.sha256": _lock_sha256(), **tags}
-    own_tags = {tag: without_secrets(value) for tag, value in own_tags.items()}
-    params = {name: without_secrets(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
+    own_tags = {tag: redact_credentials(value) for tag, value in own_tags.items()}
+    params = {name: redact_credentials(str(value))[:_LONGEST_PARAM] for name, value in flatten(experiment).items()}
     begin = {"kind": "begin", "name": name, "parent": parent, "tags": own_tags, "params": params}
-    tracker._put(begin, without_secrets(to_yaml(experiment)).encode())
+    tracker._put(begin, redact_credentials(to_yaml(experiment)).encode())
     return tracker
 
 
@@ -279,7 +279,7 @@ def replay(experiment: Experiment) -> int:
     place = join(experiment.storage, experiment.name)
     places = [each for each in (place, *_below(place)) if Outbox.is_at(join(each, "tracking"))]
     if not places:
-        raise ConfigError(f"name: nothing was logged in {without_secrets(place)} (value {experiment.name!r})")
+        raise ConfigError(f"name: nothing was logged in {redact_credentials(place)} (value {experiment.name!r})")
     for each in places:
         Outbox(join(each, "tracking")).readmit(has_run=read_text(join(each, "mlflow_run")) is not None)
     return sum(_send(experiment, places))
@@ -321,10 +321,10 @@ def _below(place: str) -> list[str]:
     return sorted(join(place, info.base_name) for info in infos if info.type == fs.FileType.Directory)
 
 
-def _connected(experiment: Experiment, place: str) -> tuple[Outbox, Carrier]:
+def _connected(experiment: Experiment, place: str) -> tuple[Outbox, MlflowUploader]:
     artifacts = None if experiment.tracking.uri else Path(experiment.storage, "artifacts").as_uri()
     outbox = Outbox(join(place, "tracking"))
-    return outbox, Carrier(outbox, tracking_uri(experiment), experiment.tracking.experiment, artifacts, place)
+    return outbox, MlflowUploader(outbox, tracking_uri(experiment), experiment.tracking.experiment, artifacts, place)
 
 
 def _lock_sha256() -> str:

@@ -22,14 +22,14 @@ _SECTIONS = {  # columns, and height of a chart in pixels
     "Training": (3, 320),
 }
 _CURVES = {
-    "val/l2_report": "Validation",
+    "val/l2_paper": "Validation",
     "val/psnr": "Validation",
     "val/skill": "Validation",
     "train/loss": "Training",
     "speed/clips_per_s": "Training",
     "speed/data_wait_fraction": "Training",
 }
-_TABLE = [*(f"metrics.`val/{name}`" for name in ("l2_report", "psnr", "skill")), "params.`model.kind`"]
+_TABLE = [*(f"metrics.`val/{name}`" for name in ("l2_paper", "psnr", "skill")), "params.`model.kind`"]
 _KEPT = {"deleted": False, "isGenerated": False, "isReordered": False}  # else the page takes them for its own
 _COLOURS = (  # far enough apart to be told from each other; MLflow's own may be three greens
     *("#1f77b4", "#ff7f0e", "#2ca02c", "#d62728", "#9467bd"),

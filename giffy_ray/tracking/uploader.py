@@ -28,8 +28,8 @@ from typing import TYPE_CHECKING, Any
 
 from giffy_ray.config import ConfigError
 from giffy_ray.core.messages import say
-from giffy_ray.core.storage import PARTIAL, join, read_text, without_secrets, write_text
-from giffy_ray.tracking.outbox import Letter, Outbox, kind_in
+from giffy_ray.core.storage import PARTIAL, join, read_text, redact_credentials, write_text
+from giffy_ray.tracking.outbox import Event, Outbox, kind_in
 from giffy_ray.tracking.ui_view import TAG, saved_view
 from giffy_ray.tracking.uri import how_to_restore, sqlite_address, sqlite_path
 
@@ -90,7 +90,7 @@ class _Queue:
         self._due_s, self._tries = 0.0, 0
 
 
-class Carrier:
+class MlflowUploader:
     """A thread that delivers until it is ended. `place` is the run's folder, by which MLflow's run is found again."""
 
     def __init__(self, outbox: Outbox, uri: str, experiment: str, artifacts: str | None, place: str):
@@ -145,7 +145,7 @@ class Carrier:
         try:
             return self._report()
         except OSError as failure:
-            say(f"{self.outbox.folder} cannot be read: {without_secrets(str(failure))}")
+            say(f"{self.outbox.folder} cannot be read: {redact_credentials(str(failure))}")
             return 1
 
     def is_away(self) -> bool:
@@ -154,7 +154,7 @@ class Carrier:
 
     def _report(self) -> int:
         waiting, refused, unwritten = len(self.outbox.waiting()), self.outbox.refused(), self.outbox.unwritten
-        where = f"MLflow at {without_secrets(self.uri)}"
+        where = f"MLflow at {redact_credentials(self.uri)}"
         if waiting:
             say(
                 f"{where} has not taken {waiting} of the things that were logged ({self._failure}); they wait in "
@@ -180,7 +180,7 @@ class Carrier:
         return f"{_described(head)}: {head.get('refusal', 'an earlier version gave no reason')}"
 
     def _silence(self) -> str:
-        return f"MLflow at {without_secrets(self.uri)} did not answer for {PATIENCE_S:.0f} s: {self._failure}"
+        return f"MLflow at {redact_credentials(self.uri)} did not answer for {PATIENCE_S:.0f} s: {self._failure}"
 
     # ------------------------------------------------------------------------------- the thread
     def _deliver(self) -> None:
@@ -277,7 +277,7 @@ class Carrier:
         told = re.sub("0x[0-9a-f]+", "", self._failure)  # without addresses in memory, new ones each time
         if told not in self._told:  # and not with every try
             self._told.add(told)
-            _log.warning("MLflow at %s: %s", without_secrets(self.uri), self._failure)
+            _log.warning("MLflow at %s: %s", redact_credentials(self.uri), self._failure)
 
     def _send(self, client: Any, name: str) -> bool:
         """Whether the letter is done with: delivered, or put aside because MLflow rejects it.
@@ -306,13 +306,13 @@ class Carrier:
             self._begun.set()
         return True
 
-    def _carry(self, client: Any, letter: Letter) -> None:
+    def _carry(self, client: Any, letter: Event) -> None:
         if letter.kind != "begin" and self._run_id is None:
             raise LookupError("the run is not there yet; jobs/replay_tracking.py, or starting it again, makes it")
         getattr(self, f"_{letter.kind}")(client, letter)
         self.outbox.delivered(letter)
 
-    def _carry_again(self, client: Any, letter: Letter) -> None:
+    def _carry_again(self, client: Any, letter: Event) -> None:
         """Once more, as two processes may have done the same thing at the same moment. Then part by part."""
         values = letter.head.get("values", {})
         try:
@@ -337,7 +337,7 @@ class Carrier:
                 return
             letter = replace(letter, head={**letter.head, "values": refused})
         said = _said(reason)
-        where = without_secrets(self.uri)
+        where = redact_credentials(self.uri)
         _log.error("MLflow at %s refuses %s: %s; it is put aside", where, _described(letter.head), said)
         self.outbox.put_aside(letter, said)
 
@@ -348,7 +348,7 @@ class Carrier:
         begun = self.outbox.begun()
         try:
             if kind != "files":
-                client.log_batch(self._run_id, tags=[RunTag(_PLACE, without_secrets(self.place))])
+                client.log_batch(self._run_id, tags=[RunTag(_PLACE, redact_credentials(self.place))])
             elif begun:
                 client.log_text(self._run_id, begun.content.decode(), "experiment.yaml")
             else:
@@ -402,7 +402,7 @@ class Carrier:
         self._begin(client, begin)
 
     # ------------------------------------------------------------------------------- the letters
-    def _begin(self, client: MlflowClient, letter: Letter) -> None:
+    def _begin(self, client: MlflowClient, letter: Event) -> None:
         """Finds or makes the run. What may be refused of it, with the run there, are letters of their own."""
         head = letter.head
         if head["parent"] and client.get_experiment_by_name(self.experiment) is None:
@@ -426,14 +426,14 @@ class Carrier:
         self.outbox.keep_begin(letter)
         self._news.set()
 
-    def _created(self, client: MlflowClient, experiment_id: str, letter: Letter) -> str:
+    def _created(self, client: MlflowClient, experiment_id: str, letter: Event) -> str:
         head = letter.head
-        tags = {_PLACE: without_secrets(self.place), _PLACE_SHA256: _sha256(self.place), **head["tags"]}
+        tags = {_PLACE: redact_credentials(self.place), _PLACE_SHA256: _sha256(self.place), **head["tags"]}
         if head["parent"]:
             parent = _found(client, experiment_id, head["parent"])
             if parent is None:
                 raise LookupError(
-                    f"the run that it is shown under is not there yet ({without_secrets(head['parent'])})"
+                    f"the run that it is shown under is not there yet ({redact_credentials(head['parent'])})"
                 )
             tags["mlflow.parentRunId"] = parent.info.run_id
         if self._abandoned.is_set():  # a later start of the run may be about to make it
@@ -441,15 +441,15 @@ class Carrier:
         name = head["name"][:_LONGEST_RUN_NAME]
         return client.create_run(experiment_id, letter.time_ms, tags, name).info.run_id
 
-    def _view(self, client: MlflowClient, letter: Letter) -> None:
+    def _view(self, client: MlflowClient, letter: Event) -> None:
         client.set_experiment_tag(letter.head["experiment_id"], TAG, saved_view())
 
-    def _params(self, client: MlflowClient, letter: Letter) -> None:
+    def _params(self, client: MlflowClient, letter: Event) -> None:
         from mlflow.entities import Param
 
         client.log_batch(self._run_id or "", params=[Param(*item) for item in letter.head["values"].items()])
 
-    def _inputs(self, client: MlflowClient, letter: Letter) -> None:
+    def _inputs(self, client: MlflowClient, letter: Event) -> None:
         """Sent twice, MLflow keeps it once.
 
         Of two runs that name one data set at the same moment it refuses the second, and takes it when asked again.
@@ -459,7 +459,7 @@ class Carrier:
         used = DatasetInput(Dataset(**letter.head["dataset"]), [InputTag("mlflow.data.context", "training")])
         client.log_inputs(self._run_id or "", [used])
 
-    def _metrics(self, client: MlflowClient, letter: Letter) -> None:
+    def _metrics(self, client: MlflowClient, letter: Event) -> None:
         """Sent twice, as when we are killed before we know that it came, it is stored once: the time is the same."""
         from mlflow.entities import Metric
 
@@ -467,7 +467,7 @@ class Carrier:
         metrics = [Metric(name, value, head["time_ms"], head["step"]) for name, value in head["values"].items()]
         client.log_batch(self._run_id or "", metrics)
 
-    def _files(self, client: MlflowClient, letter: Letter) -> None:
+    def _files(self, client: MlflowClient, letter: Event) -> None:
         with tempfile.TemporaryDirectory() as folder:
             for name in letter.head["names"]:
                 Path(folder, name).write_bytes(letter.content)
@@ -476,10 +476,10 @@ class Carrier:
         for name, value in letter.head["tags"].items():
             client.set_tag(self._run_id or "", name, value)
 
-    def _status(self, client: MlflowClient, letter: Letter) -> None:
+    def _status(self, client: MlflowClient, letter: Event) -> None:
         client.set_terminated(self._run_id or "", letter.head["status"], letter.time_ms)
 
-    def _close_children(self, client: MlflowClient, letter: Letter) -> None:
+    def _close_children(self, client: MlflowClient, letter: Event) -> None:
         """Of those that had begun by then: what is trained later under the same run goes on."""
         experiment_id = client.get_run(self._run_id or "").info.experiment_id
         query = f"tags.`mlflow.parentRunId` = '{self._run_id}' and attributes.status = 'RUNNING'"
@@ -541,7 +541,7 @@ def params_of(uri: str, run_id: str) -> dict[str, str]:
         return client_of(uri).get_run(run_id).data.params
     except MlflowException as error:
         raise ConfigError(
-            without_secrets(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})")
+            redact_credentials(f"search.enqueue: MLflow at {uri} says: {error} (value {run_id!r})")
         ) from error
 
 
@@ -552,7 +552,7 @@ def _found(client: MlflowClient, experiment_id: str, place: str) -> Run | None:
     the folder alone; those could not make a run in a folder with a quote.
     """
     queries = [f"tags.`{_PLACE_SHA256}` = '{_sha256(place)}'"]
-    plain = without_secrets(place)
+    plain = redact_credentials(place)
     if "'" not in plain and "\\" not in plain:
         queries.append(f"tags.`{_PLACE}` = '{plain}'")
     for query in queries:
@@ -563,12 +563,12 @@ def _found(client: MlflowClient, experiment_id: str, place: str) -> Run | None:
 
 
 def _sha256(place: str) -> str:
-    return hashlib.sha256(without_secrets(place).encode()).hexdigest()
+    return hashlib.sha256(redact_credentials(place).encode()).hexdigest()
 
 
 def _said(failure: Exception) -> str:
     """One line, without passwords."""
-    said = without_secrets(str(failure)).strip().splitlines() or [""]
+    said = redact_credentials(str(failure)).strip().splitlines() or [""]
     return f"{type(failure).__name__}: {said[0]}"
 
 

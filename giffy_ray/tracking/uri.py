@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from giffy_ray.config import ConfigError
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 
 if TYPE_CHECKING:
     from sqlalchemy import URL
@@ -60,7 +60,9 @@ def check_experiment_name(uri: str, name: str) -> None:
 
 
 def how_to_restore(name: str, experiment_id: str, uri: str) -> str:
-    restore = f"MLFLOW_TRACKING_URI={without_secrets(uri)} mlflow experiments restore --experiment-id {experiment_id}"
+    restore = (
+        f"MLFLOW_TRACKING_URI={redact_credentials(uri)} mlflow experiments restore --experiment-id {experiment_id}"
+    )
     return (
         f"the experiment {name!r} was deleted in MLflow, which keeps its name; restore it ({restore}), or give another "
         "tracking.experiment"
@@ -121,4 +123,4 @@ def _parsed(uri: str) -> URL:
 
 
 def _wrong(uri: str, why: str) -> ConfigError:
-    return ConfigError(f"tracking.uri: {without_secrets(why)} (value {without_secrets(uri)!r})")
+    return ConfigError(f"tracking.uri: {redact_credentials(why)} (value {redact_credentials(uri)!r})")

@@ -39,7 +39,7 @@ from giffy_ray.training import learners
 from giffy_ray.training.learners import Learner
 from giffy_ray.training.learners.optimized_module import AVERAGE
 
-METRIC = "val/l2_report"  # by which a run's best checkpoint is chosen: the smallest
+METRIC = "val/l2_paper"  # by which a run's best checkpoint is chosen: the smallest
 _MANIFEST, _OPTIMIZERS = "manifest.json", "optimizers.safetensors"
 _PUBLISHED = ("clip.", "model.", "train.seed")  # the fields of an experiment that clips are made with
 _CHUNK_BYTES = 2**24
@@ -57,7 +57,7 @@ class DamagedCheckpoint(Exception):
 
 
 @dataclass(frozen=True)
-class Position:
+class TrainState:
     """Where a training is."""
 
     steps_done: int
@@ -70,7 +70,7 @@ class Position:
 class Snapshot:
     """A learner at one moment, in memory of its own: it can be written while the training goes on."""
 
-    def __init__(self, learner: Learner, experiment: Experiment, position: Position):
+    def __init__(self, learner: Learner, experiment: Experiment, position: TrainState):
         self.experiment, self.position = experiment, position
         self.networks = {name: _kept(_weights(network)) for name, network in learner.networks.items()}
         tensors, self.numbers = _taken_apart({name: one.state_dict() for name, one in learner.optimizers.items()})
@@ -133,7 +133,7 @@ def free_bytes(experiment: Experiment) -> float:
     return shutil.disk_usage(disk).free + own
 
 
-def publish(location: str, folder: Path) -> None:
+def export_weights(location: str, folder: Path) -> None:
     """Writes what makes the clips of a checkpoint, half or a quarter of its size: the weights, which are their average
     where there is one, and of the experiment the fields that make clips. All others are the defaults: they are nobody
     else's business, and may hold passwords.
@@ -187,7 +187,7 @@ def copied(
     return Checkpoint(place, filesystem)
 
 
-def restore(location: str, learner: Learner) -> Position:
+def restore(location: str, learner: Learner) -> TrainState:
     """Puts a checkpoint's state into a learner of the same experiment, on all workers: each has to call this.
 
     Rank 0 alone reads the files, one tensor at a time, and broadcasts it. Raises the same error on every worker:
@@ -214,16 +214,16 @@ def restore(location: str, learner: Learner) -> Position:
         tensors.copy_into(targets, _device_of(learner))
     for name, optimizer in learner.optimizers.items():
         optimizer.load_state_dict(states[name])
-    return Position(**position)
+    return TrainState(**position)
 
 
-def origin(experiment: Experiment) -> str | None:
-    """Where the checkpoint of `train.start_from` lies: a location, or the newest of a run.
+def resolve_init_from(experiment: Experiment) -> str | None:
+    """Where the checkpoint of `train.init_from` lies: a location, or the newest of a run.
 
     Trials of a search, whose storage is the search's folder, take runs from beside the search too. Raises ConfigError
     where a run of that name has no checkpoint.
     """
-    start = experiment.train.start_from
+    start = experiment.train.init_from
     if start is None or "/" in start:
         return start
     run = override(experiment, {"name": start})
@@ -231,7 +231,7 @@ def origin(experiment: Experiment) -> str | None:
     if parent.partition("://")[2 if "://" in experiment.storage else 0] and not _positions(run):
         beside = override(run, {"storage": parent})
         run = beside if _positions(beside) else run
-    return newest(run)
+    return latest_checkpoint(run)
 
 
 def check_start(location: str, learner: Learner) -> None:
@@ -259,7 +259,7 @@ def _shapes(network: nn.Module) -> dict[str, list[int]]:
     return {name: list(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def start_from(location: str, learner: Learner) -> None:
+def load_pretrained(location: str, learner: Learner) -> None:
     """Takes those networks of a checkpoint that the learner has too; what it has besides keeps its first weights.
 
     Of a network with an average of its weights, which makes the clips, it takes the average. The learner's own average
@@ -275,7 +275,7 @@ def start_from(location: str, learner: Learner) -> None:
             files = manifest(location)
             shared = [name for name in names if f"{name}.safetensors" in files]
             if not shared:
-                raise ConfigError(f"train.start_from: {location} has none of the networks {', '.join(names)}")
+                raise ConfigError(f"train.init_from: {location} has none of the networks {', '.join(names)}")
             candidates = {name: (f"{name}{AVERAGE}.safetensors", f"{name}.safetensors") for name in shared}
             sources = {name: next(file for file in either if file in files) for name, either in candidates.items()}
             folder = stack.enter_context(_fetched(location, list(sources.values())))
@@ -289,7 +289,7 @@ def start_from(location: str, learner: Learner) -> None:
                 try:
                     targets += _matched(file, layouts, learner.networks[name], prefix)
                 except ValueError as error:
-                    raise ConfigError(f"train.start_from: {location} is of another model: {error}") from error
+                    raise ConfigError(f"train.init_from: {location} is of another model: {error}") from error
             return targets
 
         sources, tensors = distributed.on_first(read)
@@ -415,15 +415,15 @@ def verify(location: str) -> None:
         _compare(join(location, name), wanted)
 
 
-def newest(experiment: Experiment) -> str:
+def latest_checkpoint(experiment: Experiment) -> str:
     """Where the whole checkpoint with most steps of the run of the experiment's name lies. Raises ConfigError.
 
     Damaged ones are told of and passed over.
     """
-    return _first_whole(experiment, list(_positions(experiment)))
+    return _first_valid(experiment, list(_positions(experiment)))
 
 
-def to_resume(experiment: Experiment) -> str | None:
+def latest_resumable(experiment: Experiment) -> str | None:
     """The newest whole checkpoint, or none where the run has not finished any. Raises ConfigError if all are damaged.
 
     To be called by the holder of the run's lease, where nobody writes a checkpoint: those whose writing was cut off are
@@ -438,7 +438,7 @@ def to_resume(experiment: Experiment) -> str | None:
             finished.append(location)
     if not finished:
         return None
-    chosen = _first_whole(experiment, finished)
+    chosen = _first_valid(experiment, finished)
     for location in finished[: finished.index(chosen)]:
         _log.warning("%s: it is damaged, and removed: the run goes on from %s", location, chosen)
         _remove(location)
@@ -455,7 +455,7 @@ def best(experiment: Experiment, metric: str, smaller: bool = True) -> str:
     known = {name for named in metrics.values() for name in named}
     if known and not measured:
         raise ConfigError(f"{metric!r} was not measured at any; there are: {', '.join(sorted(known))}")
-    return _first_whole(experiment, _ranked(measured, smaller))
+    return _first_valid(experiment, _ranked(measured, smaller))
 
 
 def select(experiment: Experiment) -> str:
@@ -465,7 +465,7 @@ def select(experiment: Experiment) -> str:
     metrics = {location: position.get("metrics", {}) for location, position in positions.items()}
     validated = {location: measured[METRIC] for location, measured in metrics.items() if METRIC in measured}
     others = [location for location in positions if location not in validated]
-    return _first_whole(experiment, [*_ranked(validated), *others])
+    return _first_valid(experiment, [*_ranked(validated), *others])
 
 
 def read_chosen(choose: Callable[[], str], read: Callable[[str], T]) -> tuple[str, T]:
@@ -500,12 +500,12 @@ def _rank(value: float, smaller: bool = True) -> tuple[bool, float]:
     return math.isnan(value), value if smaller else -value
 
 
-def reported(experiment: Experiment) -> dict[str, Any] | None:
+def last_metrics(experiment: Experiment) -> dict[str, Any] | None:
     """What was measured at the newest whole checkpoint, with its `epoch`; None where there is none, or nothing was.
 
-    To be called by the holder of the run's lease, as `to_resume`.
+    To be called by the holder of the run's lease, as `latest_resumable`.
     """
-    location = to_resume(experiment)
+    location = latest_resumable(experiment)
     position = position_of(location) if location else {}
     if position.get("epoch") is None:
         return None
@@ -513,7 +513,7 @@ def reported(experiment: Experiment) -> dict[str, Any] | None:
 
 
 def remove_superseded(experiment: Experiment) -> None:
-    """All finished checkpoints of the run but the newest two and those of the `train.keep` best validations.
+    """All checkpoints of the run but the newest two and the `train.keep_checkpoints` best validations.
 
     To be called by whoever writes the run's checkpoints, after each. A storage that fails is told of: the next call
     tries again.
@@ -522,7 +522,7 @@ def remove_superseded(experiment: Experiment) -> None:
     def kept(positions: Positions) -> list[str]:
         scores = {place: position["metrics"].get(METRIC, math.nan) for place, position in positions.items()}
         validated = _ranked({place: score for place, score in scores.items() if not math.isnan(score)})
-        return [*list(positions)[:2], *validated[: experiment.train.keep]]
+        return [*list(positions)[:2], *validated[: experiment.train.keep_checkpoints]]
 
     _remove_all_but(experiment, kept)
 
@@ -559,15 +559,15 @@ def _remove(location: str) -> None:
     filesystem.delete_dir(place)
 
 
-def take_over(experiment: Experiment, other: Experiment, epoch: int) -> None:
+def copy_checkpoint_from(experiment: Experiment, other: Experiment, epoch: int) -> None:
     """Makes what `other` was at the end of `epoch` the newest checkpoint of the experiment's run.
 
     Unless that is past it: then this was done before. Raises ConfigError where there is no such checkpoint. To be
     called by the holder of the run's lease.
     """
     found = _positions(other)
-    source = _first_whole(other, [location for location, position in found.items() if position.get("epoch") == epoch])
-    own, steps_done = to_resume(experiment), found[source]["steps_done"]
+    source = _first_valid(other, [location for location, position in found.items() if position.get("epoch") == epoch])
+    own, steps_done = latest_resumable(experiment), found[source]["steps_done"]
     if own and position_of(own)["steps_done"] > steps_done:
         return
     place = place_of_new(experiment)
@@ -636,7 +636,7 @@ def _positions(experiment: Experiment) -> Positions:
     return dict(sorted(positions.items(), key=lambda item: -item[1].get("steps_done", math.inf)))
 
 
-def _first_whole(experiment: Experiment, locations: list[str]) -> str:
+def _first_valid(experiment: Experiment, locations: list[str]) -> str:
     damages = []
     for location in locations:
         try:

@@ -11,7 +11,7 @@ import torch
 
 from giffy_ray.config import Experiment
 from giffy_ray.core import distributed
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import delete_file, is_file, join, write_text
 from giffy_ray.training import restarts
 
@@ -21,15 +21,15 @@ _ASK_S = 5.0
 _log = logging.getLogger(__name__)
 
 
-def ask_to_stop(experiment: Experiment) -> None:
+def request_stop(experiment: Experiment) -> None:
     write_text(join(experiment.storage, experiment.name, _STOP), "")
 
 
-def forget_stop(experiment: Experiment) -> None:
+def clear_stop_request(experiment: Experiment) -> None:
     delete_file(join(experiment.storage, experiment.name, _STOP))
 
 
-class Listener:
+class PreemptionMonitor:
     """Rank 0 looks at the storage in a thread; at each step all workers hear of what it had seen at the one before.
 
     Used as a context manager, which ends the thread however the block is left. `watch` follows the lease of the run.
@@ -41,17 +41,17 @@ class Listener:
         rank: int,
         device: torch.device,
         notice: Callable[[], Any],
-        watch: Watch | None = None,
+        watch: RunLockWatcher | None = None,
     ):
         self.location = join(experiment.storage, experiment.name, _STOP)
-        self.notice, self._any_of_each, self._watch = notice, distributed.AnyOfEach(device), watch
+        self.notice, self._any_of_each, self._watch = notice, distributed.DelayedAnyReduce(device), watch
         self._stop, self._ask, self._ended = threading.Event(), threading.Event(), threading.Event()
         self._known, self._lost = None, ""
         self._thread = threading.Thread(target=self._look, name="listener", daemon=True) if rank == 0 else None
         if self._thread:
             self._thread.start()
 
-    def __enter__(self) -> Listener:
+    def __enter__(self) -> PreemptionMonitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -60,7 +60,7 @@ class Listener:
         else:
             self.end()
 
-    def heard(self) -> tuple[bool, bool]:
+    def poll(self) -> tuple[bool, bool]:
         """Whether the training is to stop, and whether it is to take a checkpoint, as its workers will be restarted.
 
         The same on all workers, which must call it equally often. Each notice that a machine goes away, and each
@@ -71,7 +71,7 @@ class Listener:
         flags = [self._stop.is_set(), asked, restarts.take_checkpoint_request(), bool(self._lost)]
         stop, ask, requested, lost = self._any_of_each(flags)
         if lost:
-            raise LeaseLost(self._lost or "rank 0 has found the lease of the run to be lost")
+            raise RunLockLost(self._lost or "rank 0 has found the lease of the run to be lost")
         if asked:
             self._ask.clear()
         notice = self.notice() if ask else self._known

@@ -16,7 +16,7 @@ _PAUSE_S = 0.1  # after a failure, which may be one that lasts
 _log = logging.getLogger(__name__)
 
 
-class Relay(UserCallback):
+class MetricsRelayCallback(UserCallback):
     """Sends rank 0's metrics of every report from Ray Train's controller to the process that called fit().
 
     The controller always runs on that process's node, so a Unix socket is enough; Ray's own way, forwarding what
@@ -44,7 +44,7 @@ def _send(address: str, metrics: Mapping[str, Any] | None) -> None:
 
 
 @contextmanager
-def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
+def relay_metrics(show: Callable[[Mapping[str, Any]], None]) -> Iterator[MetricsRelayCallback]:
     """A callback for ray.train.RunConfig; `show` is called here, in a thread, with each report's metrics.
 
     What `show` raises is logged and ends nothing: the controller waits until a report was taken, with the training.
@@ -72,7 +72,7 @@ def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
         thread = threading.Thread(target=receive, name="reports", daemon=True)
         thread.start()
         try:
-            yield Relay(address)
+            yield MetricsRelayCallback(address)
         finally:
             try:
                 _send(address, None)  # after the last report
@@ -84,9 +84,9 @@ def relayed(show: Callable[[Mapping[str, Any]], None]) -> Iterator[Relay]:
                 listener.close()
 
 
-def line_of(metrics: Mapping[str, Any], epochs: int) -> str:
-    """One line of a report: `epoch  3/12  train/loss 61234  val/l2_report 143.2  ...`."""
-    shown = ("train/loss", "val/l2_report", "val/psnr", "speed/clips_per_s")
+def format_epoch(metrics: Mapping[str, Any], epochs: int) -> str:
+    """One line of a report: `epoch  3/12  train/loss 61234  val/l2_paper 143.2  ...`."""
+    shown = ("train/loss", "val/l2_paper", "val/psnr", "speed/clips_per_s")
     values = "  ".join(f"{name} {_short(metrics[name])}" for name in shown if name in metrics)
     return f"epoch {metrics['epoch']:>{len(str(epochs))}}/{epochs}  {values}"
 

@@ -5,8 +5,8 @@ it takes no checkpoint before the first, and waits for the node's deadline befor
 between are lost. Here its controller asks rank 0 for a checkpoint; all workers idle once their state is copied; and the
 controller restarts them as soon as the checkpoint is committed.
 
-Ray has no public hooks for this, and pyproject.toml pins Ray to one minor version: tests/training/test_restarts.py fails
-where a hook is not as it was.
+Ray has no public hooks for this, and pyproject.toml pins Ray to one minor version: the tests fail where a hook
+is not as it was.
 """
 
 from __future__ import annotations

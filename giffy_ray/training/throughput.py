@@ -18,7 +18,7 @@ from torch.profiler import profile, schedule
 from torch.utils.flop_counter import FlopCounterMode
 
 from giffy_ray.core import distributed
-from giffy_ray.core.async_copy import Fetched
+from giffy_ray.core.async_copy import AsyncHostCopy
 
 # Dense bfloat16 products (float16 where there is no bfloat16) in 10^12 operations a second, from the makers' data
 # sheets, by words of the name that NVML and torch give a device. The first entry whose words are all there counts.
@@ -33,25 +33,25 @@ _SLICE = re.compile(r"MIG|GRID|\d+[ABCQ](ME)?")
 _TRACED = schedule(wait=5, warmup=2, active=5, repeat=1)  # steps
 
 
-class Meter:
+class ThroughputMonitor:
     """Losses and times since they were last asked for. `sums`, over all workers, go into a checkpoint and come back."""
 
     def __init__(self, sums: Mapping[str, float], batch: int, device: torch.device, skipped: int = 0):
         """`skipped`: the steps that were skipped before, which count towards the limit of the whole run."""
         self.batch, self.device = batch, device
         self.skipped, self.last_skipped = skipped, -1  # how many steps, and which was the last since the start
-        self._unseen: tuple[int, Fetched] | None = None
+        self._unseen: tuple[int, AsyncHostCopy] | None = None
         self.flops: int | None = None  # of a step of this worker
         self._sums, self._losses = dict(sums), list[tuple[Mapping[str, Tensor], float]]()
         _reset_peaks(device)  # a search trains one trial after another in the same process
-        self.start()
+        self.reset()
 
-    def start(self) -> None:
+    def reset(self) -> None:
         """The clock: what comes before a step, such as a validation, is not the time of a step."""
         self._waited_s, self._steps, self._began_s = 0.0, 0, time.perf_counter()
 
     @contextmanager
-    def at_first_counting_flops(self) -> Iterator[None]:
+    def count_flops_once(self) -> Iterator[None]:
         """Inside is a step; of the first one the floating-point operations of products and convolutions are counted."""
         if self.flops is not None:
             yield
@@ -61,7 +61,7 @@ class Meter:
             yield
         self.flops = counter.get_total_flops()
 
-    def waited(self, seconds: float) -> None:
+    def add_data_wait(self, seconds: float) -> None:
         self._waited_s += seconds
 
     def add(self, step: int, losses: Mapping[str, Tensor], clips: int) -> None:
@@ -72,10 +72,10 @@ class Meter:
         self._losses.append((losses, clips / self.batch))
         self._steps += 1
         self._look()
-        self._unseen = step, Fetched(losses["skipped"])
+        self._unseen = step, AsyncHostCopy(losses["skipped"])
 
     def _look(self) -> None:
-        if self._unseen and any(self._unseen[1].values()):
+        if self._unseen and any(self._unseen[1].wait()):
             self.skipped, self.last_skipped = self.skipped + 1, self._unseen[0]
         self._unseen = None
 
@@ -94,7 +94,7 @@ class Meter:
                 here.setdefault(name, []).append(torch.where(counted, share * loss.double(), 0.0))
                 counts.setdefault(name, []).append(counted)
         names = sorted(here)
-        totals = distributed.sums([float(torch.stack(here[name]).sum()) for name in names], self.device)
+        totals = distributed.all_reduce_sum([float(torch.stack(here[name]).sum()) for name in names], self.device)
         for name, total in zip(names, totals, strict=True):
             self._sums[name] = self._sums.get(name, 0.0) + total
             steps = self._sums.get(f"{name} steps", 0.0)
@@ -102,7 +102,7 @@ class Meter:
         self._losses = []
         return dict(self._sums)
 
-    def means(self) -> dict[str, float]:
+    def compute(self) -> dict[str, float]:
         """Means of the losses, and speed; the next are those of what comes after."""
         sums, took_s, steps = self.sums(), time.perf_counter() - self._began_s, max(self._steps, 1)
         means = {
@@ -135,7 +135,7 @@ def _reset_peaks(device: torch.device) -> None:
 
 
 def peak_memory_bytes() -> int:
-    """The most resident memory that this process had since its Meter was made."""
+    """The most resident memory that this process had since its ThroughputMonitor was made."""
     with contextlib.suppress(OSError), open("/proc/self/status") as status:
         for line in status:
             if line.startswith("VmHWM:"):

@@ -25,28 +25,28 @@ from giffy_ray.cluster.placement import DATA_CPUS
 from giffy_ray.cluster.shared_storage import root_problem, storage_problem
 from giffy_ray.config import Experiment, SpeedConfig, from_yaml
 from giffy_ray.core import distributed, media
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import join, write_text
 from giffy_ray.core.tensor_types import NonFiniteOutput
 from giffy_ray.data import loader
-from giffy_ray.data.clip_dataset import Store
-from giffy_ray.data.sampler import rows_at, sample_rows, slice_of
+from giffy_ray.data.clip_dataset import ClipDataset
+from giffy_ray.data.sampler import rank_indices, sample_rows, shuffled_indices
 from giffy_ray.evaluation import metrics
 from giffy_ray.models import baselines
 from giffy_ray.models.sampling import Method, learner_method
 from giffy_ray.tracking.tracker import Tracker, open_run
 from giffy_ray.training import checkpoints, learners, restarts
-from giffy_ray.training.checkpoints import Position, Snapshot
+from giffy_ray.training.checkpoints import Snapshot, TrainState
 from giffy_ray.training.learners import Learner
-from giffy_ray.training.preemption import Listener
-from giffy_ray.training.throughput import Meter, profiler
+from giffy_ray.training.preemption import PreemptionMonitor
+from giffy_ray.training.throughput import ThroughputMonitor, profiler
 
 _log = logging.getLogger(__name__)
 _SAMPLES = 4  # clips, by two or three rows: about a square, as MLflow's page gives pictures one
 
 
 # Takes what is reported, and, of rank 0, what makes a snapshot for a checkpoint of it.
-Tell = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
+ReportFn = Callable[[dict[str, Any], Callable[[], Snapshot] | None], None]
 
 FAILURE = "failure"  # a file of this name in a run's folder says why the run must not be tried again
 
@@ -66,18 +66,18 @@ def train_loop(settings: dict[str, Any]) -> str:
     experiment = from_yaml(settings["experiment"].get_secret_value())
     if not _shares_folders(experiment, settings):
         return ""
-    if not experiment.data.keep:
+    if not experiment.data.cache_decoded:
         _warn_of_full_nodes()
-    store = Store(settings["store"], experiment.data.node_cache_gb)
-    watch, tags = Watch(experiment.run_dir, settings["holder"]), {"data.fingerprint": store.fingerprint}
+    store = ClipDataset(settings["store"], experiment.data.node_cache_gb)
+    watch, tags = RunLockWatcher(experiment.run_dir, settings["holder"]), {"data.fingerprint": store.fingerprint}
     try:
         check_lease(watch)
         _check_clips(store, settings["fingerprint"])
         with open_run(experiment, distributed.rank(), settings["parent"], tags) as tracker:
-            tell = ToRayTrain(experiment, watch)
+            tell = RayTrainReporter(experiment, watch)
             run(experiment, store, tracker, ray.train.torch.get_device(), tell, ray.train.get_preemption_info, watch)
     # Not raised here: Ray Train would start the workers again, to fail in the same way.
-    except LeaseLost as lost:
+    except RunLockLost as lost:
         _log.error("%s", lost)
         return str(lost)  # `train` raises it
     except RunFailure as failure:
@@ -109,12 +109,13 @@ def _warn_of_full_nodes() -> None:
     free = [node["Resources"].get("CPU", 0.0) - cpus * taken[node["NodeID"]] for node in ray.nodes() if node["Alive"]]
     if max(free) < DATA_CPUS:
         _log.warning(
-            "the workers leave no node a whole CPU, so no video can be decoded (data.keep=false): the training waits "
+            "the workers leave no node a whole CPU, so no video can be decoded (data.cache_decoded=false): the training "
+            "waits "
             "for another node; stop it and start it again to train on these nodes with less for each worker"
         )
 
 
-def _check_clips(store: Store, fingerprint: str) -> None:
+def _check_clips(store: ClipDataset, fingerprint: str) -> None:
     if store.fingerprint != fingerprint:
         raise RunFailure(
             f"{store.location}: its clips have changed since the training began (fingerprint {store.fingerprint}, not "
@@ -124,12 +125,12 @@ def _check_clips(store: Store, fingerprint: str) -> None:
 
 def run(
     experiment: Experiment,
-    store: Store,
+    store: ClipDataset,
     tracker: Tracker,
     device: torch.device,
-    tell: Tell,
+    tell: ReportFn,
     notice: Callable[[], Any] = lambda: None,
-    watch: Watch | None = None,
+    watch: RunLockWatcher | None = None,
 ) -> None:
     """Trains to the end, or to where it is told to stop.
 
@@ -138,16 +139,21 @@ def run(
     """
     set_precision(experiment.speed)
     torch.backends.cudnn.benchmark = True  # batches are all of one shape; its first guesses for 3D are slow ones
-    train, clips = experiment.train, len(store.rows_of("training"))
+    train, clips = experiment.train, len(store.split_indices("training"))
     validated, held_out = validations(clips, experiment), sample_rows(store, "validation", train.validate_clips)
     last = max(validated)
     learner = learners.build(experiment, device, steps=last)
     make = learner_method(learner, train.seed)
 
     position, rank = begin(learner, experiment), distributed.rank()
-    steps_done, meter = position.steps_done, Meter(position.sums, train.batch, device, position.skipped)
+    steps_done, meter = (
+        position.steps_done,
+        ThroughputMonitor(position.sums, train.global_batch_size, device, position.skipped),
+    )
     steps = range(steps_done, last)
-    batches = loader.batches(store, experiment.data, train.seed, train.batch, rank, distributed.count(), steps)
+    batches = loader.batches(
+        store, experiment.data, train.seed, train.global_batch_size, rank, distributed.world_size(), steps
+    )
     introduce(tracker, store)
     draw = functools.partial(samples, learner, make, store)
     if steps_done == 0:
@@ -156,37 +162,39 @@ def run(
     stopped = False
     # Threads end however the loop is left: a trial that is cut raises SystemExit.
     with contextlib.ExitStack() as leaving:
-        listener = leaving.enter_context(Listener(experiment, rank, device, notice, watch))
+        listener = leaving.enter_context(PreemptionMonitor(experiment, rank, device, notice, watch))
         profile = profiler(experiment.speed.profile and rank == 0, tracker.log_file)
         leaving.callback(profile.stop)
         # ------------------------------------------------------------------------------ the training
         while steps_done < last and not stopped:
             asked_s = time.perf_counter()
             dealt = next(batches)
-            meter.waited(time.perf_counter() - asked_s)
-            with meter.at_first_counting_flops():
+            meter.add_data_wait(time.perf_counter() - asked_s)
+            with meter.count_flops_once():
                 named = learner.update(dealt.clips, dealt.times, dealt.positions)
             profile.step()
             meter.add(steps_done, named, len(dealt.clips))
             steps_done += 1
 
-            stopped, warned = listener.heard()
+            stopped, warned = listener.poll()
             due = train.checkpoint_every and steps_done % train.checkpoint_every == 0
             epoch, measured = validated.get(steps_done), {}
             if epoch is not None:
-                distributed.share_buffers(learner.networks.values())
-                measured = meter.means() | validate(make, store, train.batch // distributed.count(), device, held_out)
+                distributed.broadcast_buffers(learner.networks.values())
+                measured = meter.compute() | validate(
+                    make, store, train.global_batch_size // distributed.world_size(), device, held_out
+                )
                 tracker.log_metrics(measured, step=epoch)
                 tracker.log_animation(functools.partial(draw, "webp"), "validation", step=epoch)
             if epoch is not None or due or stopped or warned:
                 sums = meter.sums()
-                report(learner, experiment, Position(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
-            if meter.skipped > train.most_skipped:
+                report(learner, experiment, TrainState(steps_done, measured, sums, epoch, meter.skipped), tell, warned)
+            if meter.skipped > train.max_skipped_steps:
                 raise RunFailure(too_many_skipped(meter, store, experiment))
             if warned and steps_done < last and not stopped:
                 restarts.wait_for_restart()
             if epoch is not None:
-                meter.start()
+                meter.reset()
         # ------------------------------------------------------------------------------
     tracker.log_drawn(functools.partial(draw, "mp4"), "samples.mp4", steps_done)
     tracker.log_drawn(functools.partial(draw, "gif"), "samples.gif", steps_done)
@@ -200,11 +208,11 @@ def set_precision(speed: SpeedConfig) -> None:
     torch.backends.cudnn.allow_tf32 = not exact
 
 
-def introduce(tracker: Tracker, store: Store) -> None:
+def introduce(tracker: Tracker, store: ClipDataset) -> None:
     """Tells of the clips, and of the CPUs and GPUs that Ray keeps for the workers; Ray Data's tasks come on top."""
     tracker.log_data_set(store.name, store.fingerprint, store.root, store.counts())
     own = ray.get_runtime_context().get_assigned_resources()
-    tracker.sample(distributed.count() * own.get("CPU", 0.0), distributed.count() * own.get("GPU", 0.0))
+    tracker.sample(distributed.world_size() * own.get("CPU", 0.0), distributed.world_size() * own.get("GPU", 0.0))
 
 
 def validations(clips: int, experiment: Experiment) -> dict[int, int]:
@@ -214,30 +222,30 @@ def validations(clips: int, experiment: Experiment) -> dict[int, int]:
     """
     train = experiment.train
     epochs = {*range(train.validate_every, train.epochs + 1, train.validate_every), train.epochs}
-    return {-(-epoch * clips // train.batch): epoch for epoch in sorted(epochs)}
+    return {-(-epoch * clips // train.global_batch_size): epoch for epoch in sorted(epochs)}
 
 
-def begin(learner: Learner, experiment: Experiment) -> Position:
+def begin(learner: Learner, experiment: Experiment) -> TrainState:
     """Where the run of the experiment's name was cut, or its start; the learner is put in that state on all workers."""
-    location = distributed.on_first(lambda: checkpoints.to_resume(experiment))
+    location = distributed.on_first(lambda: checkpoints.latest_resumable(experiment))
     if location is not None:
         return checkpoints.restore(location, learner)
     # Rank 0's, as a run that is being trained may have a newer one at any moment.
-    origin = distributed.on_first(lambda: checkpoints.origin(experiment))
+    origin = distributed.on_first(lambda: checkpoints.resolve_init_from(experiment))
     if origin is not None:
-        checkpoints.start_from(origin, learner)
-    return Position(0)
+        checkpoints.load_pretrained(origin, learner)
+    return TrainState(0)
 
 
-def check_lease(watch: Watch) -> None:
+def check_lease(watch: RunLockWatcher) -> None:
     """Raises LeaseLost on all workers where rank 0 finds the lease of the run to be lost."""
     lost = distributed.on_first(watch.look)
     if lost:
-        raise LeaseLost(lost)
+        raise RunLockLost(lost)
 
 
 def report(
-    learner: Learner, experiment: Experiment, position: Position, tell: Tell, before_restart: bool = False
+    learner: Learner, experiment: Experiment, position: TrainState, tell: ReportFn, before_restart: bool = False
 ) -> None:
     """Tells of the metrics, with a checkpoint."""
     named: dict[str, Any] = {"steps_done": position.steps_done}
@@ -248,13 +256,13 @@ def report(
     tell(named, functools.partial(Snapshot, learner, experiment, position) if distributed.rank() == 0 else None)
 
 
-class ToRayTrain:
+class RayTrainReporter:
     """Reports to Ray Train. A checkpoint is written while the training goes on, one at a time: it takes memory.
 
     Which checkpoints are kept is decided here too, when one is complete: Ray Train is told to keep all.
     """
 
-    def __init__(self, experiment: Experiment, watch: Watch) -> None:
+    def __init__(self, experiment: Experiment, watch: RunLockWatcher) -> None:
         self._experiment, self._watch = experiment, watch
         self._idle = threading.Semaphore()
 
@@ -282,18 +290,18 @@ class ToRayTrain:
 
 
 def validate(
-    make: Method, store: Store, share: int, device: torch.device, rows: np.ndarray | None = None
+    make: Method, store: ClipDataset, share: int, device: torch.device, rows: np.ndarray | None = None
 ) -> dict[str, float]:
     """Over the validation clips, or those of `rows`, `share` at a time on each worker, which takes every workers-th.
 
     Means of l2 and PSNR; the skill against linear interpolation; and, as `blur`, the mean distance of the sharpness
     ratio from 1, over clips where that is finite. All are NaN if the learner's output is not finite.
     """
-    rows = (store.rows_of("validation") if rows is None else rows)[distributed.rank() :: distributed.count()]
+    rows = (store.split_indices("validation") if rows is None else rows)[distributed.rank() :: distributed.world_size()]
     parts = [torch.zeros(6, dtype=torch.float64)]
     for first in range(0, len(rows), share):
         chosen = rows[first : first + share]
-        real = torch.from_numpy(store.gather(chosen))
+        real = torch.from_numpy(store.get_clips(chosen))
         start, end = real[:, 0], real[:, -1]
         try:
             made = make(start, end, [store.ids[row] for row in chosen])
@@ -303,33 +311,34 @@ def validate(
         blur = (metrics.sharpness_ratio(made, real) - 1).abs()
         linear_sse = metrics.squared_error(baselines.linear(start, end, real.shape[1]), real)
         each = (
-            *(metrics.l2_report(made, real), metrics.psnr(made, real), metrics.squared_error(made, real), linear_sse),
+            *(metrics.l2_paper(made, real), metrics.psnr(made, real), metrics.squared_error(made, real), linear_sse),
             *(blur.where(blur.isfinite(), 0), blur.isfinite()),
         )
         parts.append(torch.stack([one.double().sum() for one in each]))
-    totals = distributed.sums([*torch.stack(parts).sum(0).tolist(), len(rows)], device)
+    totals = distributed.all_reduce_sum([*torch.stack(parts).sum(0).tolist(), len(rows)], device)
     l2, psnr, sse, linear_sse, blur, sharp, clips = totals
-    named = {"l2_report": l2 / clips, "psnr": psnr / clips}
+    named = {"l2_paper": l2 / clips, "psnr": psnr / clips}
     named |= {"skill": 1 - sse / linear_sse if linear_sse else 0.0, "blur": blur / sharp if sharp else 0.0}
     return {f"val/{name}": value for name, value in named.items()}
 
 
-def too_many_skipped(meter: Meter, store: Store, experiment: Experiment) -> str:
+def too_many_skipped(meter: ThroughputMonitor, store: ClipDataset, experiment: Experiment) -> str:
     train, step = experiment.train, meter.last_skipped
-    positions = slice_of(step, train.batch, rank=0, workers=1)
-    ids = [store.ids[row] for row in rows_at(positions, store.rows_of("training"), train.seed)]
+    positions = rank_indices(step, train.global_batch_size, rank=0, workers=1)
+    ids = [store.ids[row] for row in shuffled_indices(positions, store.split_indices("training"), train.seed)]
     return (
-        f"train.most_skipped: {meter.skipped} steps had no finite loss or gradient (value {train.most_skipped}); "
-        f"the last is step {step}, with the clips {', '.join(ids)}. Lower optim.lr or set optim.clip_norm, under "
-        "another name; or raise train.most_skipped, and the run resumes from its newest checkpoint"
+        f"train.max_skipped_steps: {meter.skipped} steps had no finite loss or gradient "
+        f"(value {train.max_skipped_steps}); "
+        f"the last is step {step}, with the clips {', '.join(ids)}. Lower optim.lr or set optim.max_grad_norm, under "
+        "another name; or raise train.max_skipped_steps, and the run resumes from its newest checkpoint"
     )
 
 
-def samples(learner: Learner, make: Method, store: Store, kind: media.Kind) -> bytes:
+def samples(learner: Learner, make: Method, store: ClipDataset, kind: media.Kind) -> bytes:
     """The first validation clips, side by side and moving; below them what the learner makes of all their frames, where
     it sees them, and what it makes of their ends and noise."""
-    rows = store.rows_of("validation")[:_SAMPLES]
-    real = torch.from_numpy(store.gather(rows))
+    rows = store.split_indices("validation")[:_SAMPLES]
+    real = torch.from_numpy(store.get_clips(rows))
     shown: dict[str, torch.Tensor | None] = {"real": real}
     with suppress(NonFiniteOutput):  # such clips cannot be drawn; the metrics are NaN
         shown["reconstruction"] = learner.reconstruct(real)

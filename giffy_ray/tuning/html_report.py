@@ -13,7 +13,7 @@ from typing import Any
 
 from giffy_ray.config import ClipConfig, Distribution, Experiment
 from giffy_ray.core.media import sprite_columns
-from giffy_ray.evaluation.html_report import filled
+from giffy_ray.evaluation.html_report import render_template
 from giffy_ray.tuning.tables import WHY_NONE_IS_CUT
 from giffy_ray.tuning.tuner import Study, Trial, objectives
 
@@ -23,7 +23,7 @@ CHANGING = "Values changed while the trials trained: what one reached is not due
 
 
 @dataclass(frozen=True)
-class Reel:
+class ClipStrip:
     """The same clips by one maker: a trial, or the real ones."""
 
     name: str
@@ -31,7 +31,9 @@ class Reel:
     missing: str = ""  # why there are none
 
 
-def study_page(study: Experiment, found: Study, clip: ClipConfig, clips: Sequence[str], reels: Sequence[Reel]) -> bytes:
+def render_study(
+    study: Experiment, found: Study, clip: ClipConfig, clips: Sequence[str], reels: Sequence[ClipStrip]
+) -> bytes:
     """The HTML. `clips`: ids of those that each reel holds."""
     measured, best = objectives(study.search), {trial.number for trial in found.best}
     data = {
@@ -55,7 +57,7 @@ def study_page(study: Experiment, found: Study, clip: ClipConfig, clips: Sequenc
             ],
         },
     }
-    return filled(_TEMPLATE, data)
+    return render_template(_TEMPLATE, data)
 
 
 def _field(name: str, spec: Mapping[Distribution, Sequence[Any]]) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def _about(study: Experiment, found: Study) -> str:
     which = f"The best is {found.best[0].name}: {', '.join(best)}."
     if len(best) > 1:
         which = f"{len(found.best)} are on the Pareto front, which no other beats in all objectives."
-    return f"{_counted(found.trials)}. {which} It ended as {found.why_ended}."
+    return f"{_counted(found.trials)}. {which} It ended as {found.stop_reason}."
 
 
 def _counted(trials: Sequence[Trial]) -> str:

@@ -9,44 +9,44 @@ from giffy_ray.config import Adversarial, BetweenConfig, ConfigError, Direct3DCo
 
 # Metric -> which is better; "" where neither is: logits of a discriminator are to balance, not to grow or shrink.
 _DIRECTIONS = {
-    "val/l2_report": "smaller",
-    "val/psnr": "larger",
-    "val/skill": "larger",
-    "val/blur": "smaller",
-    "train/loss": "smaller",
-    "train/kl": "smaller",
-    "train/reconstruction": "smaller",
-    "train/ends": "smaller",
-    "train/frame_loss": "smaller",
-    "train/relative_error": "smaller",
-    "train/posterior_error": "smaller",
-    "train/prior_error": "smaller",
-    "train/g_loss": "smaller",
-    "train/d_loss": "smaller",
+    "val/l2_paper": "minimize",
+    "val/psnr": "maximize",
+    "val/skill": "maximize",
+    "val/blur": "minimize",
+    "train/loss": "minimize",
+    "train/kl": "minimize",
+    "train/reconstruction": "minimize",
+    "train/ends": "minimize",
+    "train/frame_loss": "minimize",
+    "train/relative_error": "minimize",
+    "train/posterior_error": "minimize",
+    "train/prior_error": "minimize",
+    "train/g_loss": "minimize",
+    "train/d_loss": "minimize",
     "train/d_real": "",
     "train/d_made": "",
-    "train/skipped": "smaller",
-    "speed/clips_per_s": "larger",
-    "speed/step_ms": "smaller",
-    "speed/data_wait_fraction": "smaller",
-    "speed/memory_gb": "smaller",
-    "speed/tflops_per_worker": "larger",
-    "speed/gpu_memory_gb": "smaller",
-    "speed/model_flop_utilisation": "larger",
+    "train/skipped": "minimize",
+    "speed/clips_per_s": "maximize",
+    "speed/step_ms": "minimize",
+    "speed/data_wait_fraction": "minimize",
+    "speed/memory_gb": "minimize",
+    "speed/tflops_per_worker": "maximize",
+    "speed/gpu_memory_gb": "minimize",
+    "speed/model_flop_utilisation": "maximize",
 }
 _JUDGED = ("g_loss", "d_loss", "d_real", "d_made")
 # Loss -> the fields that it is computed from: trials with other values of these report it on another scale.
 _COMPUTED_FROM = {
     "train/loss": (
         *("model.reconstruction_weight", "model.ends_weight", "model.kl_weight", "model.adversarial_weight"),
-        *("model.kl_warmup_steps", "model.free_nats", "model.error_floor", "model.sampled_share"),
+        *("model.kl_warmup_steps", "model.free_nats", "model.error_epsilon", "model.posterior_fraction"),
         "model.adversarial_from_step",
     ),
     "train/kl": ("model.free_nats",),
     "train/frame_loss": ("model.frame_loss",),
-    "train/relative_error": ("model.error_floor",),
-    "train/posterior_error": ("model.error_floor",),
-    "train/prior_error": ("model.error_floor",),
+    "train/relative_error": ("model.error_epsilon",),
+    "train/posterior_error": ("model.error_epsilon",),
+    "train/prior_error": ("model.error_epsilon",),
     "train/g_loss": ("model.adversarial_loss",),
     "train/d_loss": ("model.adversarial_loss", "model.real_label"),
 }
@@ -62,7 +62,7 @@ def objectives(settings: SearchConfig) -> dict[str, str]:
     if not better:
         raise ConfigError(
             f"search.metric: {settings.metric} has no direction of its own; state it, as "
-            f"search.objectives={{{settings.metric}: larger}} or smaller"
+            f"search.objectives={{{settings.metric}: maximize}} or minimize"
         )
     return {settings.metric: better}
 
@@ -81,7 +81,7 @@ def check_metrics(experiment: Experiment) -> None:
             if name in _COMPUTED_FROM.get(metric, ()):
                 raise ConfigError(
                     f"{field}: {metric} is computed from {name}, which search.space varies, so its values cannot be "
-                    f"compared; use a metric of val/, such as val/l2_report"
+                    f"compared; use a metric of val/, such as val/l2_paper"
                 )
 
 
@@ -90,7 +90,7 @@ def reported_by(experiment: Experiment) -> set[str]:
     model = experiment.model
     if isinstance(model, BetweenConfig):
         losses = {"loss", "kl", "relative_error"}
-        if 0 < model.sampled_share < 1:
+        if 0 < model.posterior_fraction < 1:
             losses |= {"posterior_error", "prior_error"}
         if model.adversarial_weight and not model.adversarial_from_step:  # before that step they are missing
             losses |= {*_JUDGED}

@@ -12,7 +12,7 @@ from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, Pro
 from tenacity import retry, retry_if_exception_type, stop_after_attempt, wait_random
 
 from giffy_ray.config import ConfigError, Experiment
-from giffy_ray.core.storage import is_local, join, settle, without_secrets
+from giffy_ray.core.storage import is_local, join, redact_credentials, resolve_path
 from giffy_ray.tracking.tracker import sqlite_address
 
 _CONNECT_S = 10  # a server that does not answer in this time is not there
@@ -25,8 +25,8 @@ def address(experiment: Experiment) -> str:
     if experiment.search.storage:
         where, sqlite = experiment.search.storage, "sqlite:///"
         if where.startswith(sqlite) and ":memory:" not in where:
-            return f"{sqlite}{settle(where.removeprefix(sqlite))}"
-        return where if "://" in where else settle(where)
+            return f"{sqlite}{resolve_path(where.removeprefix(sqlite))}"
+        return where if "://" in where else resolve_path(where)
     if not is_local(experiment.storage):
         raise ConfigError(f"search.storage: give Optuna a database, {_KINDS}; {experiment.storage!r} can hold neither")
     folder = join(experiment.storage, experiment.name)
@@ -43,7 +43,7 @@ def opened(experiment: Experiment) -> BaseStorage:
         storage.get_all_studies()  # a journal is read here
     except Exception as error:  # of any of the many database drivers
         why = _why(error, where, url)
-        raise ConfigError(f"search.storage: {why} (value {without_secrets(where)!r})") from None
+        raise ConfigError(f"search.storage: {why} (value {redact_credentials(where)!r})") from None
     return storage
 
 
@@ -62,7 +62,7 @@ def refuse_database_of(tracking_uri: str, experiment: Experiment) -> None:
     if _place(ours) == _place(theirs):
         raise ConfigError(
             "search.storage: is the database of tracking.uri, and Optuna and MLflow cannot share one; create another "
-            f"on the same server (value {without_secrets(where)!r})"
+            f"on the same server (value {redact_credentials(where)!r})"
         )
 
 
@@ -110,5 +110,5 @@ def _why(error: Exception, where: str, url: URL | None) -> str:
     if isinstance(error, RuntimeError) and "table schema" in str(error):
         return "its tables are of another version of Optuna, or MLflow's; give an empty database"
     lines = str(getattr(error, "orig", None) or error).strip().splitlines() or [type(error).__name__]
-    said = without_secrets(lines[0])
+    said = redact_credentials(lines[0])
     return said.replace(str(url.password), "***") if url is not None and url.password else said

@@ -32,11 +32,11 @@ _SEARCHED_S = "searched_s"
 WORST = 1e6
 _FIRST_RANDOM = 4  # trials, before TPE has something to tell apart
 _FEWEST_TO_TELL = 8  # trials, with which the most important field is named rightly three times in four
-_DIRECTIONS = {"smaller": StudyDirection.MINIMIZE, "larger": StudyDirection.MAXIMIZE}
+_DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
 _REDRAWS = 10  # of the sampler, before an untried point is taken at random
 
 
-class Ledger:
+class OptunaStudy:
     """Numbers are those of the trials, from 0; values are those of `search.space`."""
 
     def __init__(self, experiment: Experiment, points: Iterable[Values] = ()):
@@ -46,7 +46,7 @@ class Ledger:
         self._combinations = combinations(self._space)
         self.objectives = objectives(self._settings)
         # Of what is measured, times this: the smaller the better.
-        self._sign = 1 if next(iter(self.objectives.values())) == "smaller" else -1
+        self._sign = 1 if next(iter(self.objectives.values())) == "minimize" else -1
         directions = [_DIRECTIONS[better] for better in self.objectives.values()]
         self._study = optuna.create_study(
             storage=opened(experiment), study_name=experiment.name, directions=directions, load_if_exists=True
@@ -61,39 +61,39 @@ class Ledger:
             )
         self._study.sampler = _sampler(self._settings, len(self._study.trials))
         self._study.pruner = optuna.pruners.SuccessiveHalvingPruner(
-            self._settings.grace_epochs, self._settings.reduction_factor
+            self._settings.grace_period, self._settings.reduction_factor
         )
         if not self.trials():  # also where a process was killed before it had noted all points
             for point in points:
                 self._study.enqueue_trial(point, skip_if_exists=True)
-        self._stale = deque(self._study.get_trials(states=[TrialState.RUNNING]))
-        self._open: dict[int, optuna.Trial] = {}
+        self._orphaned = deque(self._study.get_trials(states=[TrialState.RUNNING]))
+        self._running: dict[int, optuna.Trial] = {}
         self._began_s, self._before_s = time.monotonic(), self._study.user_attrs.get(_SEARCHED_S, 0.0)
 
     def ask(self) -> tuple[int, Values] | None:
         """The next trial, or None where the search has come to its end."""
-        if self._stale:
-            left = self._stale.popleft()
-            self._open[left.number] = self._reopened(left)
+        if self._orphaned:
+            left = self._orphaned.popleft()
+            self._running[left.number] = self._reopened(left)
             return left.number, self.values(left.number)
-        if self.why_ended():
+        if self.stop_reason():
             return None
         number = self._begun()
         return number, self.values(number)
 
-    def turn(self, number: int) -> dict[str, Any]:
+    def trial_directive(self, number: int) -> dict[str, Any]:
         """What else the trial is to know that was handed out."""
         return {}
 
     def values(self, number: int) -> Values:
         """Those of a trial that was handed out and is not over."""
-        return dict(self._open[number].params)
+        return dict(self._running[number].params)
 
     def params_of(self, trial: FrozenTrial) -> Values:
         """Those of any trial."""
         return dict(trial.params)
 
-    def why_ended(self) -> str:
+    def stop_reason(self) -> str:
         """Why no more trials are begun, or an empty string."""
         settings, begun = self._settings, self.trials()
         if len(begun) >= settings.trials:
@@ -112,14 +112,14 @@ class Ledger:
 
     def report(self, number: int, epoch: int, reported: Mapping[str, Any]) -> bool:
         """Takes down a report. Returns whether the trial is to end: it diverged, or is worse than others by then."""
-        if number not in self._open:
+        if number not in self._running:
             return True
         values = [reported.get(name, math.nan) for name in self.objectives]
         for name, value in zip(self.objectives, values, strict=True):
             if not math.isfinite(value):
                 self.end(number, f"diverged: {name} was {value} after epoch {epoch}")
                 return True
-        trial = self._open[number]
+        trial = self._running[number]
         if len(values) > 1:  # Optuna keeps intermediate values of a single objective only, and ASHA needs one
             trial.set_user_attr("values", values)
             trial.set_user_attr(EPOCH, epoch)
@@ -133,20 +133,20 @@ class Ledger:
 
     def end(self, number: int, why: str = "") -> None:
         """A trial is over: well, with its best values, or without any because of `why`. Once is enough."""
-        if number not in self._open:
+        if number not in self._running:
             return
-        trial = self._open[number]
+        trial = self._running[number]
         values = self.values_of(self._frozen(trial))
         if not values:
             why = why or "it reported nothing"
         if why:
             trial.set_user_attr(ENDED, why)
-            values = [WORST if better == "smaller" else -WORST for better in self.objectives.values()]
+            values = [WORST if better == "minimize" else -WORST for better in self.objectives.values()]
         self._tell(number, values=values)
 
     def unfinished(self) -> bool:
         """Whether trials are to be handed out again that were left behind."""
-        return bool(self._stale)
+        return bool(self._orphaned)
 
     def trials(self) -> list[FrozenTrial]:
         """Those that were begun, in order."""
@@ -160,7 +160,7 @@ class Ledger:
         well = [
             trial for trial in self.trials() if trial.state == TrialState.COMPLETE and ENDED not in trial.user_attrs
         ]
-        signs = [1 if better == "smaller" else -1 for better in self.objectives.values()]
+        signs = [1 if better == "minimize" else -1 for better in self.objectives.values()]
         costs = {
             trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in well
         }
@@ -172,7 +172,7 @@ class Ledger:
         """Its best of the single objective, or its last of several; nothing where it reported nothing."""
         if len(self.objectives) > 1:
             return trial.user_attrs.get("values", [])
-        best = min if next(iter(self.objectives.values())) == "smaller" else max
+        best = min if next(iter(self.objectives.values())) == "minimize" else max
         return [best(trial.intermediate_values.values())] if trial.intermediate_values else []
 
     def importances(self) -> dict[str, dict[str, float]]:
@@ -195,7 +195,7 @@ class Ledger:
         if point is not None:
             self._study.enqueue_trial(point)  # and whoever is killed before the next line begins with it
         trial = self._study.ask(self._space)
-        self._open[trial.number] = trial
+        self._running[trial.number] = trial
         return trial.number
 
     def _untried_point(self) -> Values | None:
@@ -232,7 +232,7 @@ class Ledger:
         return f"search.max_hours={most:g} are over" if most is not None and hours >= most else ""
 
     def _tell(self, number: int, **what: Any) -> None:
-        self._study.tell(self._open.pop(number), **what)
+        self._study.tell(self._running.pop(number), **what)
         self._study.set_user_attr(_SEARCHED_S, self._before_s + time.monotonic() - self._began_s)
 
     def _frozen(self, trial: optuna.Trial) -> FrozenTrial:

@@ -16,7 +16,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from optuna.trial import FrozenTrial
 
 from giffy_ray.config import Adversarial, ConfigError, Experiment, flatten
-from giffy_ray.tuning.optuna_study import WORST, Ledger
+from giffy_ray.tuning.optuna_study import WORST, OptunaStudy
 from giffy_ray.tuning.search_space import Values
 
 _SHARE = 4  # one in so many is of the best, and one of the worst
@@ -25,8 +25,8 @@ _TAKEN, _CLOSED = "taken", "closed"
 _ALWAYS = ("optim.lr", "optim.discriminator_lr")  # may change while a training runs
 
 
-class Population(Ledger):
-    """As a Ledger whose trials are handed out again and again, until all of them have had `search.epochs`."""
+class Population(OptunaStudy):
+    """As a OptunaStudy whose trials are handed out again and again, until all of them have had `search.epochs`."""
 
     def __init__(self, experiment: Experiment, points: Iterable[Values] = ()):
         check(experiment)
@@ -40,8 +40,8 @@ class Population(Ledger):
             trial.number: list(trial.user_attrs.get(_TAKEN, [])) for trial in begun
         }
         self._closed: int = self._study.user_attrs.get(_CLOSED, 0)
-        self._open = {left.number: self._reopened(left) for left in self._stale}
-        self._stale.clear()
+        self._open = {left.number: self._reopened(left) for left in self._orphaned}
+        self._orphaned.clear()
         self._busy: dict[int, int] = {}  # trial -> the epoch that its turn ends with
         every, last = experiment.train.validate_every, self._settings.epochs
         self._ends = sorted({*range(every, last + 1, every), last})
@@ -97,7 +97,7 @@ class Population(Ledger):
             diverged = self.values_of(self._frozen(self._open[number])) == [self._sign * WORST]
             super().end(number, why or ("diverged: its last report was not finite" if diverged else ""))
 
-    def why_ended(self) -> str:
+    def stop_reason(self) -> str:
         if self._hours_over():
             return self._hours_over()
         if self._open or self._begun_count < self._settings.trials:
@@ -138,14 +138,16 @@ class Population(Ledger):
             number: dict(taken[-1][2]) if taken else super(Population, self).values(number)
             for number, taken in before.items()
         }
-        for number, (source, new) in moves(reached, now, self._space, f"{self._settings.seed} {epoch}").items():
+        for number, (source, new) in exploit_and_explore(
+            reached, now, self._space, f"{self._settings.seed} {epoch}"
+        ).items():
             self._taken[number] = [*before[number], [epoch, source, new]]
             self._open[number].set_user_attr(_TAKEN, self._taken[number])
         self._study.set_user_attr(_CLOSED, epoch)
         self._closed = epoch
 
 
-def moves(
+def exploit_and_explore(
     reached: Mapping[int, float], values: Mapping[int, Values], space: Mapping[str, BaseDistribution], seed: str
 ) -> dict[int, tuple[int, Values]]:
     """Who takes over from whom, and its new values. `reached`, smaller is better, and `values` are by trial."""
@@ -158,11 +160,11 @@ def moves(
     for number in worst:
         drawn = random.Random(f"{seed} {number}")
         source = drawn.choice(best)
-        taken[number] = source, {name: _near(values[source][name], space[name], drawn) for name in space}
+        taken[number] = source, {name: _perturb(values[source][name], space[name], drawn) for name in space}
     return taken
 
 
-def _near(value: Any, distribution: BaseDistribution, drawn: random.Random) -> Any:
+def _perturb(value: Any, distribution: BaseDistribution, drawn: random.Random) -> Any:
     """A little more or less, inside the space; of a choice the one before or after it."""
     if isinstance(distribution, CategoricalDistribution):
         choices = distribution.choices

@@ -15,8 +15,8 @@ from giffy_ray.config import Adversarial, ConfigError, Distribution, Experiment,
 Values = dict[str, Any]  # of the experiment's fields, by dotted name
 
 _SEARCHABLE = (
-    *("model.", "optim.", "data.augment.", "data.intervals."),
-    *("train.batch", "train.seed", "train.start_from", "speed."),
+    *("model.", "optim.", "data.augment.", "data.segments."),
+    *("train.global_batch_size", "train.seed", "train.init_from", "speed."),
 )
 # Field, or section that ends with a point -> why a search cannot vary it. The longest name that fits counts.
 _REFUSED = {
@@ -64,7 +64,7 @@ def distributions(experiment: Experiment) -> dict[str, BaseDistribution]:
 
 def _why_refused(experiment: Experiment, name: str) -> str:
     space, fields = experiment.search.space, flatten(experiment)
-    if name == "data.intervals.frames":
+    if name == "data.segments.frames":
         values = [fields[name], *itertools.chain(*space[name].values())]
         return "" if all(values) else "what is stored of the videos depends on whether it is 0"
     refused = [prefix for prefix in _REFUSED if name == prefix or (prefix[-1] == "." and name.startswith(prefix))]

@@ -21,19 +21,19 @@ from ray.tune.execution import class_cache  # no setting says what Tune passes o
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search import Searcher
 
-from giffy_ray.cluster.resources import Share
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.cluster.shared_storage import leave_token, remove_token
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
-from giffy_ray.core.run_lock import Lease
+from giffy_ray.core.run_lock import RunLock
 from giffy_ray.core.storage import join, read_text
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.tracking.tracker import params_of, tracking_uri
 from giffy_ray.training import checkpoints
-from giffy_ray.training.progress_callback import line_of
-from giffy_ray.training.trainer import check, check_experiment, checkpoint_bytes, claimed
+from giffy_ray.training.progress_callback import format_epoch
+from giffy_ray.training.trainer import check, check_experiment, checkpoint_bytes, locked_run
 from giffy_ray.tuning.objectives import check_metrics, objectives
 from giffy_ray.tuning.optuna_storage import opened, refuse_database_of
-from giffy_ray.tuning.optuna_study import ENDED, EPOCH, Ledger
+from giffy_ray.tuning.optuna_study import ENDED, EPOCH, OptunaStudy
 from giffy_ray.tuning.population import Population
 from giffy_ray.tuning.population import check as check_population
 from giffy_ray.tuning.search_space import Values, combinations, distributions, earlier_point, edges, reports_point
@@ -46,13 +46,13 @@ __all__ = [
     "check_trainings",
     "claim",
     "experiment_of",
-    "first_points",
+    "initial_points",
     "most_trials",
-    "named",
     "objectives",
+    "refit_experiment",
+    "resolve_study",
     "search",
     "search_claimed",
-    "trained_out",
 ]
 
 # What may differ where a search goes on.
@@ -83,11 +83,13 @@ class Trial:
 class Study:
     trials: tuple[Trial, ...]  # best first; those that failed last
     best: tuple[Trial, ...]  # of several objectives those that no other is better than in all of them
-    why_ended: str
+    stop_reason: str
     importances: dict[str, dict[str, float]]  # objective -> field -> its share; empty where there are too few trials
 
 
-def search(experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values] = ()) -> Study:
+def search(
+    experiment: Experiment, store: ClipDataset, share: WorkerResources, parent: str, points: Sequence[Values] = ()
+) -> Study:
     """Runs trials of the experiment over `search.space` until there are `search.trials`, or its budget is spent.
 
     `points` are tried first. `share` is what a trial gets; `parent` is the place of the run that the trials are shown
@@ -98,7 +100,7 @@ def search(experiment: Experiment, store: Store, share: Share, parent: str, poin
 
 
 @contextmanager
-def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
+def claim(experiment: Experiment, store: ClipDataset) -> Iterator[RunLock]:
     """Inside, the search of the experiment's name is ours: nobody else writes to its folder and its MLflow run.
 
     Raises ConfigError before anything starts.
@@ -106,7 +108,7 @@ def claim(experiment: Experiment, store: Store) -> Iterator[Lease]:
     check_search(experiment)
     values = {name: edges(distribution)[0] for name, distribution in distributions(experiment).items()}
     check(experiment_of(experiment, 0, values), store, values)
-    with claimed(experiment, store, _MAY_CHANGE) as lease:
+    with locked_run(experiment, store, _MAY_CHANGE) as lease:
         _warn_of_little_space(experiment)
         yield lease
 
@@ -126,11 +128,16 @@ def _warn_of_little_space(experiment: Experiment) -> None:
 
 
 def search_claimed(
-    experiment: Experiment, store: Store, share: Share, parent: str, points: Sequence[Values], lease: Lease
+    experiment: Experiment,
+    store: ClipDataset,
+    share: WorkerResources,
+    parent: str,
+    points: Sequence[Values],
+    lease: RunLock,
 ) -> Study:
     """As `search`, within `claim`, whose lease is given."""
-    ledger = (Population if experiment.search.sampler == "pbt" else Ledger)(experiment, points)
-    if ledger.unfinished() or not ledger.why_ended():
+    ledger = (Population if experiment.search.sampler == "pbt" else OptunaStudy)(experiment, points)
+    if ledger.unfinished() or not ledger.stop_reason():
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # Tune's banner; _Tells says what there is to say
         os.environ["TUNE_PRINT_ALL_TRIAL_ERRORS"] = "0"  # and so it does of trials that fail
         withhold_credentials()
@@ -150,7 +157,7 @@ def withhold_credentials() -> None:
     class_cache.ENV_VARS_TO_PROPAGATE -= {name for name in class_cache.ENV_VARS_TO_PROPAGATE if "AWS_" in name}
 
 
-def named(experiment: Experiment) -> Experiment:
+def resolve_study(experiment: Experiment) -> Experiment:
     """The search of an experiment: one that is there to be gone on with, or a new one, as `search.resume` says.
 
     Raises ConfigError where one must be there and is not.
@@ -183,7 +190,7 @@ def check_trainings(experiment: Experiment) -> None:
 
     Each bound and choice is tried, with the first one of the other fields.
     """
-    study, space = named(experiment), distributions(experiment)
+    study, space = resolve_study(experiment), distributions(experiment)
     ends = {name: edges(distribution) for name, distribution in space.items()}
     first = {name: values[0] for name, values in ends.items()}
     for values in [first, *({**first, name: value} for name, others in ends.items() for value in others[1:])]:
@@ -204,7 +211,7 @@ def most_trials(experiment: Experiment) -> int:
     return trials if points is None or experiment.search.sampler == "pbt" else min(trials, points)
 
 
-def first_points(experiment: Experiment) -> list[Values]:
+def initial_points(experiment: Experiment) -> list[Values]:
     """What a new search tries first: the report's values, then those of `search.enqueue`.
 
     Raises ConfigError, also where `search.storage` cannot be opened.
@@ -219,12 +226,12 @@ def first_points(experiment: Experiment) -> list[Values]:
     return [*([report] if report else []), *earlier]
 
 
-def trained_out(experiment: Experiment, study: Experiment, found: Study) -> Experiment:
+def refit_experiment(experiment: Experiment, study: Experiment, found: Study) -> Experiment:
     """The training of the best trial's values. They were the last of several in a population: on from its weights."""
     best = found.best[0]
     changes = best.values | {"name": _best_name(study.name)}
     if study.search.sampler == "pbt":
-        changes["train.start_from"] = checkpoints.newest(experiment_of(study, best.number, best.values))
+        changes["train.init_from"] = checkpoints.latest_checkpoint(experiment_of(study, best.number, best.values))
     return override(experiment, changes)
 
 
@@ -232,7 +239,9 @@ def _best_name(study: str) -> str:
     return f"{study}-best"
 
 
-def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledger: Ledger, lease: Lease) -> tune.Tuner:
+def _tuner(
+    experiment: Experiment, store: ClipDataset, share: WorkerResources, parent: str, ledger: OptunaStudy, lease: RunLock
+) -> tune.Tuner:
     yaml = to_yaml(experiment)
     token = leave_token(experiment, lease.holder)
     run = functools.partial(trial, study=yaml, store=store.location, share=share, parent=parent, token=token)
@@ -241,8 +250,8 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
         tune_config=tune.TuneConfig(
             num_samples=-1,  # until the ledger has no more
             max_concurrent_trials=share.trainings,
-            search_alg=_Asks(ledger),
-            scheduler=_Judges(ledger),
+            search_alg=OptunaSearcher(ledger),
+            scheduler=PruningScheduler(ledger),
             reuse_actors=True,  # one process start less for each trial that does not fail
             trial_name_creator=_known_as,
             trial_dirname_creator=_known_as,
@@ -253,7 +262,7 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
             failure_config=tune.FailureConfig(max_failures=experiment.cluster.max_failures),
             verbose=0,
             stop=_WhenLost(lease),
-            callbacks=[_Tells(experiment)],
+            callbacks=[TrialProgressCallback(experiment)],
         ),
     )
 
@@ -261,7 +270,7 @@ def _tuner(experiment: Experiment, store: Store, share: Share, parent: str, ledg
 class _WhenLost(tune.Stopper):
     """Ends the trials of a search that another process goes on with."""
 
-    def __init__(self, lease: Lease):
+    def __init__(self, lease: RunLock):
         self.lease = lease
 
     def __call__(self, trial_id: str, result: dict[str, Any]) -> bool:
@@ -281,17 +290,17 @@ def _known_as(one: Any) -> str:
     return name if until is None else f"{name}-{until:04}"
 
 
-def _resources(experiment: Experiment, share: Share) -> dict[str, float]:
+def _resources(experiment: Experiment, share: WorkerResources) -> dict[str, float]:
     """Of a trial's actor. One that has workers only drives them, and stays on the head, which is no spot machine."""
     if experiment.search.workers > 1:
         return {"CPU": 0, "node:__internal_head__": 0.001}  # Tune refuses a trial that asks for nothing
     return {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
 
 
-class _Asks(Searcher):
-    """Ray Tune's side of `Ledger.ask`."""
+class OptunaSearcher(Searcher):
+    """Ray Tune's side of `OptunaStudy.ask`."""
 
-    def __init__(self, ledger: Ledger):
+    def __init__(self, ledger: OptunaStudy):
         super().__init__()
         self.ledger = ledger
         self.numbers: dict[str, int] = {}
@@ -299,9 +308,9 @@ class _Asks(Searcher):
     def suggest(self, trial_id: str) -> Any:
         asked = self.ledger.ask()
         if asked is None:
-            return Searcher.FINISHED if self.ledger.why_ended() else None  # None: not now
+            return Searcher.FINISHED if self.ledger.stop_reason() else None  # None: not now
         self.numbers[trial_id], values = asked
-        return {"number": asked[0], "values": values, **self.ledger.turn(asked[0])}
+        return {"number": asked[0], "values": values, **self.ledger.trial_directive(asked[0])}
 
     def on_trial_complete(self, trial_id: str, result: dict | None = None, error: bool = False) -> None:
         self.ledger.end(self.numbers[trial_id], "its process died" if error else "")
@@ -313,10 +322,10 @@ class _Asks(Searcher):
         """As `save`."""
 
 
-class _Judges(FIFOScheduler):
-    """Ray Tune's side of `Ledger.report`."""
+class PruningScheduler(FIFOScheduler):
+    """Ray Tune's side of `OptunaStudy.report`."""
 
-    def __init__(self, ledger: Ledger):
+    def __init__(self, ledger: OptunaStudy):
         super().__init__()
         self.ledger = ledger
 
@@ -332,7 +341,7 @@ class _Judges(FIFOScheduler):
         return TrialScheduler.STOP if ended else TrialScheduler.CONTINUE
 
 
-class _Tells(tune.Callback):
+class TrialProgressCallback(tune.Callback):
     """A line when a trial starts, and one for each of its reports."""
 
     def __init__(self, experiment: Experiment):
@@ -347,7 +356,7 @@ class _Tells(tune.Callback):
         if FAILED in result:
             self._say(trial, result[FAILED])
         elif "epoch" in result:
-            self._say(trial, line_of(result, self.settings.epochs))
+            self._say(trial, format_epoch(result, self.settings.epochs))
 
     def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         if FAILED not in trial.last_result:
@@ -361,19 +370,19 @@ def _short(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
-def _study(ledger: Ledger) -> Study:
+def _study(ledger: OptunaStudy) -> Study:
     trials = [_trial_of(frozen, ledger) for frozen in ledger.trials()]
     best = {frozen.number for frozen in ledger.best()}
-    sign = 1 if next(iter(ledger.objectives.values())) == "smaller" else -1
+    sign = 1 if next(iter(ledger.objectives.values())) == "minimize" else -1
     trials.sort(key=lambda one: (bool(one.ended), sign * one.objectives[0] if one.objectives else 0))
     if not best:
         reasons = "\n  ".join(f"{one.name}: {one.ended}" for one in trials)
         raise RuntimeError(f"none of {len(trials)} trials came to a value:\n  {reasons}")
     winners = tuple(one for one in trials if one.number in best)
-    return Study(tuple(trials), winners, ledger.why_ended(), ledger.importances())
+    return Study(tuple(trials), winners, ledger.stop_reason(), ledger.importances())
 
 
-def _trial_of(frozen: FrozenTrial, ledger: Ledger) -> Trial:
+def _trial_of(frozen: FrozenTrial, ledger: OptunaStudy) -> Trial:
     reports = dict(sorted(frozen.intermediate_values.items()))
     epochs = max(reports, default=frozen.user_attrs.get(EPOCH, 0))
     cut, ended = frozen.state == TrialState.PRUNED, frozen.user_attrs.get(ENDED, "")

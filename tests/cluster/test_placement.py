@@ -7,10 +7,10 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from giffy_ray.cluster.placement import Node, Share, largest_share, most_workers, place, plan, plan_trials
+from giffy_ray.cluster.placement import Node, WorkerResources, largest_share, most_workers, place, plan, plan_trials
 from giffy_ray.config import ConfigError, Experiment, override
 
-KEPT, DECODED = Experiment(), override(Experiment(), {"data.keep": False})
+KEPT, DECODED = Experiment(), override(Experiment(), {"data.cache_decoded": False})
 
 
 def nodes_of(*cpus: float, gpus: int = 0) -> list[Node]:
@@ -48,7 +48,7 @@ def test_cpus_of_a_worker(cpus, workers: int, kept: float, decoded: float | None
             with pytest.raises(ConfigError, match=r"cluster\.workers: "):
                 plan(nodes_of(*cpus), asked)
         else:
-            assert plan(nodes_of(*cpus), asked) == Share(expected, 0, 1)
+            assert plan(nodes_of(*cpus), asked) == WorkerResources(expected, 0, 1)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_trainings_on_gpus(nodes: list[Node], workers: int, kept: int | None, de
             with pytest.raises(ConfigError, match=r"cluster\.workers: "):
                 plan(nodes, asked)
         else:
-            assert plan(nodes, asked) == Share(1.0, 1, expected)
+            assert plan(nodes, asked) == WorkerResources(1.0, 1, expected)
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_trainings_on_gpus(nodes: list[Node], workers: int, kept: int | None, de
 def test_trials_side_by_side(cpus, workers: int, trials: int, kept, decoded):
     for experiment, (share, side_by_side) in ((KEPT, kept), (DECODED, decoded)):
         asked = override(experiment, {"search.workers": workers, "search.trials": trials})
-        assert plan_trials(nodes_of(*cpus), asked) == Share(share, 0, side_by_side)
+        assert plan_trials(nodes_of(*cpus), asked) == WorkerResources(share, 0, side_by_side)
 
 
 def test_nodes_that_an_autoscaler_may_add_are_counted_on_only_where_they_are_needed():
@@ -99,13 +99,13 @@ def test_nodes_that_an_autoscaler_may_add_are_counted_on_only_where_they_are_nee
     for group in (large, endless):
         for workers, cpus in ((1, 4), (2, 2), (4, 1), (8, 2), (16, 1), (20, 1), (21, 1)):
             share = plan([head, small, group], override(KEPT, {"cluster.workers": workers}))
-            assert share == Share(cpus, 0, 1), workers
+            assert share == WorkerResources(cpus, 0, 1), workers
             assert ("to be added" in share.summary) == (workers > 4)
-    assert plan([head, small], override(KEPT, {"cluster.workers": 6})) == Share(1, 0, 1)
-    assert plan([head, small], override(KEPT, {"cluster.workers": 7})) == Share(0.8, 0, 1)
+    assert plan([head, small], override(KEPT, {"cluster.workers": 6})) == WorkerResources(1, 0, 1)
+    assert plan([head, small], override(KEPT, {"cluster.workers": 7})) == WorkerResources(0.8, 0, 1)
     assert plan(
         [Node("head", 4), Node("gpu", 8, 1, count=4, live=False)], override(DECODED, {"cluster.workers": 4})
-    ) == Share(1, 1, 1)
+    ) == WorkerResources(1, 1, 1)
 
 
 def test_what_each_worker_gets_is_said():
@@ -128,8 +128,8 @@ def test_what_each_worker_gets_is_said():
 
 def test_an_elastic_training_is_planned_for_as_many_workers_as_are_safe():
     asked = override(DECODED, {"cluster.workers": [1, 2]})
-    assert plan(nodes_of(1, 1), asked) == Share(1, 0, 1)
-    with pytest.raises(ConfigError, match=r"at most 1 workers of 1 CPU fit .*data\.keep=false\) \(value 2\)"):
+    assert plan(nodes_of(1, 1), asked) == WorkerResources(1, 0, 1)
+    with pytest.raises(ConfigError, match=r"at most 1 workers of 1 CPU fit .*data\.cache_decoded=false\) \(value 2\)"):
         plan(nodes_of(1, 1), override(DECODED, {"cluster.workers": [2, 3]}))
 
 
@@ -148,7 +148,7 @@ def test_whatever_the_placement_workers_fit_and_a_decode_task_does_where_it_is_n
     nodes = [Node("abc"[number], amount, gpus[number]) for number, amount in enumerate(cpus)]
     has_gpus = any(node.gpus for node in nodes)
     try:
-        share = plan(nodes, override(Experiment(), {"cluster.workers": workers, "data.keep": keep}))
+        share = plan(nodes, override(Experiment(), {"cluster.workers": workers, "data.cache_decoded": keep}))
         each = share.cpus_per_worker
     except ConfigError:
         share, each = None, 1.0
@@ -186,7 +186,9 @@ def test_no_larger_share_is_safe(cpus, workers, decodes):
 @given(CPUS, st.integers(1, 3), st.integers(1, 12), st.booleans())
 def test_trials_fit_side_by_side(cpus, workers, trials, keep):
     nodes = nodes_of(*cpus)
-    experiment = override(Experiment(), {"search.workers": workers, "search.trials": trials, "data.keep": keep})
+    experiment = override(
+        Experiment(), {"search.workers": workers, "search.trials": trials, "data.cache_decoded": keep}
+    )
     try:
         plan(nodes, override(experiment, {"cluster.workers": workers}))
     except ConfigError:

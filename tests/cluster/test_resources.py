@@ -19,7 +19,7 @@ from ray.autoscaler._private.docker import docker_start_cmds
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.dashboard.modules.job import job_supervisor
 
-from giffy_ray.cluster.local import JOB_STOP_WAIT
+from giffy_ray.cluster.local import JOB_STOP_WAIT_ENV
 from tests.conftest import ROOT
 
 FILE = ROOT / "cluster" / "ray-cluster.yaml"
@@ -200,7 +200,7 @@ def test_ray_starts_with_the_token(config, kind):
 def test_jobs_have_time_to_write_their_last_checkpoint(config):
     """On the head, where `ray job submit` runs them, and where Ray reads how long `ray job stop` waits."""
     settings, _, _ = started(config, "head").partition("ray start")
-    (name, wait_s), *_ = JOB_STOP_WAIT.items()
+    (name, wait_s), *_ = JOB_STOP_WAIT_ENV.items()
     assert f"export {name}={wait_s};" in settings
     assert f"{name}={wait_s}" in README
     supervisor = inspect.getsource(job_supervisor)

@@ -27,7 +27,7 @@ def test_the_defaults_are_the_reports_values():
     experiment = Experiment()
     assert experiment.model.reconstruction_weight == experiment.model.ends_weight == 2.0
     assert (experiment.optim.lr, experiment.optim.beta1) == (1e-4, 0.8)
-    assert (experiment.train.batch, experiment.train.epochs) == (20, 100)
+    assert (experiment.train.global_batch_size, experiment.train.epochs) == (20, 100)
     assert (experiment.clip.frames, experiment.clip.height, experiment.clip.width) == (30, 64, 64)
 
 
@@ -56,7 +56,7 @@ def test_words_override_the_file(tmp_path: Path):
         ("name.of=x", "name.of", "'x'", "'name'"),
         ("optim.lr=fast", "optim.lr", "'fast'", "number"),
         ("optim.lr=.inf", "optim.lr", "inf", "finite"),
-        ("train.batch=0", "train.batch", "0", "greater than 0"),
+        ("train.global_batch_size=0", "train.global_batch_size", "0", "greater than 0"),
         ("train.epochs=2.5", "train.epochs", "2.5", "integer"),
         ("model.kind=cvea", "model.kind", "'cvea'", "'cvae'"),
         ("model.video_widths=[8, 8]", "model.video_widths", "", "required"),
@@ -159,7 +159,7 @@ HOME = str(Path.home())
         ("optim.discriminator_lr=null", None),
         ("cluster.workers=2,8", (2, 8)),
         ("cluster.gpu=off", False),
-        ("data.caps={on: {training: 5}}", {"on": {"training": 5}}),
+        ("data.max_videos={on: {training: 5}}", {"on": {"training": 5}}),
         ("search.space={optim.lr: {choice: [1e-4, 1]}}", {"optim.lr": {"choice": (1e-4, 1)}}),
         ("search.space={speed.compile: {choice: [on, off]}}", {"speed.compile": {"choice": (True, False)}}),
         (
@@ -175,7 +175,7 @@ def test_a_value_is_read_as_its_field_says(word: str, value: object):
 
 
 @pytest.mark.parametrize(
-    "field", ["data.root", "storage", "name", "optim.lr", "cluster.gpu", "data.categories", "data.caps"]
+    "field", ["data.root", "storage", "name", "optim.lr", "cluster.gpu", "data.categories", "data.max_videos"]
 )
 @pytest.mark.parametrize("text", ["", " "])
 def test_an_empty_value_is_an_error_that_names_the_field(field: str, text: str):
@@ -192,7 +192,7 @@ def test_an_empty_value_is_an_error_that_names_the_field(field: str, text: str):
         ("data.categories=[a] #1", "data.categories: unexpected '#1' after the value"),
         ("data.categories=[a #1, b]", r"data.categories: not YAML: .*value '\[a #1, b\]'"),
         ("data.categories=[~]", "data.categories: ~ may mean null or the home folder"),
-        ("data.caps={a: {training: 1}, a: {training: 2}}", "data.caps.a: is given twice"),
+        ("data.max_videos={a: {training: 1}, a: {training: 2}}", "data.max_videos.a: is given twice"),
         ("data.root=\udcff", "data.root: is not text that can be stored in UTF-8"),
         ("storage=https://host/runs", "storage: https:// is not supported; expected a folder, s3://"),
         ("storage=abfs://container@account/runs", "storage: abfs:// is not supported"),
@@ -203,7 +203,7 @@ def test_an_empty_value_is_an_error_that_names_the_field(field: str, text: str):
         ("storage=s3://bucket/runs?endpoint_override=localhost:1", "storage: options in the address.*AWS_ENDPOINT_URL"),
         ("storage=file://host/runs", "storage: expected file:///FOLDER"),
         ("data.root=https://host/videos", "data.root: https:// is not supported"),
-        ("train.start_from=ftp://host/x", "train.start_from: ftp:// is not supported"),
+        ("train.init_from=ftp://host/x", "train.init_from: ftp:// is not supported"),
         ("evaluate.runs=[a, http://host/x]", "evaluate.runs.1: http:// is not supported"),
         ("tracking.uri=127.0.0.1:5000", "tracking.uri: .* give http://127.0.0.1:5000 "),
         ("tracking.uri=./mlruns", "tracking.uri: .* give http://HOST:PORT or sqlite:"),
@@ -225,7 +225,7 @@ def test_what_cannot_be_meant_is_refused(word: str, message: str):
     [
         "storage=s3://AKIA:hush/hush@bucket/runs",
         "data.root=s3://AKIA:hush@bucket",
-        "train.start_from=abfs://AKIA:hush/hush@container/x",
+        "train.init_from=abfs://AKIA:hush/hush@container/x",
         "tracking.uri=htp://me:hush/hush@host",
         "storge=s3://AKIA:hush@bucket",
     ],
@@ -244,7 +244,9 @@ def test_an_address_of_mlflow_may_hold_a_password():
 def test_the_last_of_several_overrides_counts():
     experiment = load(None, ["optim.lr=1", "optim={lr: 2, beta1: 0.5}", "optim.beta1=0.6"])
     assert (experiment.optim.lr, experiment.optim.beta1) == (2, 0.6)
-    assert load(None, ["optim.ema=0.5", "optim={lr: 2}"]).optim.ema == 0.5  # what a section does not name stays
+    assert (
+        load(None, ["optim.ema_decay=0.5", "optim={lr: 2}"]).optim.ema_decay == 0.5
+    )  # what a section does not name stays
 
 
 @pytest.mark.parametrize(
@@ -339,7 +341,7 @@ def test_own_videos_need_a_root():
 
 
 FIELDS = sorted(
-    {*flatten(Experiment()), *flatten(load(None, ["model.kind=between"])), "optim", "model", "data.caps.x", "a.b"}
+    {*flatten(Experiment()), *flatten(load(None, ["model.kind=between"])), "optim", "model", "data.max_videos.x", "a.b"}
 )
 SPECIAL = st.text(
     st.one_of(st.characters(), st.sampled_from("[]{}:,#&*!|>'\"%@`~-? \n\t=.0123456789eon/s")), max_size=30
@@ -403,7 +405,7 @@ def test_a_boolean_is_no_number(word: str, file: str, tmp_path: Path):
 
 
 @pytest.mark.parametrize(
-    "word", ["cluster.workers=x", "cluster.workers=[1]", "data.intervals.frames=1", "model.image_widths=8,8"]
+    "word", ["cluster.workers=x", "cluster.workers=[1]", "data.segments.frames=1", "model.image_widths=8,8"]
 )
 def test_a_field_of_several_types_has_one_line(word: str):
     with pytest.raises(ConfigError) as raised:

@@ -16,7 +16,7 @@ from giffy_ray.config import Experiment, from_yaml, override, to_yaml
 from giffy_ray.core import distributed, storage
 from giffy_ray.core.storage import filesystem_of
 from giffy_ray.training import checkpoints, learners, train_loop
-from giffy_ray.training.checkpoints import Position
+from giffy_ray.training.checkpoints import TrainState
 from giffy_ray.training.learners import Learner
 from tests.test_experiments import EXPERIMENTS
 from tests.training.test_checkpoints import built, cut_down, flip_a_bit, step
@@ -90,7 +90,7 @@ def _worker(rank: int, sizes: list[int], ports: list[int], cases: list[Case], fo
 
 
 def outcomes_of(cases: list[Case]) -> list[Any]:
-    rank, workers = distributed.rank(), distributed.count()
+    rank, workers = distributed.rank(), distributed.world_size()
     outcomes: list[Any] = []
     for what, yaml, location in cases:
         experiment = from_yaml(yaml)
@@ -102,7 +102,7 @@ def outcomes_of(cases: list[Case]) -> list[Any]:
             elif what == "restore":
                 outcomes.append(error_of(lambda: checkpoints.restore(location, learner)))  # noqa: B023
             elif what == "start_from":
-                outcomes.append(error_of(lambda: checkpoints.start_from(location, learner)))  # noqa: B023
+                outcomes.append(error_of(lambda: checkpoints.load_pretrained(location, learner)))  # noqa: B023
             else:
                 outcomes.append(error_of(lambda: disturbed(what, location, learner, rank)))  # noqa: B023
     outcomes.append(
@@ -174,7 +174,7 @@ def saved(experiment: Experiment, place: Path) -> Learner:
     for number in range(3):
         step(learner, experiment, number)
     place.mkdir(parents=True)
-    checkpoints.Snapshot(learner, experiment, Position(3, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})).save(place)
+    checkpoints.Snapshot(learner, experiment, TrainState(3, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})).save(place)
     return learner
 
 
@@ -182,7 +182,7 @@ def test_one_worker_reads_a_checkpoint_and_all_have_it_bit_by_bit(tmp_path: Path
     paths = {path.stem: path for path in EXPERIMENTS}
     cases, expected = [], []
     for name, layout in (("demo", True), ("cgan-erupting", False)):
-        changes = {"name": name, "storage": str(tmp_path), "train.batch": 6, "speed.channels_last": layout}
+        changes = {"name": name, "storage": str(tmp_path), "train.global_batch_size": 6, "speed.channels_last": layout}
         experiment = override(cut_down(paths[name]), changes)
         learner = saved(experiment, tmp_path / name / "checkpoint_1")
         cases.append(("begin", to_yaml(experiment), ""))
@@ -191,7 +191,7 @@ def test_one_worker_reads_a_checkpoint_and_all_have_it_bit_by_bit(tmp_path: Path
     checkpoints.copied(tmp_path / name / "checkpoint_1", *filesystem_of(f"{place}/{name}/checkpoint_1"))
     cases.append(("begin", to_yaml(override(experiment, {"storage": place})), ""))
     expected.append(expected[-1])
-    started = override(experiment, {"name": "next", "train.start_from": name})
+    started = override(experiment, {"name": "next", "train.init_from": name})
     cases.append(("begin", to_yaml(started), ""))
 
     alone = built(started)
@@ -205,7 +205,7 @@ def test_one_worker_reads_a_checkpoint_and_all_have_it_bit_by_bit(tmp_path: Path
     failures = [
         (("restore", cases[1][1], str(damaged)), r"DamagedCheckpoint: .*optimizers\.safetensors.*sha256 differs"),
         (("restore", other, whole), r"ValueError: generator\.safetensors: of '.*' the checkpoint has shape"),
-        (("start_from", other, whole), r"ConfigError: train\.start_from: .*is of another model"),
+        (("start_from", other, whole), r"ConfigError: train\.init_from: .*is of another model"),
         (("start_from", other, str(tmp_path)), r"DamagedCheckpoint: .*has no manifest\.json"),
         (("unreadable", cases[1][1], whole), r"OSError: Input/output error"),
         (("other on rank 1", cases[1][1], whole), r"ValueError: .*generator.*this experiment has"),

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from giffy_ray.cluster.local import Head
 from giffy_ray.core.messages import MarkedHandler, messages_in, redact_output, worker_setup
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 from tests.conftest import submit
 
 
@@ -88,16 +88,16 @@ FRAMES = ("{}", "tracking.uri: no answer (value '{}')", '{{"uri": "{}"}}', "[{0}
 @pytest.mark.parametrize("address", ADDRESSES)
 def test_no_credential_of_an_address_is_shown(address: str):
     for frame in FRAMES:
-        assert without_secrets(frame.format(address)) == frame.format(ADDRESSES[address])
-        assert without_secrets(without_secrets(frame.format(address))) == frame.format(ADDRESSES[address])
-    assert "hush" not in without_secrets(address)
+        assert redact_credentials(frame.format(address)) == frame.format(ADDRESSES[address])
+        assert redact_credentials(redact_credentials(frame.format(address))) == frame.format(ADDRESSES[address])
+    assert "hush" not in redact_credentials(address)
 
 
 @given(st.text(string.ascii_letters + string.digits + string.punctuation, max_size=20))
 def test_no_password_is_shown_whatever_is_in_it(characters: str):
     password = f"Zq{characters}qZ"
     for before, after in (("postgresql://me:", "@host/optuna"), ("data.root: s3://key:", "@bucket/x (value 3)")):
-        shown = without_secrets(f"{before}{password}{after}")
+        shown = redact_credentials(f"{before}{password}{after}")
         assert "Zq" not in shown
         assert shown.endswith(after)
 

@@ -18,7 +18,7 @@ from botocore.exceptions import ClientError
 
 from giffy_ray.config import ConfigError, Experiment, override
 from giffy_ray.core import run_lock
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import filesystem_of, read_text, write_text
 
 
@@ -54,7 +54,7 @@ def leave(experiment: Experiment, **other: Any) -> str:
 
 def seconds_to_get(experiment: Experiment) -> float:
     began_s = time.monotonic()
-    with run_lock.held(experiment.run_dir):
+    with run_lock.run_lock(experiment.run_dir):
         return time.monotonic() - began_s
 
 
@@ -119,13 +119,13 @@ def others(number: int, **times: float) -> Iterator[list[Another]]:
 
 
 def test_a_run_that_is_held_is_refused_and_one_that_was_left_is_not(experiment: Experiment):
-    with run_lock.held(experiment.run_dir):
+    with run_lock.run_lock(experiment.run_dir):
         message = rf"name: the run 'run' is being trained by process {os.getpid()} on {socket.gethostname()}"
-        with pytest.raises(ConfigError, match=message), run_lock.held(experiment.run_dir):
+        with pytest.raises(ConfigError, match=message), run_lock.run_lock(experiment.run_dir):
             pass
         assert file_of(experiment).exists()
     assert not file_of(experiment).exists()
-    with run_lock.held(experiment.run_dir):
+    with run_lock.run_lock(experiment.run_dir):
         pass
 
 
@@ -170,7 +170,7 @@ def test_what_cannot_be_looked_up_here_is_free_when_nobody_renews_it(
 @pytest.mark.parametrize("content", [b"", b"[]", b"\0\0\0", b"\xff\xfe{", b"[" * 100_000], ids=range(5))
 def test_a_lease_that_cannot_be_read_expires_as_any_other(content: bytes, experiment: Experiment):
     file_of(experiment).write_bytes(content)
-    assert "has taken the run" in Watch(experiment.run_dir, "x").look()
+    assert "has taken the run" in RunLockWatcher(experiment.run_dir, "x").look()
     assert seconds_to_get(experiment) >= run_lock.EXPIRES_S
 
 
@@ -180,7 +180,7 @@ def come_at_once(experiment: Experiment) -> list[str]:
     def come() -> None:
         together.wait()
         try:
-            with run_lock.held(experiment.run_dir):
+            with run_lock.run_lock(experiment.run_dir):
                 outcomes.append("held")
                 time.sleep(1.5 * run_lock.EXPIRES_S)
         except ConfigError as error:
@@ -228,7 +228,7 @@ def test_a_holder_that_was_paused_leaves_the_new_ones_lease_alone_and_is_told(ex
         paused.take(experiment)
         assert paused.said()
         paused.process.send_signal(signal.SIGSTOP)
-        with run_lock.held(experiment.run_dir) as ours:
+        with run_lock.run_lock(experiment.run_dir) as ours:
             paused.process.send_signal(signal.SIGCONT)
             time.sleep(0.3)
             paused.tell("")
@@ -258,9 +258,9 @@ def test_a_holder_that_is_paused_while_it_writes_leaves_the_new_ones_lease_alone
 
 
 def test_a_lease_in_a_bucket_is_renewed_and_taken_over(in_bucket: Experiment):
-    with run_lock.held(in_bucket.run_dir) as held:
+    with run_lock.run_lock(in_bucket.run_dir) as held:
         first = text_of(in_bucket)
-        with pytest.raises(ConfigError, match="is being trained by process"), run_lock.held(in_bucket.run_dir):
+        with pytest.raises(ConfigError, match="is being trained by process"), run_lock.run_lock(in_bucket.run_dir):
             pass
         assert text_of(in_bucket) != first
         assert not held.lost
@@ -299,7 +299,7 @@ def test_a_bucket_without_conditional_requests_is_compared_before_each_write(
 def test_a_storage_that_fails_for_a_moment_costs_nothing(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    with run_lock.held(experiment.run_dir) as held:
+    with run_lock.run_lock(experiment.run_dir) as held:
         for broken in ("read_text", "write_text"):
             before = text_of(experiment)
             with monkeypatch.context() as away:
@@ -320,33 +320,33 @@ def fail(*_: object) -> None:
 
 def test_a_lease_that_could_not_be_renewed_in_time_is_lost(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     def hold() -> None:
-        with run_lock.held(experiment.run_dir) as held:
+        with run_lock.run_lock(experiment.run_dir) as held:
             monkeypatch.setattr(run_lock, "write_text", fail)
             time.sleep(0.5)
             assert not held.lost
             time.sleep(0.8)
             assert held.lost
 
-    with pytest.raises(LeaseLost, match=r"'run' is lost .*could not be renewed for 1 s .*Input/output error"):
+    with pytest.raises(RunLockLost, match=r"'run' is lost .*could not be renewed for 1 s .*Input/output error"):
         hold()
 
 
 def test_what_another_process_has_taken_stays_its_own(experiment: Experiment):
     def hold(seconds: float) -> None:
-        with run_lock.held(experiment.run_dir) as held:
+        with run_lock.run_lock(experiment.run_dir) as held:
             leave(experiment, holder="y", host="there", pid=7)
             time.sleep(seconds)
             assert held.lost or not seconds
 
     for seconds in (0.3, 0):  # without waiting it is seen at the end
-        with pytest.raises(LeaseLost, match=r"lost .*: process 7 on there has taken the run"):
+        with pytest.raises(RunLockLost, match=r"lost .*: process 7 on there has taken the run"):
             hold(seconds)
         assert json.loads(text_of(experiment) or "")["holder"] == "y"
         file_of(experiment).unlink()
 
 
 def test_an_error_inside_gives_it_back(experiment: Experiment):
-    with pytest.raises(ZeroDivisionError), run_lock.held(experiment.run_dir):
+    with pytest.raises(ZeroDivisionError), run_lock.run_lock(experiment.run_dir):
         raise ZeroDivisionError
     assert not file_of(experiment).exists()
 
@@ -356,7 +356,7 @@ def test_what_goes_wrong_at_the_end_does_not_hide_the_error_inside(
     broken: str, experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def hold() -> None:
-        with run_lock.held(experiment.run_dir):
+        with run_lock.run_lock(experiment.run_dir):
             if broken == "deleted":
                 file_of(experiment).unlink()
             else:
@@ -373,7 +373,7 @@ def test_what_goes_wrong_at_the_end_does_not_hide_the_error_inside(
 
 def test_no_thread_is_left(experiment: Experiment):
     def hold() -> None:
-        with run_lock.held(experiment.run_dir):
+        with run_lock.run_lock(experiment.run_dir):
             assert threading.active_count() == before + 1
             raise SystemExit
 
@@ -384,8 +384,8 @@ def test_no_thread_is_left(experiment: Experiment):
 
 
 def test_a_worker_follows_the_lease_of_its_training(experiment: Experiment):
-    with run_lock.held(experiment.run_dir) as held:
-        watch = Watch(experiment.run_dir, held.holder)
+    with run_lock.run_lock(experiment.run_dir) as held:
+        watch = RunLockWatcher(experiment.run_dir, held.holder)
         for _ in range(3):
             assert watch.look() == ""
             time.sleep(0.5)
@@ -393,17 +393,17 @@ def test_a_worker_follows_the_lease_of_its_training(experiment: Experiment):
     # Outside: the holder looks too, and may be the first to find it.
     leave(experiment, holder="y", host="there", pid=7)
     assert "'run' is lost" in watch.look() and "process 7 on there" in watch.look()
-    with pytest.raises(LeaseLost, match="process 7 on there"):
+    with pytest.raises(RunLockLost, match="process 7 on there"):
         watch.check()
     filesystem, path = filesystem_of(run_lock.location_of(experiment.run_dir))
     filesystem.delete_file(path)
-    with pytest.raises(LeaseLost, match="its file was deleted"):
+    with pytest.raises(RunLockLost, match="its file was deleted"):
         watch.check()
 
 
 def test_a_worker_notices_that_nobody_renews_the_lease_of_its_training(experiment: Experiment):
     leave(experiment)
-    watch = Watch(experiment.run_dir, "x")
+    watch = RunLockWatcher(experiment.run_dir, "x")
     watch.check()
     time.sleep(0.5)
     watch.check()
@@ -413,14 +413,14 @@ def test_a_worker_notices_that_nobody_renews_the_lease_of_its_training(experimen
     time.sleep(0.7)
     watch.check()  # nothing was looked at for long: it counts from what was seen
     time.sleep(1.1)
-    with pytest.raises(LeaseLost, match="was not renewed for 1 s"):
+    with pytest.raises(RunLockLost, match="was not renewed for 1 s"):
         watch.check()
 
 
 def test_whether_a_lease_may_be_held_is_told_at_once(experiment):
     location, now_s = run_lock.location_of(experiment.run_dir), time.time()
     assert not run_lock.is_live(location)
-    with run_lock.held(experiment.run_dir):
+    with run_lock.run_lock(experiment.run_dir):
         assert run_lock.is_live(location)
     assert not run_lock.is_live(location)
     ended = subprocess.Popen(["true"])

@@ -130,8 +130,8 @@ def test_what_looks_like_an_address_and_is_none_is_refused(location: str):
 def test_a_folder_called_tilde_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """The message about unknown home folders names this spelling."""
     monkeypatch.chdir(tmp_path)
-    assert storage.settle("./~") == f"{tmp_path}/~"
-    assert storage.settle("~/runs") == f"{Path.home()}/runs"
+    assert storage.resolve_path("./~") == f"{tmp_path}/~"
+    assert storage.resolve_path("~/runs") == f"{Path.home()}/runs"
 
 
 def test_what_could_not_be_written_leaves_no_partial_file(tmp_path: Path):

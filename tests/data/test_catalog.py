@@ -377,8 +377,8 @@ def dealt(fraction: float | None, *given: tuple[str, str | None]) -> list[str]:
         (None, [("a", "training"), ("d", "training"), ("b", "test")], ["training", "validation", "test"]),
         (
             0.2,  # carved out of training; its own validation becomes a test
-            [("a", "training"), ("c", "training"), ("d", "validation"), ("b", "test"), ("b", "shifted")],
-            ["training", "validation", "test", "test", "shifted"],
+            [("a", "training"), ("c", "training"), ("d", "validation"), ("b", "test"), ("b", "ood")],
+            ["training", "validation", "test", "test", "ood"],
         ),
         # What has no split follows other cuts of its source.
         (
@@ -454,7 +454,7 @@ def test_caps_keep_so_many_of_a_category_in_a_split(tmp_path: Path):
     touch(tmp_path, *(f"validation/skiing/{n}.mp4" for n in numbers))
 
     def kept(caps: dict) -> dict[tuple[str, str], int]:
-        return dict(Counter((category, split) for _, category, split in rows(tmp_path, caps=caps)))
+        return dict(Counter((category, split) for _, category, split in rows(tmp_path, max_videos=caps)))
 
     assert kept({"skiing": {"training": 7}, "*": {"training": 5, "validation": 1}}) == {
         ("skiing", "training"): 7,
@@ -471,9 +471,9 @@ def test_a_video_that_is_added_replaces_one_at_most(tmp_path: Path):
     caps = {"skiing": {"training": 10}}
     replaced = 0
     for added in range(20):
-        before = {row for row in rows(tmp_path, caps=caps) if row[2] == "training"}
+        before = {row for row in rows(tmp_path, max_videos=caps) if row[2] == "training"}
         touch(tmp_path, f"training/skiing/new{added}.mp4")
-        after = {row for row in rows(tmp_path, caps=caps) if row[2] == "training"}
+        after = {row for row in rows(tmp_path, max_videos=caps) if row[2] == "training"}
         assert len(after) == 10 and len(after - before) <= 1
         replaced += len(after - before)
     assert 1 <= replaced <= 12  # 4 +- 3 * 1.8 expected, each with the chance of 10 in 41 to 60
@@ -482,15 +482,15 @@ def test_a_video_that_is_added_replaces_one_at_most(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("sking", r"data\.caps\.sking: no such category in '.*'; did you mean 'skiing'\?"),
-        ("chess", r"data\.caps\.chess: no such category in '.*'; it has erupting, skiing"),
+        ("sking", r"data\.max_videos\.sking: no such category in '.*'; did you mean 'skiing'\?"),
+        ("chess", r"data\.max_videos\.chess: no such category in '.*'; it has erupting, skiing"),
     ],
 )
 def test_a_cap_on_a_category_that_is_not_there_is_refused(tmp_path: Path, name: str, message: str):
     touch(tmp_path, "training/skiing/a.mp4", "training/erupting/b.mp4")
     with pytest.raises(ConfigError, match=message):
-        rows(tmp_path, caps={name: {"training": 1}, "*": {"training": 1}})
-    assert len(rows(tmp_path, categories=("skiing",), caps={"erupting": {"training": 1}})) == 1
+        rows(tmp_path, max_videos={name: {"training": 1}, "*": {"training": 1}})
+    assert len(rows(tmp_path, categories=("skiing",), max_videos={"erupting": {"training": 1}})) == 1
 
 
 # --- the fingerprint
@@ -538,7 +538,9 @@ NFC, NFD = "caf\u00e9", "cafe\u0301"
 def test_a_list_from_a_mac_finds_its_files_and_so_does_one_for_a_mac(tmp_path, listed: str, there: str, folder: str):
     touch(tmp_path, f"{folder}/{there}.mp4", "x/b.mp4")
     (tmp_path / "list.csv").write_text(f"path,category\n{listed}/{listed}.mp4,{listed}\nx/b.mp4,x\n")
-    catalog = read_catalog(str(tmp_path / "list.csv"), DataConfig(categories=(NFD, "x"), caps={NFD: {"training": 5}}))
+    catalog = read_catalog(
+        str(tmp_path / "list.csv"), DataConfig(categories=(NFD, "x"), max_videos={NFD: {"training": 5}})
+    )
     video = next(video for video in catalog.videos if video.category == NFC)
     assert video.id == f"{folder}/{there}.mp4"
     assert video.path == f"{tmp_path}/{folder}/{there}.mp4"

@@ -20,9 +20,9 @@ from giffy_ray.data import catalog as catalogs
 from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import shards
 from giffy_ray.data.catalog import Catalog, Video, read_catalog
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.decode import RejectedVideo, decode_clip, sample_source
-from giffy_ray.data.shards import Recipe
+from giffy_ray.data.shards import DecodeConfig
 from tests.conftest import moving_video
 
 CLIP = ClipConfig(frames=6, fps=10, height=16, width=16)
@@ -48,51 +48,54 @@ def catalog_of(root: Path) -> Catalog:
     return read_catalog(str(root), DataConfig())
 
 
-def decode(catalog: Catalog, recipe: Recipe, location: str, chunks: Iterable[pa.Table] | None = None) -> None:
+def decode(catalog: Catalog, recipe: DecodeConfig, location: str, chunks: Iterable[pa.Table] | None = None) -> None:
     shards.write_recipe(location, recipe)
     for chunk in shards.chunks_of(catalog.videos) if chunks is None else chunks:
         shards.decode_shard(chunk, catalog.filesystem, recipe, LIMITS, location)
 
 
-def stored(root: Path, location: Path, recipe: Recipe) -> Store:
+def stored(root: Path, location: Path, recipe: DecodeConfig) -> ClipDataset:
     catalog = catalog_of(root)
     decode(catalog, recipe, str(location))
-    return Store(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
+    return ClipDataset(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
 
 
 def test_gather_gives_the_clip_of_every_row(root: Path, tmp_path: Path):
-    store = stored(root, tmp_path / "store", Recipe(CLIP))
+    store = stored(root, tmp_path / "store", DecodeConfig(CLIP))
     assert store.ids == [*(f"training/x/{number}.mp4" for number in range(3)), "validation/y/held.mp4"]
     expected = np.stack([decode_clip((root / clip_id).read_bytes(), CLIP) for clip_id in store.ids])
     for order in ([3, 0, 2, 1], [1, 1], []):
-        assert np.array_equal(store.gather(np.asarray(order, dtype=int)), expected[order])
+        assert np.array_equal(store.get_clips(np.asarray(order, dtype=int)), expected[order])
 
 
-@pytest.mark.parametrize("recipe", [Recipe(CLIP, every=True), Recipe(CLIP, keep=False), Recipe(CLIP, True, False)])
-def test_what_is_kept_changes_no_clip(root: Path, tmp_path: Path, recipe: Recipe):
-    usual = stored(root, tmp_path / "store", Recipe(CLIP))
+@pytest.mark.parametrize(
+    "recipe",
+    [DecodeConfig(CLIP, keep_all_frames=True), DecodeConfig(CLIP, cache=False), DecodeConfig(CLIP, True, False)],
+)
+def test_what_is_kept_changes_no_clip(root: Path, tmp_path: Path, recipe: DecodeConfig):
+    usual = stored(root, tmp_path / "store", DecodeConfig(CLIP))
     other = stored(root, tmp_path / "other", recipe)
-    assert np.array_equal(other.gather(np.arange(4)), usual.gather(np.arange(4)))
-    if recipe.every:
+    assert np.array_equal(other.get_clips(np.arange(4)), usual.get_clips(np.arange(4)))
+    if recipe.keep_all_frames:
         frames, times_s = other.frames_of(0)
         source = sample_source((root / other.ids[0]).read_bytes(), CLIP)
         assert np.array_equal(frames, source.clip)
         # 6 frames at 10 a second end after 0.5 s, which are 16 frames at 30 a second.
         assert np.allclose(times_s, np.arange(16) / 30)
-    if not recipe.keep:
+    if not recipe.cache:
         assert other.bytes == 0
         assert not list((tmp_path / "other" / "shards").glob("*.u8"))
 
 
 def test_rows_and_rejects_account_for_every_video(root: Path, tmp_path: Path):
-    store = stored(root, tmp_path / "store", Recipe(CLIP))
+    store = stored(root, tmp_path / "store", DecodeConfig(CLIP))
     assert {reject["id"]: reject["reason"] for reject in store.rejects} == {
         "training/x/broken.mp4": "not_video",
         "training/x/gone.mp4": "missing",
     }
     assert all(reject["detail"] for reject in store.rejects)
-    assert store.rows_of("training").tolist() == [0, 1, 2]
-    assert store.rows_of("validation").tolist() == [3]
+    assert store.split_indices("training").tolist() == [0, 1, 2]
+    assert store.split_indices("validation").tolist() == [3]
     # 6 frames at 30 a second are 0.2 s: two frames at 10 a second.
     assert store.facts["padded"].to_pylist() == [0, 0, 0, 4]
     assert store.facts["codec"].to_pylist() == ["h264"] * 4
@@ -108,41 +111,41 @@ def test_a_video_that_nobody_accounts_for_is_an_error(root: Path, tmp_path: Path
 
 def test_only_what_is_new_is_decoded_and_sets_share_it(root: Path, tmp_path: Path):
     location = tmp_path / "store"
-    before = stored(root, location, Recipe(CLIP))
+    before = stored(root, location, DecodeConfig(CLIP))
     files = {path: path.stat().st_mtime_ns for path in (location / "shards").iterdir()}
     (root / "validation" / "y" / "more.mp4").write_bytes(moving_video(4, 20, 30))
     catalog = catalog_of(root)
     index = shards.read_index(str(location))
     new = [video for video in catalog.videos if video.identity not in set(index["identity"].to_pylist())]
     assert [video.id for video in new] == ["validation/y/more.mp4"]
-    decode(catalog, Recipe(CLIP), str(location), shards.chunks_of(new))
-    after = Store(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
+    decode(catalog, DecodeConfig(CLIP), str(location), shards.chunks_of(new))
+    after = ClipDataset(stores.write_set(str(location), catalog, shards.read_index(str(location)), LIMITS))
     assert files.items() <= {path: path.stat().st_mtime_ns for path in (location / "shards").iterdir()}.items()
     assert after.ids == [*before.ids, "validation/y/more.mp4"]
-    assert np.array_equal(after.gather(np.arange(4)), before.gather(np.arange(4)))
+    assert np.array_equal(after.get_clips(np.arange(4)), before.get_clips(np.arange(4)))
     assert after.fingerprint != before.fingerprint
-    assert Store(before.location).ids == before.ids
+    assert ClipDataset(before.location).ids == before.ids
 
 
 def test_another_setting_is_another_store_and_another_place_is_the_same_data(root: Path, tmp_path: Path):
     recipes = [
-        Recipe(CLIP),
-        Recipe(ClipConfig()),
-        Recipe(ClipConfig(frames=6, fps=10, height=16, width=16, fit="crop")),
-        Recipe(CLIP, every=True),
-        Recipe(CLIP, keep=False),
+        DecodeConfig(CLIP),
+        DecodeConfig(ClipConfig()),
+        DecodeConfig(ClipConfig(frames=6, fps=10, height=16, width=16, fit="crop")),
+        DecodeConfig(CLIP, keep_all_frames=True),
+        DecodeConfig(CLIP, cache=False),
     ]
     assert len({recipe.key for recipe in recipes}) == len(recipes)
-    assert all(Recipe.from_json(recipe.to_json()) == recipe for recipe in recipes)
-    first = stored(root, tmp_path / "store", Recipe(CLIP))
+    assert all(DecodeConfig.from_json(recipe.to_json()) == recipe for recipe in recipes)
+    first = stored(root, tmp_path / "store", DecodeConfig(CLIP))
     moved = root.rename(tmp_path / "elsewhere")
     moved.joinpath("training/x/gone.mp4").unlink(missing_ok=True)
-    assert stored(moved, tmp_path / "store", Recipe(CLIP)).fingerprint == first.fingerprint
+    assert stored(moved, tmp_path / "store", DecodeConfig(CLIP)).fingerprint == first.fingerprint
 
 
 def test_damage_is_found_and_forgotten(root: Path, tmp_path: Path):
     location = tmp_path / "store"
-    store = stored(root, location, Recipe(CLIP))
+    store = stored(root, location, DecodeConfig(CLIP))
     index = shards.read_index(str(location))
     assert shards.damaged_shards(str(location), index) == {}
     (shard,) = (location / "shards").glob("*.u8")
@@ -155,22 +158,22 @@ def test_damage_is_found_and_forgotten(root: Path, tmp_path: Path):
     assert "sha256" in damaged[shard.stem]
     shard.unlink()
     assert shards.damaged_shards(str(location), index) == {shard.stem: "it is gone"}
-    shards.forget(str(location), damaged)
+    shards.delete_shards(str(location), damaged)
     assert sorted(shards.read_index(str(location))["reason"].to_pylist()) == ["missing", "not_video"]
-    decode(catalog_of(root), Recipe(CLIP), str(location))
+    decode(catalog_of(root), DecodeConfig(CLIP), str(location))
     assert hashlib.sha256(shard.read_bytes()).hexdigest() == shard.stem
-    assert np.array_equal(Store(store.location).gather(np.arange(4)), store.gather(np.arange(4)))
+    assert np.array_equal(ClipDataset(store.location).get_clips(np.arange(4)), store.get_clips(np.arange(4)))
 
 
 def test_a_clip_goes_before_a_reject_of_the_same_video(root: Path, tmp_path: Path):
     catalog, location = catalog_of(root), str(tmp_path / "store")
-    shards.write_recipe(location, Recipe(CLIP))
+    shards.write_recipe(location, DecodeConfig(CLIP))
     tight = LimitsConfig(pixels=16)
     for chunk in shards.chunks_of(catalog.videos):
-        shards.decode_shard(chunk, catalog.filesystem, Recipe(CLIP), tight, location)
+        shards.decode_shard(chunk, catalog.filesystem, DecodeConfig(CLIP), tight, location)
     reasons = shards.read_index(location)["reason"].to_pylist()
     assert sorted(map(str, reasons)) == ["missing", "not_video", "too_large", "too_large", "too_large", "too_large"]
-    decode(catalog, Recipe(CLIP), location, shards.chunks_of(catalog.videos[:2]))
+    decode(catalog, DecodeConfig(CLIP), location, shards.chunks_of(catalog.videos[:2]))
     index = shards.read_index(location)
     assert len(index) == 6
     assert index["reason"].null_count == 2
@@ -182,7 +185,7 @@ def test_what_a_killed_job_left_half_written_is_no_clip(root: Path, tmp_path: Pa
     (location / "shards" / "abc.u8").write_bytes(b"frames without a list")
     (location / "shards" / "def.parquet.123.partial").write_bytes(b"PAR1")
     assert len(shards.read_index(str(location))) == 0
-    assert len(stored(root, location, Recipe(CLIP))) == 4
+    assert len(stored(root, location, DecodeConfig(CLIP))) == 4
 
 
 @pytest.mark.parametrize(
@@ -242,7 +245,7 @@ def test_what_decoding_lacks_ends_the_job(root: Path, tmp_path: Path, monkeypatc
     (chunk,) = shards.chunks_of(catalog.videos)
     with pytest.raises(RuntimeError, match="the decoding process did not start"):
         shards.decode_shard(
-            chunk, catalog.filesystem, Recipe(CLIP), LIMITS, str(tmp_path / "store"), "no.such.module:sample"
+            chunk, catalog.filesystem, DecodeConfig(CLIP), LIMITS, str(tmp_path / "store"), "no.such.module:sample"
         )
     assert not (tmp_path / "store").exists()
 
@@ -264,11 +267,11 @@ def test_keys_with_empty_parts_are_listed_as_they_are_and_rejected_by_name(bucke
         "3.mp4": "empty parts",
     }
     location = str(tmp_path / "store")
-    decode(catalog, Recipe(CLIP), location)
-    store = Store(stores.write_set(location, catalog, shards.read_index(location), LIMITS))
+    decode(catalog, DecodeConfig(CLIP), location)
+    store = ClipDataset(stores.write_set(location, catalog, shards.read_index(location), LIMITS))
     assert store.ids == ["3.mp4", "cats/0.mp4", "cats/1.mp4"]
     expected = np.stack([decode_clip(videos[name], CLIP) for name in store.ids])
-    assert np.array_equal(store.gather(np.arange(3)), expected)
+    assert np.array_equal(store.get_clips(np.arange(3)), expected)
     assert [reject["id"] for reject in store.rejects] == ["/3.mp4", "cats//2.mp4", "dogs///4.mp4"]
     for reject in store.rejects:
         assert reject["reason"] == "unreadable"
@@ -331,30 +334,30 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Catalog]:
     location, catalog = str(tmp_path_factory.mktemp("large") / "store"), large_catalog()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(stores, "_BATCH_ROWS", 2000)
-        shards.write_recipe(location, Recipe(CLIP))
+        shards.write_recipe(location, DecodeConfig(CLIP))
         return stores.write_set(location, catalog, large_index(catalog), LIMITS), catalog
 
 
 def test_opening_a_store_maps_its_rows_and_copies_none(large: tuple[str, Catalog]):
     location, _ = large
-    Store(location)  # what is imported on first use
+    ClipDataset(location)  # what is imported on first use
     allocated = pa.total_allocated_bytes()
     tracemalloc.start()
-    store = Store(location)
+    store = ClipDataset(location)
     taken, _ = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert pa.total_allocated_bytes() - allocated < 10_000
     assert taken < 100_000  # the ids alone take 350 kB as Python strings
     assert f"{location}/rows.arrow" in Path("/proc/self/maps").read_text()
     assert len(store) == ROWS * 9 // 10
-    row = store.rows_of("validation")[-1]
+    row = store.split_indices("validation")[-1]
     assert store.ids[row] and store.categories[row] and store.sources[row]
     assert pa.total_allocated_bytes() - allocated < 10_000
 
 
 def test_columns_are_the_lists_of_the_catalog(large: tuple[str, Catalog]):
     location, catalog = large
-    store = Store(location)
+    store = ClipDataset(location)
     clips = [video for number, video in enumerate(catalog.videos) if number % 10]
     for column, field in ((store.ids, "id"), (store.categories, "category"), (store.sources, "source")):
         expected = [getattr(video, field) for video in clips]
@@ -369,8 +372,8 @@ def test_columns_are_the_lists_of_the_catalog(large: tuple[str, Catalog]):
         with pytest.raises(IndexError):
             column[len(expected)]
     splits = np.asarray([video.split for video in clips])
-    for split in ("training", "validation", "test", "shifted"):
-        rows = store.rows_of(split)
+    for split in ("training", "validation", "test", "ood"):
+        rows = store.split_indices(split)
         assert rows.dtype == np.int64 and np.array_equal(rows, np.flatnonzero(splits == split))
     assert store.counts() == {**Counter(splits.tolist()), "rejects": ROWS // 10}
     assert store.category_counts() == Counter((video.category, video.split) for video in clips)
@@ -380,7 +383,7 @@ def test_columns_are_the_lists_of_the_catalog(large: tuple[str, Catalog]):
 
 def test_rejects_are_read_when_they_are_asked_for(large: tuple[str, Catalog]):
     location, catalog = large
-    store = Store(location)
+    store = ClipDataset(location)
     rejected = [(number, video) for number, video in enumerate(catalog.videos) if number % 10 == 0]
     expected = [
         {name: getattr(video, name) for name in ("id", "path", "category", "split")}
@@ -389,10 +392,10 @@ def test_rejects_are_read_when_they_are_asked_for(large: tuple[str, Catalog]):
     ]
     assert store.rejects == expected and len(store.rejects) == ROWS // 10 and store.rejects[:2] == expected[:2]
     assert store.reject_counts() == Counter(reject["reason"] for reject in expected)
-    none = Store(
+    none = ClipDataset(
         stores.write_set(location.rpartition("/sets/")[0], large_catalog(0), large_index(large_catalog(0)), LIMITS)
     )
-    assert not none.rejects and not none.ids and list(none.rows_of("training")) == []
+    assert not none.rejects and not none.ids and list(none.split_indices("training")) == []
     assert none.counts() == {"rejects": 0} and none.reject_counts() == {}
 
 
@@ -401,13 +404,13 @@ def test_the_fingerprint_is_stored_and_what_it_always_was(large: tuple[str, Cata
     digest = hashlib.sha256()
     for row in stores.read_set(location).to_pylist():
         digest.update("{id}\0{split}\0{size_bytes}\0{sha256}\n".format(**row).encode())
-    assert Store(location).fingerprint == digest.hexdigest()[:16]
+    assert ClipDataset(location).fingerprint == digest.hexdigest()[:16]
     copy = tmp_path / "store" / "sets" / "key"
     shutil.copytree(Path(location).parent.parent, tmp_path / "store")
     Path(tmp_path, "store", "sets", Path(location).name).rename(copy)
     about = json.loads((copy / "set.json").read_text())
     (copy / "set.json").write_text(json.dumps(about | {"fingerprint": "as stored"}))
-    assert Store(str(copy)).fingerprint == "as stored"
+    assert ClipDataset(str(copy)).fingerprint == "as stored"
 
 
 def test_a_set_whose_rows_are_lost_or_cut_off_is_told_and_is_no_set(large: tuple[str, Catalog], tmp_path: Path):
@@ -419,28 +422,28 @@ def test_a_set_whose_rows_are_lost_or_cut_off_is_told_and_is_no_set(large: tuple
     rows = Path(place, "rows.arrow")
     rows.write_bytes(rows.read_bytes()[:-1000])
     with pytest.raises(RuntimeError, match=r"rows\.arrow: .*; run jobs/prepare\.py"):
-        Store(place)
+        ClipDataset(place)
     assert not stores.is_whole(place)  # so prepare writes it again
     rows.unlink()
     with pytest.raises(FileNotFoundError, match=r"rows\.arrow: no such file; run jobs/prepare\.py"):
-        Store(place)
+        ClipDataset(place)
     assert not stores.is_whole(place)  # so prepare writes it again
 
 
 def test_a_node_copies_the_rows_of_a_remote_set_once(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     location, catalog = f"{bucket}/remote rows", large_catalog(50)
-    shards.write_recipe(location, Recipe(CLIP))
+    shards.write_recipe(location, DecodeConfig(CLIP))
     place = stores.write_set(location, catalog, large_index(catalog), LIMITS)
     filesystem, remote = filesystem_of(f"{place}/rows.arrow")
     content = read_bytes(f"{place}/rows.arrow")
     write_bytes(f"{place}/rows.arrow", content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(RuntimeError, match=r"rows\.arrow: its sha256 is .*; run jobs/prepare\.py"):
-        Store(place)
+        ClipDataset(place)
     write_bytes(f"{place}/rows.arrow", content)
-    assert Store(place).ids == [video.id for number, video in enumerate(catalog.videos) if number % 10]
+    assert ClipDataset(place).ids == [video.id for number, video in enumerate(catalog.videos) if number % 10]
     filesystem.delete_file(remote)
-    assert Store(place).ids[0] == catalog.videos[1].id
+    assert ClipDataset(place).ids[0] == catalog.videos[1].id
     (copy,) = tmp_path.glob("giffy_ray-*/sets/*/*.arrow")
     assert copy.read_bytes() == content
 

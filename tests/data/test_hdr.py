@@ -212,7 +212,7 @@ def test_hdr_videos_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture):
     with Sandbox(clip, LimitsConfig()) as sandbox:
         samples = [sandbox.sample(video) for video in (bright, grey_video(9, 30))]
     assert [sampled.source.hdr for sampled in samples] == [True, False]
-    rows = [shards._facts_of(sampled, shards.Recipe(clip)) for sampled in samples]
+    rows = [shards._facts_of(sampled, shards.DecodeConfig(clip)) for sampled in samples]
     assert [row["hdr"] for row in rows] == [True, False]
     assert shards.ROW_SCHEMA.field("hdr")
     facts = pa.table({"hdr": [row["hdr"] for row in rows]})

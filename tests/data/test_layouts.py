@@ -67,7 +67,7 @@ def test_a_manifest_says_all_or_only_path_and_category():
         ("val", "validation"),
         ("valid", "validation"),
         ("test", "test"),
-        ("shifted", "shifted"),
+        ("ood", "ood"),
     ],
 )
 def test_the_splits_of_a_manifest(name: str, split: str):
@@ -106,14 +106,14 @@ def test_two_dots_that_stay_below_the_folder_are_taken():
 def test_the_folders_of_splits():
     names = [
         "extra/skiing/not in a split.mp4",
-        "shifted/skiing/d.mp4",
+        "ood/skiing/d.mp4",
         "test/skiing/c.mp4",
         "training/adult+female singing/yt-A_b_7.mp4",
         "training/no category.mp4",
         "validation/skiing/deeper/b.mp4",
     ]
     assert sorted(split_folders(names)) == [
-        Row("shifted/skiing/d.mp4", "skiing", "shifted", "skiing/d"),
+        Row("ood/skiing/d.mp4", "skiing", "ood", "skiing/d"),
         Row("test/skiing/c.mp4", "skiing", "test", "skiing/c"),
         Row("training/adult+female singing/yt-A_b_7.mp4", "adult+female singing", "training", "yt-A_b"),
         Row("validation/skiing/deeper/b.mp4", "skiing", "validation", "skiing/deeper/b"),

@@ -13,9 +13,9 @@ import torch
 
 from giffy_ray.config import AugmentConfig, ClipConfig, ConfigError, DataConfig, Experiment, override
 from giffy_ray.data import loader
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.sampler import rows_at
+from giffy_ray.data.sampler import shuffled_indices
 from tests.conftest import moving_video
 
 BATCH, CLIPS = 6, 13
@@ -33,11 +33,11 @@ def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
 
 
 @pytest.fixture(scope="module")
-def store(experiment: Experiment, local_ray: None) -> Store:
+def store(experiment: Experiment, local_ray: None) -> ClipDataset:
     return prepare(experiment)
 
 
-def dealt(store: Store, data: DataConfig, workers: int, steps: range) -> list[loader.Batch]:
+def dealt(store: ClipDataset, data: DataConfig, workers: int, steps: range) -> list[loader.Batch]:
     """The batches of all ranks, step by step."""
     ranks = [list(loader.batches(store, data, 3, BATCH, rank, workers, steps)) for rank in range(workers)]
     assert {len(batches) for batches in ranks} == {len(steps)}
@@ -45,19 +45,19 @@ def dealt(store: Store, data: DataConfig, workers: int, steps: range) -> list[lo
 
 
 @pytest.mark.parametrize(("workers", "first"), [(1, 0), (2, 0), (3, 5), (6, 1)])
-def test_every_position_is_dealt_once_in_order(store: Store, workers: int, first: int):
+def test_every_position_is_dealt_once_in_order(store: ClipDataset, workers: int, first: int):
     steps = range(first, first + 11)
     batches = dealt(store, DataConfig(), workers, steps)
     positions = torch.cat([batch.positions for batch in batches]).numpy()
     assert positions.tolist() == list(range(first * BATCH, (first + 11) * BATCH))
-    rows = rows_at(positions, store.rows_of("training"), 3)
-    assert np.array_equal(torch.cat([batch.clips for batch in batches]).numpy(), store.gather(rows))
+    rows = shuffled_indices(positions, store.split_indices("training"), 3)
+    assert np.array_equal(torch.cat([batch.clips for batch in batches]).numpy(), store.get_clips(rows))
     assert {tuple(batch.clips.shape) for batch in batches} == {(BATCH // workers, 4, 8, 8, 3)}
 
 
-def test_what_is_stored_is_dealt_where_workers_have_taken_all_cpus(store: Store):
+def test_what_is_stored_is_dealt_where_workers_have_taken_all_cpus(store: ClipDataset):
     def first(location: str) -> list[int]:
-        batch = next(loader.batches(Store(location), DataConfig(), 3, BATCH, 0, 1, range(11)))
+        batch = next(loader.batches(ClipDataset(location), DataConfig(), 3, BATCH, 0, 1, range(11)))
         return batch.positions.tolist()
 
     worker = ray.remote(num_cpus=ray.cluster_resources()["CPU"])(first)
@@ -65,13 +65,14 @@ def test_what_is_stored_is_dealt_where_workers_have_taken_all_cpus(store: Store)
 
 
 @pytest.mark.parametrize("keep", [True, False])
-def test_without_a_store_the_same_clips_are_dealt(experiment: Experiment, store: Store, keep: bool):
+def test_without_a_store_the_same_clips_are_dealt(experiment: Experiment, store: ClipDataset, keep: bool):
     changed = override(
-        experiment, {"data.keep": keep, "data.augment.flip": True, "data.intervals.frames": 3, "data.augment.crop": 0.5}
+        experiment,
+        {"data.cache_decoded": keep, "data.augment.flip": True, "data.segments.frames": 3, "data.augment.crop": 0.5},
     )
     other = prepare(changed)
     batches = dealt(other, changed.data, 2, range(2, 7))
-    expected = dealt(prepare(override(changed, {"data.keep": True})), changed.data, 1, range(2, 7))
+    expected = dealt(prepare(override(changed, {"data.cache_decoded": True})), changed.data, 1, range(2, 7))
     assert torch.equal(torch.cat([b.clips for b in batches]), torch.cat([b.clips for b in expected]))
     assert torch.equal(torch.cat([b.times for b in batches]), torch.cat([b.times for b in expected]))
     assert torch.equal(torch.cat([b.positions for b in batches]), torch.cat([b.positions for b in expected]))
@@ -84,14 +85,14 @@ def test_a_video_that_went_bad_after_it_was_prepared_is_named(experiment: Experi
     (root / "x").mkdir(parents=True)
     for number in range(4):
         (root / "x" / f"{number}.mp4").write_bytes(moving_video(number, 20, 30))
-    changed = override(experiment, {"data.root": str(root), "data.keep": False, "storage": str(tmp_path)})
+    changed = override(experiment, {"data.root": str(root), "data.cache_decoded": False, "storage": str(tmp_path)})
     store = prepare(changed)
     (root / "x" / "2.mp4").write_bytes(b"nothing")
     with pytest.raises(RuntimeError, match=r"2\.mp4: gave a clip when the data set was prepared, and now: not_video"):
-        store.gather(np.arange(len(store)))
+        store.get_clips(np.arange(len(store)))
 
 
-def test_the_batch_says_what_it_holds(store: Store):
+def test_the_batch_says_what_it_holds(store: ClipDataset):
     (batch,) = dealt(store, DataConfig(augment=AugmentConfig(reverse=True)), 1, range(1))
     assert batch.clips.dtype == torch.uint8
     assert batch.times.dtype == torch.float32

@@ -24,7 +24,7 @@ from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import prepare as preparing
 from giffy_ray.data import shards
 from giffy_ray.data.catalog import Catalog, Video
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.node_cache import NodeCache
 
 SHARD_BYTES, DISK_BYTES = 2**18, 2**21
@@ -230,23 +230,23 @@ def test_a_damaged_arrival_is_not_kept(tmp_path, remote):
 
 def test_a_node_with_a_small_disk_reads_a_data_set_that_is_larger(disk, tmp_path, monkeypatch):
     clip = ClipConfig(frames=4, fps=4, height=64, width=64)
-    recipe, location = shards.Recipe(clip), str(tmp_path / "store")
+    recipe, location = shards.DecodeConfig(clip), str(tmp_path / "store")
     clips = np.random.default_rng(0).integers(256, size=(45, 2, 4, 64, 64, 3), dtype=np.uint8)
     place, whole = written_set(location, recipe, clips), clips.reshape(-1, 4, 64, 64, 3)
     monkeypatch.setattr(tempfile, "tempdir", str(disk.parent))
     monkeypatch.setattr(stores, "is_local", lambda location: False)
-    store = Store(place)
+    store = ClipDataset(place)
     assert store.bytes == whole.nbytes > 2 * DISK_BYTES
     for epoch in range(2):
         order = np.random.default_rng(epoch).permutation(len(store))
         for first in range(0, len(order), 20):
             chosen = order[first : first + 20]
-            assert np.array_equal(store.gather(chosen), whole[chosen])
+            assert np.array_equal(store.get_clips(chosen), whole[chosen])
     assert used_bytes(disk.parent) <= 0.9 * DISK_BYTES
 
 
 def test_nodes_that_cannot_keep_the_clips_are_named_before_the_start(tmp_path, monkeypatch, capsys):
-    recipe = shards.Recipe(ClipConfig(frames=4, fps=4, height=64, width=64))
+    recipe = shards.DecodeConfig(ClipConfig(frames=4, fps=4, height=64, width=64))
     clips = np.random.default_rng(0).integers(256, size=(2, 3, 4, 64, 64, 3), dtype=np.uint8)
     place = written_set(str(tmp_path / "store"), recipe, clips)
     shard = 3 * 4 * 64 * 64 * 3
@@ -254,7 +254,7 @@ def test_nodes_that_cannot_keep_the_clips_are_named_before_the_start(tmp_path, m
 
     def told(**capacities: float) -> str:
         monkeypatch.setattr(preparing, "_node_cache_bytes", lambda limit_gb: capacities)
-        preparing._check_node_caches(Store(place, 1.5))
+        preparing._check_node_caches(ClipDataset(place, 1.5))
         return capsys.readouterr().err
 
     assert told(a=2 * shard, b=1e12) == ""
@@ -272,7 +272,7 @@ def test_the_capacity_is_the_limit_or_what_is_free_and_ours(disk, remote):
     assert NodeCache(disk, 10 * DISK_BYTES).capacity_bytes() == pytest.approx(DISK_BYTES, abs=2**14)
 
 
-def written_set(location: str, recipe: shards.Recipe, clips: np.ndarray) -> str:
+def written_set(location: str, recipe: shards.DecodeConfig, clips: np.ndarray) -> str:
     """uint8 [shards, clips of each, frames, height, width, 3] as a set, without any video."""
     shards.write_recipe(location, recipe)
     rows, videos = [], []

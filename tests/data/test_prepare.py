@@ -43,7 +43,7 @@ def test_a_second_time_nothing_is_decoded_and_later_only_what_is_new(experiment,
     assert before.items() < written(tmp_path).items()
     for row, clip_id in enumerate(more.ids):
         video = (tmp_path / "videos" / clip_id).read_bytes()
-        assert np.array_equal(more.gather(np.asarray([row]))[0], decode_clip(video, experiment.clip))
+        assert np.array_equal(more.get_clips(np.asarray([row]))[0], decode_clip(video, experiment.clip))
 
 
 def test_rejects_are_told_by_name_whatever_their_names(experiment, tmp_path, capsys):
@@ -68,14 +68,14 @@ def test_a_data_set_of_scraps_is_refused_after_all_were_tried(experiment, tmp_pa
 
 def test_what_would_not_fit_is_refused_before_anything_is_decoded(experiment, tmp_path, monkeypatch):
     # 4 clips of 4x8x8x3 bytes are 3,072 bytes.
-    with pytest.raises(ConfigError, match=r"data\.keep_gb: 4 more videos take about 0\.0 GB.*\(value 3e-06\)"):
-        prepare(override(experiment, {"data.keep_gb": 3e-6}))
+    with pytest.raises(ConfigError, match=r"data\.cache_max_gb: 4 more videos take about 0\.0 GB.*\(value 3e-06\)"):
+        prepare(override(experiment, {"data.cache_max_gb": 3e-6}))
     assert not written(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3071))
     with pytest.raises(ConfigError, match="storage: 4 videos take about"):
         prepare(experiment)
     monkeypatch.undo()
-    assert len(prepare(override(experiment, {"data.keep_gb": 4e-6}))) == 4
+    assert len(prepare(override(experiment, {"data.cache_max_gb": 4e-6}))) == 4
 
 
 def test_asked_again_it_mends_what_was_damaged_and_tries_what_may_pass(experiment, tmp_path, capsys):
@@ -87,10 +87,10 @@ def test_asked_again_it_mends_what_was_damaged_and_tries_what_may_pass(experimen
         prepare(experiment)  # a data set stays as it was prepared, until it is asked for again
     store = prepare(experiment, again=True)
     assert len(store) == 4
-    clips = store.gather(np.arange(4))
+    clips = store.get_clips(np.arange(4))
     (shard,) = tmp_path.glob("runs/stores/*/shards/*.u8")
     shard.write_bytes(bytes(len(shard.read_bytes())))
-    assert np.array_equal(prepare(experiment, again=True).gather(np.arange(4)), clips)
+    assert np.array_equal(prepare(experiment, again=True).get_clips(np.arange(4)), clips)
     assert f"{shard}: its sha256 is " in capsys.readouterr().err
     before = written(tmp_path)
     prepare(experiment, again=True)

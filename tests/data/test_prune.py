@@ -13,7 +13,7 @@ from giffy_ray.config import Experiment, override
 from giffy_ray.core import run_lock
 from giffy_ray.core.storage import filesystem_of, join, write_bytes, write_text
 from giffy_ray.data import loader, prune, shards
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.decode import RejectedVideo, Sampled, Source
 from giffy_ray.data.prepare import prepare
 from giffy_ray.data.synthetic import dataset
@@ -71,7 +71,7 @@ def removed(experiment: Experiment) -> dict[str, int]:
     return gone
 
 
-def name_clips(run: Experiment, store: Store) -> None:
+def name_clips(run: Experiment, store: ClipDataset) -> None:
     """As a training does once it holds the run's lease."""
     write_text(join(run.storage, run.name, "data_set"), store.fingerprint)
     write_text(join(run.storage, run.name, prune.DATA_SET_LOCATION), store.location)
@@ -81,11 +81,11 @@ def reasons(experiment: Experiment) -> dict[str, str]:
     return {removal.what: removal.why for removal in prune.plan(experiment).removals}
 
 
-def is_whole(store: Store) -> bool:
+def is_whole(store: ClipDataset) -> bool:
     for row, name in enumerate(store.ids):
         content = (Path(store.root) / name).read_bytes()
         if not np.array_equal(
-            store.gather(np.asarray([row]))[0], FakeSandbox(store.clip, None, "").sample(content).clip
+            store.get_clips(np.asarray([row]))[0], FakeSandbox(store.clip, None, "").sample(content).clip
         ):
             return False
     return True
@@ -98,12 +98,15 @@ def make_old(path: Path) -> None:
 
 def test_what_is_needed_stays(experiment):
     store = prepare(experiment)
-    assert not removed(experiment) and is_whole(Store(store.location))
+    assert not removed(experiment) and is_whole(ClipDataset(store.location))
     assert not list(Path(experiment.storage).glob("stores/*/jobs/*"))
 
 
 def test_stores_of_other_settings_and_versions_are_removed(experiment, monkeypatch):
-    others = [prepare(override(experiment, {"clip.height": 16})), prepare(override(experiment, {"data.keep": False}))]
+    others = [
+        prepare(override(experiment, {"clip.height": 16})),
+        prepare(override(experiment, {"data.cache_decoded": False})),
+    ]
     with monkeypatch.context() as patch:
         patch.setattr(shards, "VERSION", 2)
         old = prepare(experiment)
@@ -111,12 +114,12 @@ def test_stores_of_other_settings_and_versions_are_removed(experiment, monkeypat
     keys = [other.location.split("/")[-3] for other in (*others, old)]
     assert reasons(experiment) == {
         f"store {keys[0]}": "other decode settings: height=16",
-        f"store {keys[1]}": "other decode settings: keep=False",
+        f"store {keys[1]}": "other decode settings: cache=False",
         f"store {keys[2]}": "version 2 of decoding; it is 3 now",
     }
     assert {name.split("/")[2] for name in removed(experiment)} == set(keys)
     assert [path.name for path in Path(experiment.storage, "stores").iterdir()] == [store.recipe.key]
-    assert is_whole(Store(store.location))
+    assert is_whole(ClipDataset(store.location))
 
 
 def test_shards_of_deleted_and_changed_videos_are_removed(experiment, monkeypatch):
@@ -129,9 +132,9 @@ def test_shards_of_deleted_and_changed_videos_are_removed(experiment, monkeypatc
     gone = removed(experiment)
     assert [Path(name).suffix for name in sorted(gone) if "/shards/" in name].count(".u8") == 1
     assert any(old.location.rpartition("/")[2] in name for name in gone)
-    assert is_whole(Store(store.location))
+    assert is_whole(ClipDataset(store.location))
     with pytest.raises(FileNotFoundError):
-        Store(old.location)
+        ClipDataset(old.location)
     monkeypatch.setattr(loader, "decode_all", lambda chunks, decode: pytest.fail("decoded again"))
     assert prepare(experiment, again=True).location == store.location
 
@@ -179,14 +182,16 @@ def test_what_killed_jobs_left_is_removed(experiment):
 def test_what_a_running_training_uses_stays(experiment):
     """Its videos were changed since, and another experiment with other settings is what prunes."""
     store = prepare(experiment)
-    with run_lock.held(experiment.run_dir):
+    with run_lock.run_lock(experiment.run_dir):
         name_clips(experiment, store)
         other = override(experiment, {"clip.height": 16})
         prepare(other)
         shutil.rmtree(experiment.data.root)
         write_bytes(f"{experiment.data.root}/training/a/9.mp4", b"the only video now")
-        assert {name.split("/")[2] for name in removed(other)} == {prune.Recipe(other.clip).key}
-        assert np.array_equal(Store(store.location).gather(np.arange(VIDEOS)), store.gather(np.arange(VIDEOS)))
+        assert {name.split("/")[2] for name in removed(other)} == {prune.DecodeConfig(other.clip).key}
+        assert np.array_equal(
+            ClipDataset(store.location).get_clips(np.arange(VIDEOS)), store.get_clips(np.arange(VIDEOS))
+        )
         # A run that was started before it left the location, and one that has not said anything yet.
         os.unlink(f"{experiment.storage}/run/{prune.DATA_SET_LOCATION}")
         assert not removed(other)
@@ -203,7 +208,7 @@ def test_what_a_running_training_uses_stays(experiment):
 def test_trials_hold_leases_below_their_search(experiment):
     store = prepare(experiment)
     trial = override(experiment, {"storage": join(experiment.storage, "study"), "name": "trial-0001"})
-    with run_lock.held(trial.run_dir):
+    with run_lock.run_lock(trial.run_dir):
         name_clips(trial, store)
         other = override(experiment, {"clip.height": 16})
         found = prune.plan(other)
@@ -237,7 +242,7 @@ def test_built_in_videos_in_use_stay(experiment, monkeypatch):
     used = override(experiment, fields)
     other = override(used, {"data.synthetic.seed": 1, "name": "other"})
     store, theirs = prepare(used), prepare(other)
-    with run_lock.held(other.run_dir):
+    with run_lock.run_lock(other.run_dir):
         name_clips(other, theirs)
         assert not removed(used)
     gone = removed(used)
@@ -260,4 +265,4 @@ def test_a_bucket_is_pruned_as_a_folder_is(experiment, bucket, monkeypatch):
         removal.remove()
     left = files_of(remote.storage)
     assert not any(name.endswith("/0.u8") for name in left) and "/stores/other/recipe.json" not in left
-    assert Store(store.location).ids == store.ids
+    assert ClipDataset(store.location).ids == store.ids

@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from giffy_ray.config import Experiment, override
 from giffy_ray.core.storage import filesystem_of, write_bytes
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.prepare import prepare
 from tests.conftest import moving_video
@@ -37,7 +37,7 @@ def experiment(bucket: str, videos: dict[str, bytes], request: pytest.FixtureReq
     return override(Experiment(), fields | {"clip.frames": 4, "clip.height": 8, "clip.width": 8})
 
 
-def shards_of(store: Store) -> list[str]:
+def shards_of(store: ClipDataset) -> list[str]:
     filesystem, base = filesystem_of(store.location.partition("/sets/")[0] + "/shards")
     return [i.path for i in filesystem.get_file_info(fs.FileSelector(base)) if i.path.endswith(".u8")]
 
@@ -46,10 +46,10 @@ def test_a_node_brings_a_shard_once(experiment, videos, disk_of_this_node):
     store = prepare(experiment)
     assert [reject["id"] for reject in store.rejects] == ["training/x y/broken.mp4"]
     expected = np.stack([decode_clip(videos[name.removeprefix("training/")], experiment.clip) for name in store.ids])
-    assert np.array_equal(store.gather(np.arange(4)), expected)
+    assert np.array_equal(store.get_clips(np.arange(4)), expected)
     (shard,) = shards_of(store)
     filesystem_of(experiment.storage)[0].delete_file(shard)
-    assert np.array_equal(Store(store.location).gather(np.asarray([3, 1])), expected[[3, 1]])
+    assert np.array_equal(ClipDataset(store.location).get_clips(np.asarray([3, 1])), expected[[3, 1]])
     (copy,) = disk_of_this_node.glob("giffy_ray-*/shards/*/*.u8")
     assert copy.stat().st_size == 4 * 4 * 8 * 8 * 3
 
@@ -59,18 +59,20 @@ def test_what_arrives_damaged_is_not_used(experiment, disk_of_this_node):
     (shard,) = shards_of(store)
     write_bytes(f"s3://{shard}", bytes(4 * 4 * 8 * 8 * 3))
     with pytest.raises(RuntimeError, match=r"its sha256 is .*, not .*; run jobs/prepare\.py"):
-        store.gather(np.arange(4))
+        store.get_clips(np.arange(4))
     assert not list(disk_of_this_node.glob("giffy_ray-*/shards/*/*.u8"))
-    prepare(experiment, again=True).gather(np.arange(4))
+    prepare(experiment, again=True).get_clips(np.arange(4))
 
 
 def test_a_full_disk_is_told(experiment, monkeypatch):
     store = prepare(experiment)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
-    with pytest.raises(ValueError, match=r"0\.0 GB are free, .*set TMPDIR to a larger disk, or data\.keep=false"):
-        store.gather(np.arange(4))
+    with pytest.raises(
+        ValueError, match=r"0\.0 GB are free, .*set TMPDIR to a larger disk, or data\.cache_decoded=false"
+    ):
+        store.get_clips(np.arange(4))
 
 
 def test_without_a_store_the_videos_are_read_from_the_bucket_each_time(experiment):
-    kept, not_kept = prepare(experiment), prepare(override(experiment, {"data.keep": False}))
-    assert np.array_equal(kept.gather(np.arange(4)), not_kept.gather(np.arange(4)))
+    kept, not_kept = prepare(experiment), prepare(override(experiment, {"data.cache_decoded": False}))
+    assert np.array_equal(kept.get_clips(np.arange(4)), not_kept.get_clips(np.arange(4)))

@@ -5,30 +5,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, IntervalsConfig
-from giffy_ray.data.sampler import Dealer, rows_at, sample_rows, slice_of
-from giffy_ray.data.transforms import augmented, interval_of
+from giffy_ray.config import AugmentConfig, ClipConfig, DataConfig, SegmentsConfig
+from giffy_ray.data.sampler import TrainingSampler, rank_indices, sample_rows, shuffled_indices
+from giffy_ray.data.transforms import augment_clip, choose_segment
 
 ROWS = np.asarray([3, 5, 8, 9, 12, 40, 41])
 
 
 def test_each_epoch_holds_every_row_once():
-    dealt = rows_at(np.arange(5 * len(ROWS)), ROWS, seed=1).reshape(5, -1)
+    dealt = shuffled_indices(np.arange(5 * len(ROWS)), ROWS, seed=1).reshape(5, -1)
     assert all(sorted(epoch) == ROWS.tolist() for epoch in dealt.tolist())
     assert len({tuple(epoch) for epoch in dealt.tolist()}) > 1
 
 
 def test_a_position_is_the_same_clip_wherever_one_starts():
     positions = np.arange(50)
-    whole = rows_at(positions, ROWS, seed=1)
-    assert [int(rows_at(np.asarray([p]), ROWS, seed=1)[0]) for p in positions] == whole.tolist()
-    assert rows_at(positions, ROWS, seed=2).tolist() != whole.tolist()
+    whole = shuffled_indices(positions, ROWS, seed=1)
+    assert [int(shuffled_indices(np.asarray([p]), ROWS, seed=1)[0]) for p in positions] == whole.tolist()
+    assert shuffled_indices(positions, ROWS, seed=2).tolist() != whole.tolist()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 6])
 def test_workers_share_a_step_without_gap_or_overlap(workers: int):
     for step in (0, 7):
-        shares = [slice_of(step, 6, rank, workers) for rank in range(workers)]
+        shares = [rank_indices(step, 6, rank, workers) for rank in range(workers)]
         assert np.concatenate(shares).tolist() == list(range(6 * step, 6 * step + 6))
         assert {len(share) for share in shares} == {6 // workers}
 
@@ -39,7 +39,7 @@ class FakeStore:
     clip = ClipConfig(frames=6, fps=10, height=8, width=8)
     source_frames = 31
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         return ROWS
 
     def frames_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
@@ -49,23 +49,23 @@ class FakeStore:
         frames[..., 2] = 8 * np.arange(8)[:, None] + np.arange(8)
         return frames, np.arange(self.source_frames) / 10
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
         return np.stack([self.frames_of(int(row))[0][:6] for row in rows])
 
 
 def dealt(positions: np.ndarray, seed: int = 0, **fields) -> tuple[np.ndarray, np.ndarray]:
-    return Dealer(FakeStore(), DataConfig(**fields), seed)(positions)  # type: ignore[arg-type]
+    return TrainingSampler(FakeStore(), DataConfig(**fields), seed)(positions)  # type: ignore[arg-type]
 
 
 EVERYTHING = {
     "augment": AugmentConfig(flip=True, reverse=True, crop=0.5, pan=0.5),
-    "intervals": IntervalsConfig(frames=5, shortest_s=0.4, moments="random"),
+    "segments": SegmentsConfig(frames=5, shortest_s=0.4, frame_times="jittered"),
 }
 
 
 def test_without_augmentation_a_clip_is_what_the_store_holds():
     clips, times = dealt(np.arange(7))
-    assert clips[:, 0, 0, 0, 0].tolist() == rows_at(np.arange(7), ROWS, 0).tolist()
+    assert clips[:, 0, 0, 0, 0].tolist() == shuffled_indices(np.arange(7), ROWS, 0).tolist()
     assert clips[:, :, 0, 0, 1].tolist() == [list(range(6))] * 7
     assert np.allclose(times, np.arange(6) / 5)
     assert times.dtype == np.float32
@@ -111,14 +111,14 @@ def test_a_crop_is_a_window_of_the_picture_alike_in_all_frames():
     # A size draw of 1 cuts half. Its middle may be from 8 to 24 of 32: a draw of 0.5 is 16, one of 0.25 is 12.
     draws = np.zeros(13)
     draws[2:5] = 1, 0.5, 0.25
-    cropped = augmented(ramps(), TIMES, augment, draws)
+    cropped = augment_clip(ramps(), TIMES, augment, draws)
     assert cropped.shape == (3, 32, 32, 3)
     assert np.array_equal(cropped[0], cropped[2])
     # Line i of the result shows the middle of line 4 + (i + 0.5) / 2 - 0.5.
     lines, columns = (4 * (first + (np.arange(32) + 0.5) / 2 - 0.5) for first in (4, 8))
     assert np.abs(cropped[0, :, 5, 0] - lines).max() <= 0.5
     assert np.abs(cropped[0, 5, :, 1] - columns).max() <= 0.5
-    assert np.array_equal(augmented(ramps(), TIMES, augment, np.zeros(13)), ramps())  # a size draw of 0 cuts nothing
+    assert np.array_equal(augment_clip(ramps(), TIMES, augment, np.zeros(13)), ramps())  # a size draw of 0 cuts nothing
 
 
 def test_a_pan_moves_the_window_evenly_in_time():
@@ -126,20 +126,20 @@ def test_a_pan_moves_the_window_evenly_in_time():
     draws[2:5] = 1, 0, 0.5  # half the picture, at the left, in the middle of the height
     draws[7:11] = 1, 1, 1, 0.5  # all the way to the right
     for pan in (1.0, 0.5):
-        panned = augmented(ramps(), TIMES, AugmentConfig(crop=0.5, pan=pan), draws)
+        panned = augment_clip(ramps(), TIMES, AugmentConfig(crop=0.5, pan=pan), draws)
         lefts = [pan * 16 * time for time in TIMES]
         for frame, left in zip(panned, lefts, strict=True):
             columns = 4 * np.clip(left + (np.arange(32) + 0.5) / 2 - 0.5, 0, 31)
             assert np.abs(frame[5, :, 1] - columns).max() <= 0.5
             assert np.array_equal(frame[:, :, 0], panned[0][:, :, 0])  # nothing moves up or down
-    still = augmented(ramps(), TIMES, AugmentConfig(crop=0.5, pan=1), np.where(np.arange(13) == 7, 0, draws))
+    still = augment_clip(ramps(), TIMES, AugmentConfig(crop=0.5, pan=1), np.where(np.arange(13) == 7, 0, draws))
     assert np.array_equal(still[0], still[2])
 
 
 def test_brightness_is_one_factor_for_all_values_of_a_clip():
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     for draw in (0.0, 0.3, 0.9):
-        lit = augmented(frames, TIMES, AugmentConfig(brightness=0.4), np.asarray([0, 0, 0, 0, 0, draw]))
+        lit = augment_clip(frames, TIMES, AugmentConfig(brightness=0.4), np.asarray([0, 0, 0, 0, 0, draw]))
         factor = 0.6 + 0.8 * draw
         assert np.array_equal(lit, np.minimum(np.round(frames * factor), 255))
 
@@ -147,7 +147,7 @@ def test_brightness_is_one_factor_for_all_values_of_a_clip():
 def test_colours_change_places_in_every_way():
     frames = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3)).astype(np.uint8)
     seen = [
-        augmented(frames, TIMES, AugmentConfig(colours=True), np.asarray([0] * 6 + [(place + 0.5) / 6]))
+        augment_clip(frames, TIMES, AugmentConfig(permute_channels=True), np.asarray([0] * 6 + [(place + 0.5) / 6]))
         for place in range(6)
     ]
     assert len({one.tobytes() for one in seen}) == 6
@@ -157,7 +157,7 @@ def test_colours_change_places_in_every_way():
 
 
 def test_intervals_are_anywhere_in_the_video_and_of_every_length():
-    clips, times = dealt(np.arange(3000), intervals=IntervalsConfig(frames=5, shortest_s=0.5))
+    clips, times = dealt(np.arange(3000), segments=SegmentsConfig(frames=5, shortest_s=0.5))
     frames = clips[:, :, 0, 0, 1].astype(int)
     first, last = frames[:, 0], frames[:, -1]
     assert (np.diff(frames, axis=1) > 0).all()
@@ -173,8 +173,8 @@ def test_intervals_are_anywhere_in_the_video_and_of_every_length():
 
 
 def test_random_moments_are_in_order_and_everywhere_between():
-    intervals = IntervalsConfig(frames=3, shortest_s=3, moments="random")
-    clips, times = dealt(np.arange(3000), intervals=intervals, augment=AugmentConfig(reverse=True))
+    intervals = SegmentsConfig(frames=3, shortest_s=3, frame_times="jittered")
+    clips, times = dealt(np.arange(3000), segments=intervals, augment=AugmentConfig(reverse=True))
     frames = clips[:, :, 0, 0, 1].astype(int)
     assert {tuple(ends) for ends in frames[:, [0, 2]].tolist()} == {(0, 30), (30, 0)}
     middle = np.bincount(np.minimum(frames[:, 1], 30), minlength=31)
@@ -187,8 +187,8 @@ def test_random_moments_are_in_order_and_everywhere_between():
 def test_a_video_shorter_than_the_shortest_interval_is_dealt_whole():
     times_s = np.asarray([0, 0.1, 0.3])
     for draws in (np.zeros(9), np.full(9, 0.99)):
-        assert interval_of(times_s, IntervalsConfig(frames=2), draws).tolist() == [0, 2]
-        assert interval_of(times_s, IntervalsConfig(frames=5), draws).tolist() == [0, 1, 1, 2, 2]
+        assert choose_segment(times_s, SegmentsConfig(frames=2), draws).tolist() == [0, 2]
+        assert choose_segment(times_s, SegmentsConfig(frames=5), draws).tolist() == [0, 1, 1, 2, 2]
 
 
 class Ids:
@@ -197,7 +197,7 @@ class Ids:
     def __init__(self, ids: list[str]):
         self.ids = sorted(ids)
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         return np.arange(len(self.ids))
 
     def sampled(self, most: int, seed: int = 0) -> list[str]:

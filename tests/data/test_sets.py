@@ -14,10 +14,10 @@ from giffy_ray.data import clip_dataset as stores
 from giffy_ray.data import loader, shards
 from giffy_ray.data import prepare as preparing
 from giffy_ray.data.catalog import Catalog, read_catalog
-from giffy_ray.data.clip_dataset import Store
+from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.prepare import prepare
-from giffy_ray.data.shards import Recipe
+from giffy_ray.data.shards import DecodeConfig
 from tests.conftest import moving_video
 from tests.data.hostile import mark_flaky
 
@@ -41,12 +41,12 @@ def experiment(tmp_path: Path) -> Experiment:
     return override(Experiment(), fields | {"data.root": str(tmp_path / "videos"), "storage": str(tmp_path / "runs")})
 
 
-def expected_of(store: Store) -> np.ndarray:
+def expected_of(store: ClipDataset) -> np.ndarray:
     return np.stack([decode_clip((Path(store.root) / name).read_bytes(), store.clip) for name in store.ids])
 
 
-def whole(store: Store) -> bool:
-    return np.array_equal(store.gather(np.arange(len(store))), expected_of(store))
+def whole(store: ClipDataset) -> bool:
+    return np.array_equal(store.get_clips(np.arange(len(store))), expected_of(store))
 
 
 def files_in(tmp_path: Path) -> dict[str, tuple[int, int]]:
@@ -61,20 +61,20 @@ def files_in(tmp_path: Path) -> dict[str, tuple[int, int]]:
 @pytest.mark.parametrize("first", ["tests.data.hostile:sample", FLAKY])
 def test_two_jobs_of_which_one_rejects_a_video_leave_each_other_their_clips(experiment, tmp_path, first):
     catalog = read_catalog(experiment.data.root, DataConfig())
-    recipe, location = Recipe(experiment.clip), str(tmp_path / "runs" / "stores" / "key")
+    recipe, location = DecodeConfig(experiment.clip), str(tmp_path / "runs" / "stores" / "key")
     shards.write_recipe(location, recipe)
 
-    def job(decoder: str) -> Store:
+    def job(decoder: str) -> ClipDataset:
         (chunk,) = shards.chunks_of(catalog.videos)
         rows = shards.decode_shard(chunk, catalog.filesystem, recipe, LimitsConfig(), location, decoder)
-        return Store(stores.write_set(location, catalog, rows, LimitsConfig()))
+        return ClipDataset(stores.write_set(location, catalog, rows, LimitsConfig()))
 
     (second,) = {"tests.data.hostile:sample", FLAKY} - {first}
     earlier = job(first)
-    opened = Store(earlier.location)  # it maps its shard only now
+    opened = ClipDataset(earlier.location)  # it maps its shard only now
     later = job(second)
     assert {len(earlier), len(later)} == {VIDEOS, VIDEOS - 1}
-    for store in (earlier, opened, later, Store(earlier.location)):
+    for store in (earlier, opened, later, ClipDataset(earlier.location)):
         assert whole(store)
     # What both know is one clip of each video, whichever listing is read first.
     index = shards.read_index(location)
@@ -104,7 +104,7 @@ def test_every_file_of_a_shard_is_named_by_its_content_and_written_once(experime
 
 def test_a_video_is_one_row_however_often_it_was_rejected(experiment, tmp_path):
     catalog = read_catalog(experiment.data.root, DataConfig())
-    recipe, location = Recipe(experiment.clip), str(tmp_path / "store")
+    recipe, location = DecodeConfig(experiment.clip), str(tmp_path / "store")
     (chunk,) = shards.chunks_of(catalog.videos[:1])
     path = Path(catalog.videos[0].path)
     path.rename(tmp_path / "aside")
@@ -130,7 +130,7 @@ def test_a_damaged_shard_is_mended_under_a_training_and_for_every_set(experiment
     assert f"{shard}: its sha256 is " in capsys.readouterr().err
     assert len(more) == VIDEOS + 1 and whole(more)
     for location in (store.location, cats.location):
-        assert whole(Store(location))
+        assert whole(ClipDataset(location))
 
 
 def test_what_was_lost_of_a_prepared_set_is_decoded_again_unasked(experiment, tmp_path, capsys):
@@ -142,7 +142,7 @@ def test_what_was_lost_of_a_prepared_set_is_decoded_again_unasked(experiment, tm
     ):
         damage()
         with pytest.raises(RuntimeError, match=rf"{shard.name}: .*; run jobs/prepare\.py"):
-            Store(store.location).gather(np.arange(VIDEOS))
+            ClipDataset(store.location).get_clips(np.arange(VIDEOS))
         mended = prepare(experiment)
         assert f"{shard}: " in (told := capsys.readouterr().err) and said in told
         assert mended.location == store.location and whole(mended)
@@ -157,7 +157,7 @@ def test_a_lost_shard_whose_videos_decode_otherwise_now_is_another_set(experimen
     assert fewer.fingerprint != store.fingerprint
     assert not shard.exists()  # nobody reads zeros for clips
     with pytest.raises(RuntimeError, match=r"run jobs/prepare\.py"):
-        Store(store.location).gather(np.arange(VIDEOS))
+        ClipDataset(store.location).get_clips(np.arange(VIDEOS))
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", bytes(2000)])
@@ -203,7 +203,7 @@ def test_a_set_does_not_change_where_a_reject_decodes_later(experiment, tmp_path
     assert len(second) == VIDEOS and whole(second)
     assert second.fingerprint != fingerprint
     assert before.items() <= files_in(tmp_path).items()
-    started_again = Store(first.location)
+    started_again = ClipDataset(first.location)
     assert (started_again.ids, started_again.fingerprint) == (ids, fingerprint) and whole(started_again)
     assert prepare(experiment).location == second.location
     assert prepare(experiment, again=True).location == second.location
@@ -277,8 +277,8 @@ def test_the_fingerprint_is_of_the_pixels_whatever_shard_they_lie_in(experiment,
     dealt = prepare(override(experiment, {"storage": str(tmp_path / "dealt")}))
     assert len(list(tmp_path.glob("dealt/stores/*/shards/*.u8"))) == 3
     assert dealt.fingerprint == store.fingerprint
-    every = prepare(override(experiment, {"data.intervals.frames": 3}))
-    not_kept = prepare(override(experiment, {"data.keep": False}))
+    every = prepare(override(experiment, {"data.segments.frames": 3}))
+    not_kept = prepare(override(experiment, {"data.cache_decoded": False}))
     assert {every.fingerprint, not_kept.fingerprint} == {store.fingerprint}
 
 

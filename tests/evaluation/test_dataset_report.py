@@ -44,11 +44,11 @@ class FakeStore:
         }
         self.facts = pa.table({name: changed.get(name, values) for name, values in facts.items()})
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         every = np.arange(len(self.ids))
         return {"training": every[every % 4 > 0], "validation": every[every % 4 == 0]}.get(split, every[:0])
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
         return np.stack([self.clip_of(int(row)) for row in rows])
 
 

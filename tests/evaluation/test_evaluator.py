@@ -18,7 +18,7 @@ from giffy_ray.evaluation.evaluator import (
     summarise,
     to_csv,
 )
-from giffy_ray.models.sampling import generate_in_parts, learner_method, learner_methods, noise_for
+from giffy_ray.models.sampling import generate_in_parts, learner_method, learner_methods, noise_from_clip_ids
 from giffy_ray.training import learners
 
 CLIP = ClipConfig(frames=4, height=16, width=16)
@@ -33,7 +33,7 @@ class Clips:
         self.ids, self.categories = ["a", "b", "c"], ["skiing", "erupting", "skiing"]
         self.levels = np.asarray([[0, 30, 60, 90], [0, 10, 20, 30], [0, 0, 0, 90]], np.uint8)
 
-    def gather(self, rows: np.ndarray) -> np.ndarray:
+    def get_clips(self, rows: np.ndarray) -> np.ndarray:
         levels = self.levels[rows][:, :, None, None, None]
         return np.broadcast_to(levels, (len(rows), 4, 16, 16, 3)).copy()
 
@@ -66,13 +66,13 @@ def test_every_method_and_clip_is_scored_by_id():
     ]
     values = 16 * 16 * 3
     # Clip c is 0, 0, 0, 90 and its line 0, 30, 60, 90; clip a is its own line.
-    assert scores[0].l2_report == pytest.approx((values * (30**2 + 60**2)) ** 0.5 / 100)
+    assert scores[0].l2_paper == pytest.approx((values * (30**2 + 60**2)) ** 0.5 / 100)
     assert scores[0].squared_error == pytest.approx(values * (30**2 + 60**2))
     # It changes by 30, 30, 30 where the real clip does by 0, 0, 90.
     assert scores[0].motion_error == pytest.approx(((30**2 + 30**2 + 60**2) / 3) ** 0.5)
     assert scores[0].motion_ratio == pytest.approx(1)
-    assert scores[1].l2_report == 0
-    assert scores[2].l2_report == pytest.approx((values * 90**2) ** 0.5 / 100)
+    assert scores[1].l2_paper == 0
+    assert scores[2].l2_paper == pytest.approx((values * 90**2) ** 0.5 / 100)
     assert scores[2].psnr == float("inf")  # between its ends, clip c is black
     assert scores[2].ends_error == pytest.approx((90**2 / 2) ** 0.5)
     assert {score.diversity for score in scores} == {None}
@@ -95,7 +95,9 @@ def test_a_learner_is_scored_by_its_mean_one_sample_and_the_best_of_several():
     assert list(methods) == ["mine", "mine, sample", "mine, best of 3"]
     scores = {(s.method, s.clip_id): s for s in evaluate(methods, store, rows, SOURCES)}  # type: ignore[arg-type]
     levels = {"mine": np.full((3, 1), 40.0)}
-    drawn = np.stack([(40 + 10 * noise_for(7 + k, store.ids, 2)[:, 0]).round().numpy() for k in range(3)], axis=1)
+    drawn = np.stack(
+        [(40 + 10 * noise_from_clip_ids(7 + k, store.ids, 2)[:, 0]).round().numpy() for k in range(3)], axis=1
+    )
     levels |= {"mine, sample": drawn[:, :1], "mine, best of 3": drawn}
     for name, of_clips in levels.items():
         for row, clip_id in enumerate(store.ids):
@@ -147,7 +149,7 @@ def scores() -> list[Score]:
             method,
             category,
             clip_id,
-            l2_report=value,
+            l2_paper=value,
             psnr=20.0,
             ssim=0.5,
             ends_error=0.0,
@@ -168,8 +170,8 @@ def scores() -> list[Score]:
 def test_the_table_has_means_deviations_and_shares_won():
     rows = {(row.category, row.method): row for row in summarise(scores())}
     assert list(rows) == [(c, m) for c in ("erupting", "skiing", "all") for m in ("linear", "cvae")]
-    assert rows["skiing", "linear"].spreads["l2_report"] == (35, 25)
-    assert rows["all", "cvae"].spreads["l2_report"] == (22, pytest.approx(statistics.pstdev([12, 14, 40])))
+    assert rows["skiing", "linear"].spreads["l2_paper"] == (35, 25)
+    assert rows["all", "cvae"].spreads["l2_paper"] == (22, pytest.approx(statistics.pstdev([12, 14, 40])))
     assert rows["all", "cvae"].spreads["diversity"][0] == pytest.approx(22 / 4)
     assert rows["all", "cvae"].spreads.keys() == MEASURES.keys()
     assert rows["all", "linear"].spreads.keys() == MEASURES.keys() - {"diversity"}
@@ -227,13 +229,13 @@ def test_many_categories_have_an_interval_only_together(monkeypatch: pytest.Monk
 
 def test_the_csv_has_a_row_for_each_method_and_clip():
     rows = list(csv.DictReader(io.StringIO(to_csv(scores()))))
-    assert list(rows[0])[:6] == ["method", "category", "clip_id", "l2_report", "psnr", "ssim"]
+    assert list(rows[0])[:6] == ["method", "category", "clip_id", "l2_paper", "psnr", "ssim"]
     assert len(rows) == 6
     assert rows[3] == {
         "method": "cvae",
         "category": "skiing",
         "clip_id": "a",
-        "l2_report": "12",
+        "l2_paper": "12",
         "psnr": "20.0",
         "ssim": "0.5",
         "ends_error": "0.0",
@@ -277,7 +279,7 @@ def test_a_network_makes_the_same_clip_whatever_is_made_beside_it(mirrors: int):
     learner = learners.build(experiment, torch.device("cpu"))
     random = np.random.default_rng(0)
     start, end = (torch.from_numpy(random.integers(0, 256, (11, 16, 16, 3), dtype=np.uint8)) for _ in "ab")
-    noise = noise_for(0, [str(clip) for clip in range(11)], learner.latent)
+    noise = noise_from_clip_ids(0, [str(clip) for clip in range(11)], learner.latent)
     together = generate_in_parts(learner, start, end, noise)
     assert together.shape == (11, 4, 16, 16, 3)
     for clip in (0, 7, 8, 10):
@@ -303,6 +305,6 @@ def test_an_evaluator_gives_the_scores_and_only_the_clips_that_are_watched_or_dr
 def test_the_means_over_all_clips_have_an_interval_by_source():
     rows = {(row.category, row.method): row for row in summarise(scores())}
     # Two sources: a resample has the first twice, the second twice, or both. Of linear's l2: 35, 20 or 30.
-    assert rows["all", "linear"].intervals["l2_report"] == (pytest.approx(20), pytest.approx(35))
+    assert rows["all", "linear"].intervals["l2_paper"] == (pytest.approx(20), pytest.approx(35))
     assert rows["all", "linear"].intervals["psnr"] == (20, 20)
     assert rows["skiing", "linear"].intervals == {}

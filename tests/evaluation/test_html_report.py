@@ -10,7 +10,7 @@ from PIL import Image
 from giffy_ray.config import ClipConfig
 from giffy_ray.core import media
 from giffy_ray.evaluation.evaluator import MEASURES, REAL, Score, summarise
-from giffy_ray.evaluation.html_report import chosen_rows, page
+from giffy_ray.evaluation.html_report import chosen_rows, render_comparison
 
 WICKED = "erupting/</script><script>alert(1)</script><!-- é \u2028 日.mp4"
 IDS = ["erupting/one.mp4", WICKED, "skiing/three.mp4"]
@@ -59,7 +59,7 @@ def written(shown: int = 3) -> tuple[str, dict]:
     scores = [score(method, clip_id, 2.0, np.inf) for method in ("linear", "cvae, best of 2") for clip_id in IDS]
     clip = np.zeros((6, 16, 16, 3), np.uint8)
     pictures = {name: media.sprite(clip) for name in (REAL, "linear", "cvae, best of 2")}
-    html = page(store, "test", scores, summarise(scores), dict.fromkeys(range(shown), pictures))  # type: ignore[arg-type]
+    html = render_comparison(store, "test", scores, summarise(scores), dict.fromkeys(range(shown), pictures))  # type: ignore[arg-type]
     text = html.decode()
     return text, json.loads(Reader(text).scripts[0])
 
@@ -93,12 +93,12 @@ def test_the_page_has_every_score_summary_and_picture():
     assert [measure["name"] for measure in study["measures"]] == list(MEASURES)
     for clip in study["clips"]:
         assert clip["sprites"].keys() == {REAL, "linear", "cvae, best of 2"}
-        assert clip["scores"]["linear"]["l2_report"] == 2
+        assert clip["scores"]["linear"]["l2_paper"] == 2
         assert clip["scores"]["linear"]["psnr"] == "Infinity"  # which JSON has no number for
         assert clip["scores"]["linear"]["diversity"] is None
         assert clip["scores"]["cvae, best of 2"]["diversity"] == 2
     summaries = {(s["category"], s["method"]): s for s in study["summaries"]}
-    assert summaries["all", "linear"]["spreads"]["l2_report"] == [2, 0]
+    assert summaries["all", "linear"]["spreads"]["l2_paper"] == [2, 0]
     assert summaries["all", "linear"]["spreads"]["psnr"] == ["Infinity", None]
     assert summaries["erupting", "cvae, best of 2"]["won"] == 0
     assert summaries["erupting", "cvae, best of 2"]["skill"] == [0, 0, 0]  # as wrong as linear in every resample

@@ -13,7 +13,7 @@ from giffy_ray.evaluation.metrics import (
     diversity,
     ends_error,
     interval,
-    l2_report,
+    l2_paper,
     motion_error,
     motion_ratio,
     psnr,
@@ -32,15 +32,15 @@ def clips(value: int) -> torch.Tensor:
 
 def test_l2_of_black_against_white():
     # sqrt(30*64*64*3 * 255^2) / 100
-    assert l2_report(clips(0), clips(255)).tolist() == pytest.approx([1548.2511] * 2, abs=1e-4)
+    assert l2_paper(clips(0), clips(255)).tolist() == pytest.approx([1548.2511] * 2, abs=1e-4)
 
 
 def test_l2_of_a_difference_of_one_everywhere():
-    assert l2_report(clips(7), clips(8)).tolist() == pytest.approx([math.sqrt(368640) / 100] * 2)
+    assert l2_paper(clips(7), clips(8)).tolist() == pytest.approx([math.sqrt(368640) / 100] * 2)
 
 
 def test_l2_does_not_wrap_around():
-    assert torch.equal(l2_report(clips(0), clips(255)), l2_report(clips(255), clips(0)))
+    assert torch.equal(l2_paper(clips(0), clips(255)), l2_paper(clips(255), clips(0)))
 
 
 def test_psnr_closed_form_and_only_between():

@@ -9,7 +9,7 @@ from torch import nn
 
 from giffy_ray.config import ConfigError, PerceptualMetric
 from giffy_ray.evaluation.evaluator import REAL
-from giffy_ray.evaluation.perceptual_evaluator import Perceived
+from giffy_ray.evaluation.perceptual_evaluator import PerceptualEvaluator
 from giffy_ray.evaluation.perceptual_metrics import (
     fid,
     frame_features,
@@ -37,14 +37,14 @@ class Difference(nn.Module):
         return (made - real).abs().flatten(1).mean(1)
 
 
-def perceived(names: tuple[PerceptualMetric, ...], folder: Path, rows: np.ndarray = ROWS) -> Perceived:
+def perceived(names: tuple[PerceptualMetric, ...], folder: Path, rows: np.ndarray = ROWS) -> PerceptualEvaluator:
     files = {name: str(folder / name) for name in ("lpips", "fid", "fvd")}
     for name, path in files.items():
         torch.jit.script(Difference() if name == "lpips" else Colours()).save(path)
-    return Perceived(names, files, rows)  # type: ignore[arg-type]
+    return PerceptualEvaluator(names, files, rows)  # type: ignore[arg-type]
 
 
-def watched(metrics: Perceived, real: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
+def watched(metrics: PerceptualEvaluator, real: torch.Tensor, made: torch.Tensor) -> dict[str, float]:
     for part in (slice(0, 3), slice(3, CLIPS)):
         for name, clips in ((REAL, real), ("mine", made), ("linear", real)):
             metrics.watch(name, ROWS[part], clips[part].numpy())
@@ -86,10 +86,10 @@ def test_only_the_rows_asked_for_count(tmp_path: Path):
 
 def test_what_is_missing_is_told_at_once():
     with pytest.raises(ConfigError, match=r"fid: needs the path of .* evaluate\.weights=\{fid: \.\.\.\}.*None"):
-        Perceived(("fid",), {}, ROWS)
+        PerceptualEvaluator(("fid",), {}, ROWS)
 
 
 def test_without_names_there_is_nothing_to_tell():
-    nothing = Perceived((), {}, ROWS)
-    nothing.watch("mine", ROWS, np.zeros((CLIPS, 4, 8, 8, 3), np.uint8))
-    assert nothing.results() == {}
+    nothing = PerceptualEvaluator((), {}, ROWS)
+    nothing.update("mine", ROWS, np.zeros((CLIPS, 4, 8, 8, 3), np.uint8))
+    assert nothing.compute() == {}

@@ -50,9 +50,9 @@ def test_it_is_whole_and_beats_interpolation(folder: Path, real: torch.Tensor):
 
 def test_own_videos_are_trained_on_from_the_accurate_one():
     experiment = load(PUBLISHED[0].parent.parent / "jobs" / "experiments" / "own-videos.yaml")
-    assert experiment.train.start_from == "published/between"
+    assert experiment.train.init_from == "published/between"
     learner = learners.build(experiment, torch.device("cpu"), steps=1)
-    checkpoints.start_from(str(PUBLISHED[0]), learner)
+    checkpoints.load_pretrained(str(PUBLISHED[0]), learner)
     published, _ = checkpoints.load(str(PUBLISHED[0]))
     for name, weight in published.networks["between"].state_dict().items():
         assert torch.equal(learner.networks["between"].state_dict()[name], weight)

@@ -19,7 +19,7 @@ from giffy_ray.config import ClipConfig, ConfigError, Experiment, flatten, from_
 from giffy_ray.core.storage import write_text
 from giffy_ray.inference import registration
 from giffy_ray.inference.loading import trained_runs
-from giffy_ray.models.sampling import noise_at
+from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.tracking.model_registry import Version
 from giffy_ray.tracking.tracker import open_run, tracking_uri
 from giffy_ray.training import checkpoints
@@ -32,7 +32,7 @@ KEPT = {"cvae.safetensors", "experiment.yaml", "manifest.json"}
 
 def trained(base: Experiment, storage: Path, name: str, l2: float, clips: str = "abc", steps: int = 1) -> Experiment:
     """A run that has ended, with two checkpoints, the first of which was the better."""
-    experiment = override(base, {"name": name, "storage": str(storage), "train.batch": 4})
+    experiment = override(base, {"name": name, "storage": str(storage), "train.global_batch_size": 4})
     learner = built(experiment)
     for number in range(steps):
         step(learner, experiment, number)
@@ -42,8 +42,8 @@ def trained(base: Experiment, storage: Path, name: str, l2: float, clips: str = 
     for number, (measured, more) in enumerate([(l2, {}), (l2 + 1, {}), (None, {"train/loss": 1.0})]):
         folder = storage / name / f"checkpoint_{number}"
         folder.mkdir(parents=True)
-        metrics = more if measured is None else {"val/l2_report": measured, "val/skill": 0.1, **more}
-        checkpoints.Snapshot(learner, experiment, checkpoints.Position(10 * number, metrics)).save(folder)
+        metrics = more if measured is None else {"val/l2_paper": measured, "val/skill": 0.1, **more}
+        checkpoints.Snapshot(learner, experiment, checkpoints.TrainState(10 * number, metrics)).save(folder)
     write_text(str(storage / name / "data_set"), clips)
     open_run(experiment).finish()
     return experiment
@@ -52,7 +52,7 @@ def trained(base: Experiment, storage: Path, name: str, l2: float, clips: str = 
 @pytest.fixture(scope="module")
 def champion(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     experiment = trained(override(Experiment(), TINY), tmp_path_factory.mktemp("runs"), "first", 50.0)
-    assert registration.register(experiment) == "models:/giffy_ray/1: the champion, as the first; val/l2_report 50.00"
+    assert registration.register(experiment) == "models:/giffy_ray/1: the champion, as the first; val/l2_paper 50.00"
     return experiment
 
 
@@ -65,7 +65,7 @@ def test_the_best_of_a_run_is_registered_with_what_is_known_of_it(champion: Expe
     client = MlflowClient(tracking_uri(champion))
     version = client.get_model_version("giffy_ray", "1")
     assert version.run_id == (Path(champion.storage) / "first" / "mlflow_run").read_text()
-    assert version.tags["val/l2_report"] == "50.0"
+    assert version.tags["val/l2_paper"] == "50.0"
     assert version.tags["steps_done"] == "0"
     assert version.tags["data.fingerprint"] == "abc"
     assert version.tags["clip"] == "6 frames of 16x16 at 2 fps, stretch"
@@ -76,26 +76,26 @@ def test_the_best_of_a_run_is_registered_with_what_is_known_of_it(champion: Expe
 
 
 def test_a_model_that_is_registered_again_is_the_same_version(champion: Experiment):
-    assert registration.register(champion) == "models:/giffy_ray/1: the champion, as it was; val/l2_report 50.00"
+    assert registration.register(champion) == "models:/giffy_ray/1: the champion, as it was; val/l2_paper 50.00"
     assert len(MlflowClient(tracking_uri(champion)).search_model_versions("name = 'giffy_ray'")) == 1
 
 
 @pytest.mark.parametrize(
     ("name", "l2", "clips", "said", "stays"),
     [
-        ("better", 40.0, "abc", "the champion; val/l2_report 40.00, and 50.00 of version 1", False),
+        ("better", 40.0, "abc", "the champion; val/l2_paper 40.00, and 50.00 of version 1", False),
         (
             "equal",
             50.0,
             "abc",
-            "not the champion: version 1 stays, whose val/l2_report is 50.00, and this one's 50.00",
+            "not the champion: version 1 stays, whose val/l2_paper is 50.00, and this one's 50.00",
             True,
         ),
         (
             "broken",
             math.nan,
             "abc",
-            "not the champion: version 1 stays, whose val/l2_report is 50.00, and this one's nan",
+            "not the champion: version 1 stays, whose val/l2_paper is 50.00, and this one's nan",
             True,
         ),
         (
@@ -120,17 +120,17 @@ def test_the_champion_is_the_best_on_the_same_clips(
 
 def test_models_of_other_clips_or_unknown_ones_are_not_compared():
     clip = registration._words(ClipConfig())
-    ours = Version("m", 2, {"val/l2_report": "1", "data.fingerprint": "a", "data.split": "validation", "clip": clip})
+    ours = Version("m", 2, {"val/l2_paper": "1", "data.fingerprint": "a", "data.split": "validation", "clip": clip})
     longer = registration._words(ClipConfig(frames=60))
     for tags, why in (
         (dict(ours.tags) | {"clip": longer}, "(clip '60 frames of 64x64 at 10 fps, stretch', not '30 frames"),
         (dict(ours.tags) | {"data.split": "test"}, "(data.split 'test', not 'validation')"),
         ({}, "(data.fingerprint 'unknown', not 'a')"),
     ):
-        crowned, said = registration.verdict(ours, Version("m", 1, tags))
+        crowned, said = registration.compare_to_champion(ours, Version("m", 1, tags))
         assert not crowned
         assert why in said
-    assert registration.verdict(Version("m", 1, {"val/l2_report": "nan"}), None)[0] is False
+    assert registration.compare_to_champion(Version("m", 1, {"val/l2_paper": "nan"}), None)[0] is False
 
 
 def test_mlflow_loads_the_champion_without_pickle_and_it_makes_the_same_clips(champion: Experiment, tmp_path: Path):
@@ -153,11 +153,11 @@ except mlflow.exceptions.MlflowException as refusal:
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "True"
-    learner, _ = checkpoints.load(checkpoints.best(champion, "val/l2_report"))
+    learner, _ = checkpoints.load(checkpoints.best(champion, "val/l2_paper"))
     start, end = torch.from_numpy(pairs)
     made = np.load(tmp_path / "made.npz")
     assert np.array_equal(made["mean"], learner.generate(start, end, torch.zeros(3, 3)).numpy())
-    assert np.array_equal(made["sample"], learner.generate(start, end, noise_at(3, range(3), 3)).numpy())
+    assert np.array_equal(made["sample"], learner.generate(start, end, noise_from_keys(3, range(3), 3)).numpy())
     assert not np.array_equal(made["sample"], made["mean"])
 
     place = MlflowClient(tracking_uri(champion)).get_model_version_download_uri("giffy_ray", "1")
@@ -172,11 +172,11 @@ except mlflow.exceptions.MlflowException as refusal:
 
 def test_the_model_that_is_registered_is_the_one_that_is_evaluated(champion: Experiment, capsys):
     """And published: the checkpoint with the best validation, of those in the folder the oldest."""
-    best = checkpoints.best(champion, "val/l2_report")
+    best = checkpoints.best(champion, "val/l2_paper")
     assert best.endswith("checkpoint_0")
-    assert checkpoints.newest(champion).endswith("checkpoint_2")
+    assert checkpoints.latest_checkpoint(champion).endswith("checkpoint_2")
     (run,) = trained_runs(champion, champion.clip)
-    assert f"evaluating {best} (epoch None, val/l2_report 50.00)" in capsys.readouterr().out
+    assert f"evaluating {best} (epoch None, val/l2_paper 50.00)" in capsys.readouterr().out
     weights, _ = checkpoints.load(best)
     for name, weight in weights.networks["cvae"].state_dict().items():
         assert torch.equal(run.learner.networks["cvae"].state_dict()[name], weight)
@@ -216,7 +216,7 @@ def test_a_checkpoint_that_a_training_removes_meanwhile_is_chosen_anew(
     run = override(run, {"storage": str(tmp_path / "runs"), "tracking.uri": tracking_uri(champion)})
     for folder, l2 in zip(folders, (5.0, 4.0), strict=True):
         folder.mkdir(parents=True)
-        position = checkpoints.Position(int(l2), {"val/l2_report": l2})
+        position = checkpoints.TrainState(int(l2), {"val/l2_paper": l2})
         checkpoints.Snapshot(built(run), run, position).save(folder)
     shutil.copy(Path(champion.storage, champion.name, "mlflow_run"), folders[0].parent)
     load, loaded = checkpoints.load, []
@@ -229,7 +229,7 @@ def test_a_checkpoint_that_a_training_removes_meanwhile_is_chosen_anew(
 
     monkeypatch.setattr(checkpoints, "load", load_late)
     if job == "register":
-        assert "val/l2_report 5.00" in registration.register(override(run, {"tracking.model": "raced"}))
+        assert "val/l2_paper 5.00" in registration.register(override(run, {"tracking.model": "raced"}))
     elif job == "evaluate":
         trained_runs(run, run.clip)
     else:
@@ -243,7 +243,7 @@ def test_a_registry_that_is_away_fails_no_training_and_how_to_repeat_it_is_said(
     champion: Experiment, capsys: pytest.CaptureFixture
 ):
     address = nobody_there().replace("://", "://me:secret@")
-    registration.offer(override(champion, {"tracking.uri": address}))
+    registration.try_register(override(champion, {"tracking.uri": address}))
     said = capsys.readouterr().out
     assert "the model was not registered: " in said
     assert f"python jobs/register.py name=first storage={champion.storage} tracking.model=giffy_ray" in said
@@ -251,7 +251,7 @@ def test_a_registry_that_is_away_fails_no_training_and_how_to_repeat_it_is_said(
 
 
 def test_what_is_registered_is_asked_for_and_known(champion: Experiment, capsys: pytest.CaptureFixture):
-    registration.offer(override(champion, {"tracking.model": None}))
+    registration.try_register(override(champion, {"tracking.model": None}))
     assert capsys.readouterr().out == ""
     with pytest.raises(ConfigError, match=r"evaluate\.runs: a registered model is models:/NAME@champion"):
         trained_runs(override(champion, {"evaluate.runs": ["models:/giffy_ray"]}), champion.clip)
@@ -266,8 +266,8 @@ PRIVATE = {
     "storage": "s3://bucket/secret/runs",
     "data.root": "s3://bucket/secret/videos",
     "data.categories": ["client"],
-    "data.caps": {"client": {"training": 3}},
-    "train.start_from": "s3://bucket/secret/checkpoint",
+    "data.max_videos": {"client": {"training": 3}},
+    "train.init_from": "s3://bucket/secret/checkpoint",
     "tracking.uri": "http://me:secret@host",
     "tracking.experiment": "client",
     "tracking.model": "client",
@@ -286,8 +286,8 @@ def test_what_is_published_is_what_makes_clips_and_no_more(tmp_path: Path, kind:
     model = {name: value for name, value in TINY.items() if kind == "cvae" and name.startswith("model.")}
     experiment = override(Experiment(), {"model.kind": kind, **shape, **model, "train.seed": 7, **PRIVATE})
     (tmp_path / "trained").mkdir()
-    checkpoints.Snapshot(built(experiment), experiment, checkpoints.Position(0)).save(tmp_path / "trained")
-    checkpoints.publish(str(tmp_path / "trained"), tmp_path / "published")
+    checkpoints.Snapshot(built(experiment), experiment, checkpoints.TrainState(0)).save(tmp_path / "trained")
+    checkpoints.export_weights(str(tmp_path / "trained"), tmp_path / "published")
     text = (tmp_path / "published" / "experiment.yaml").read_text()
     assert not re.search("secret|client|bucket", text)
     published, trained, default = flatten(from_yaml(text)), flatten(experiment), flatten(Experiment())
@@ -300,6 +300,6 @@ def test_no_password_is_published(tiny: Experiment, tmp_path: Path):
     secret = {"tracking.uri": "http://me:secret@host", "search.storage": "postgresql://me:secret@host/optuna"}
     experiment = override(tiny, secret | {"data.root": "s3://bucket/secret/videos"})
     (tmp_path / "trained").mkdir()
-    checkpoints.Snapshot(built(experiment), experiment, checkpoints.Position(0)).save(tmp_path / "trained")
-    checkpoints.publish(str(tmp_path / "trained"), tmp_path / "published")
+    checkpoints.Snapshot(built(experiment), experiment, checkpoints.TrainState(0)).save(tmp_path / "trained")
+    checkpoints.export_weights(str(tmp_path / "trained"), tmp_path / "published")
     assert "secret" not in (tmp_path / "published" / "experiment.yaml").read_text()

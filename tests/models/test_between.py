@@ -22,9 +22,9 @@ SMALL = {
     "clip.height": 16,
     "clip.width": 24,
     "optim.lr": 3e-3,
-    "optim.clip_norm": 1.0,
-    "optim.ema": 0.9,
-    "train.batch": 4,
+    "optim.max_grad_norm": 1.0,
+    "optim.ema_decay": 0.9,
+    "train.global_batch_size": 4,
 }
 
 
@@ -150,7 +150,7 @@ def test_a_self_ensemble_makes_of_mirrored_ends_the_mirrored_clip(random: torch.
 def test_a_clip_is_made_again_from_what_q_says_of_it(random: torch.Generator):
     """By way of the noise that brings the prior to q's mean."""
     learner = learners.build(override(Experiment(), SMALL), torch.device("cpu"))
-    network = scrambled(learner.descent.trained, random).eval()  # type: ignore[attr-defined]
+    network = scrambled(learner.descent.eval_module, random).eval()  # type: ignore[attr-defined]
     clips = torch.randint(0, 256, (3, 6, 16, 24, 3), dtype=torch.uint8, generator=random)
     times, sampled = torch.linspace(0, 1, 6).expand(3, -1), torch.ones(3, dtype=torch.bool)
     with torch.no_grad():

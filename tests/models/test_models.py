@@ -169,7 +169,7 @@ def test_a_discriminator_that_halves_too_often_is_refused():
 @pytest.mark.parametrize("joined", ["half_size", "full_size"])
 @pytest.mark.parametrize("time_channels", [1, 3])
 def test_every_frame_of_the_advanced_generator_sees_the_ends_and_its_number(joined: str, time_channels: int):
-    small = override(Experiment(), {**ADVANCED, "model.joined": joined, "model.time_channels": time_channels})
+    small = override(Experiment(), {**ADVANCED, "model.join_stage": joined, "model.time_channels": time_channels})
     network = models.build(small.model, small.clip)
     generator = network.get_submodule("generator")
     inputs = []

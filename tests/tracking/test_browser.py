@@ -131,7 +131,7 @@ def test_two_trials_are_compared(page: Chrome):
 def test_the_view_shows_curves_of_all_runs_and_samples_that_move(page: Chrome):
     wait_for(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .scatterlayer .trace")) >= 3)
     sections = page.find_element(By.TAG_NAME, "body").text
-    assert sections.index("val/l2_report") < sections.index("Samples") < sections.index("Training")
+    assert sections.index("val/l2_paper") < sections.index("Samples") < sections.index("Training")
     for step in (0, 1):
         if step:
             slider = page.find_element(By.CSS_SELECTOR, "[role=slider][aria-label='Slider thumb']")

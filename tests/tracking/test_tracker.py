@@ -24,7 +24,7 @@ from PIL import Image
 
 from giffy_ray.cluster.local import free_port
 from giffy_ray.config import ConfigError, Experiment, flatten, from_yaml, override
-from giffy_ray.core.storage import without_secrets
+from giffy_ray.core.storage import redact_credentials
 from giffy_ray.tracking import outbox, uploader, uri
 from giffy_ray.tracking.outbox import Outbox
 from giffy_ray.tracking.tracker import Tracker, check_tracking, open_run, replay, sqlite_address, tracking_uri
@@ -94,13 +94,13 @@ def test_a_run_that_was_made_and_no_more_when_we_were_killed_is_filled(
 
 def test_what_mlflow_takes_of_a_parameter_is_kept_of_a_long_one(experiment: Experiment, client: MlflowClient):
     """Its limits are 6000 characters, and 100 parameters in one call: there are more."""
-    many = {"model.kind": "cgan", "data.caps": {f"category {number}": {"training": 1} for number in range(1000)}}
+    many = {"model.kind": "cgan", "data.max_videos": {f"category {number}": {"training": 1} for number in range(1000)}}
     long = override(experiment, many)
     tracker = open_run(long)
     params = client.get_run(tracker.run_id).data.params
     assert params.keys() == flatten(long).keys()
     assert len(params) > 100
-    assert params["data.caps"] == str(long.data.caps)[:6000]
+    assert params["data.max_videos"] == str(long.data.max_videos)[:6000]
 
 
 def test_a_run_names_its_data_set_once_however_often_it_is_started(experiment: Experiment, client: MlflowClient):
@@ -223,7 +223,7 @@ def test_the_page_has_our_view_and_trials_have_colours(experiment: Experiment, c
     assert "mlflow.runColor" not in run.data.tags
     view = json.loads(client.get_experiment(run.info.experiment_id).tags["mlflow.sharedViewState.giffy_ray"])
     charts = json.loads(view["state"])["compareRunCharts"]
-    assert {"val/l2_report", "val/psnr"} <= {chart.get("metricKey") for chart in charts}
+    assert {"val/l2_paper", "val/psnr"} <= {chart.get("metricKey") for chart in charts}
 
 
 def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
@@ -357,7 +357,7 @@ def test_no_password_of_an_address_is_logged(experiment: Experiment, client: Mlf
 def test_passwords_are_taken_out_of_every_address_of_a_text():
     said = "to s3://key:word@bucket/a@b and http://me@host:80/: sqlite:///runs/mlflow.db me@host"
     kept = "to s3://***@bucket/a@b and http://***@host:80/: sqlite:///runs/mlflow.db me@host"
-    assert without_secrets(said) == kept
+    assert redact_credentials(said) == kept
 
 
 def test_a_remote_storage_needs_a_server(experiment: Experiment):
@@ -501,7 +501,7 @@ def test_a_storage_that_fails_while_a_deleted_run_is_looked_for_ends_no_thread(
         raise OSError("Input/output error")
 
     with monkeypatch.context() as away:
-        away.setattr(uploader.Carrier, "_make_another_run", fail)
+        away.setattr(uploader.MlflowUploader, "_make_another_run", fail)
         tracker.log_metrics({"val/psnr": 1.0}, 1)
         deadline_s = time.monotonic() + 5
         while len(looked) < 3 and time.monotonic() < deadline_s:

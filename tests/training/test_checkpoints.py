@@ -11,10 +11,10 @@ from pyarrow import fs
 from torch import nn
 
 from giffy_ray.config import ConfigError, Experiment, load, override
-from giffy_ray.core.run_lock import LeaseLost
+from giffy_ray.core.run_lock import RunLockLost
 from giffy_ray.core.storage import filesystem_of
 from giffy_ray.training import checkpoints, learners, train_loop
-from giffy_ray.training.checkpoints import DamagedCheckpoint, Position
+from giffy_ray.training.checkpoints import DamagedCheckpoint, TrainState
 from giffy_ray.training.learners import Learner
 from tests.test_experiments import BATCH, EXPERIMENTS, TINY, moving_squares
 
@@ -23,7 +23,7 @@ ONE_OF_EACH_KIND = list({load(path).model.kind: path for path in EXPERIMENTS}.va
 
 def cut_down(path: Path) -> Experiment:
     experiment = load(path)
-    changes = {"train.batch": BATCH, "cluster.workers": 1, "optim.ema": 0.9, "name": "run"}
+    changes = {"train.global_batch_size": BATCH, "cluster.workers": 1, "optim.ema_decay": 0.9, "name": "run"}
     return override(experiment, TINY[experiment.model.kind] | changes)
 
 
@@ -50,7 +50,7 @@ def test_a_restored_training_goes_on_bit_by_bit(path: Path, tmp_path: Path):
     learner = built(experiment)
     for number in range(2):
         step(learner, experiment, number)
-    position = Position(2, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})
+    position = TrainState(2, {"val/psnr": 20.5}, {"loss": 0.1 + 0.2})
     checkpoints.Snapshot(learner, experiment, position).save(tmp_path)
 
     restored = built(override(experiment, {"train.seed": 1}))
@@ -92,7 +92,7 @@ def test_what_an_optimizer_holds_comes_back_as_it_was(optimizer, settings, steps
     ours, theirs = Bare(optimizer, **settings), Bare(optimizer, **settings)
     for _ in range(steps):
         ours.descend()
-    checkpoints.Snapshot(ours, Experiment(), Position(steps)).save(tmp_path)  # type: ignore[arg-type]
+    checkpoints.Snapshot(ours, Experiment(), TrainState(steps)).save(tmp_path)  # type: ignore[arg-type]
     checkpoints.restore(str(tmp_path), theirs)  # type: ignore[arg-type]
     before, after = ours.optimizers["net"].state_dict(), theirs.optimizers["net"].state_dict()
     assert before["param_groups"] == after["param_groups"]
@@ -109,7 +109,7 @@ def test_what_an_optimizer_holds_comes_back_as_it_was(optimizer, settings, steps
 def test_the_optimizer_of_another_experiment_is_refused(tmp_path: Path):
     ours = Bare(torch.optim.AdamW)
     ours.descend()
-    checkpoints.Snapshot(ours, Experiment(), Position(1)).save(tmp_path)  # type: ignore[arg-type]
+    checkpoints.Snapshot(ours, Experiment(), TrainState(1)).save(tmp_path)  # type: ignore[arg-type]
     theirs = Bare(torch.optim.AdamW, size=4)
     theirs.networks = {}
     with pytest.raises(ValueError, match=r"optimizer 'net', parameter 0.*\[2, 3\].*\[2, 4\]"):
@@ -133,7 +133,7 @@ def folder(tiny: Experiment, tmp_path: Path) -> Path:
     for steps, name in ((1, "checkpoint_1"), (2, "checkpoint_2")):
         place = tmp_path / "run" / name
         place.mkdir(parents=True)
-        checkpoints.Snapshot(learner, tiny, Position(steps, {"val/psnr": 30.0 - steps})).save(place)
+        checkpoints.Snapshot(learner, tiny, TrainState(steps, {"val/psnr": 30.0 - steps})).save(place)
     return place
 
 
@@ -153,8 +153,8 @@ def test_a_damaged_file_is_told_and_the_checkpoint_before_it_is_used(
     damage(folder / name)
     with pytest.raises(DamagedCheckpoint, match=f"checkpoint_2/{name}.*{words}"):
         checkpoints.verify(str(folder))
-    assert checkpoints.newest(run_of(folder)).endswith("checkpoint_1")
-    assert checkpoints.to_resume(run_of(folder)) == str(folder.parent / "checkpoint_1")
+    assert checkpoints.latest_checkpoint(run_of(folder)).endswith("checkpoint_1")
+    assert checkpoints.latest_resumable(run_of(folder)) == str(folder.parent / "checkpoint_1")
     assert name in caplog.text and words in caplog.text
 
 
@@ -216,18 +216,18 @@ def test_an_upload_that_was_cut_off_is_removed(
     assert len(list(place.iterdir())) == files_copied
     with pytest.raises(DamagedCheckpoint, match="cut off"):
         checkpoints.verify(str(place))
-    assert checkpoints.to_resume(run_of(folder)) == str(folder)
+    assert checkpoints.latest_resumable(run_of(folder)) == str(folder)
     assert not place.exists()
     assert "checkpoint_3" in caplog.text
 
 
 def test_where_nothing_is_whole_a_user_is_told_of_each(folder: Path, tmp_path: Path):
-    assert checkpoints.to_resume(override(run_of(folder), {"name": "another"})) is None
+    assert checkpoints.latest_resumable(override(run_of(folder), {"name": "another"})) is None
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*another"):
-        checkpoints.newest(override(run_of(folder), {"name": "another"}))
+        checkpoints.latest_checkpoint(override(run_of(folder), {"name": "another"}))
     for name in ("checkpoint_1", "checkpoint_2"):
         truncate(folder.parent / name / "position.json")
-    for choose in (checkpoints.newest, checkpoints.to_resume):
+    for choose in (checkpoints.latest_checkpoint, checkpoints.latest_resumable):
         with pytest.raises(ConfigError, match=r"(?s)checkpoint_2/position.json.*checkpoint_1/position.json"):
             choose(run_of(folder))
 
@@ -244,7 +244,7 @@ def test_the_best_is_chosen_by_what_was_measured(folder: Path):
 def test_a_snapshot_is_of_its_moment_wherever_and_whenever_it_is_written(bucket: str, tiny: Experiment, tmp_path: Path):
     learner, before = Bare(torch.optim.AdamW), tmp_path / "before"
     learner.descend()
-    snapshot = checkpoints.Snapshot(learner, tiny, Position(1))  # type: ignore[arg-type]
+    snapshot = checkpoints.Snapshot(learner, tiny, TrainState(1))  # type: ignore[arg-type]
     snapshot.write(fs.LocalFileSystem(), str(before))
     learner.descend()
     for place in (str(tmp_path / "after"), f"{bucket}/snapshots/after"):
@@ -260,8 +260,8 @@ def test_a_snapshot_whose_writing_was_cut_off_has_no_manifest(folder: Path, tiny
     monkeypatch.setattr(checkpoints, "save_file", full)
     place = folder.parent / "checkpoint_3"
     with pytest.raises(OSError, match="No space"):
-        checkpoints.Snapshot(built(tiny), tiny, Position(3)).write(fs.LocalFileSystem(), str(place))
-    assert checkpoints.to_resume(run_of(folder)) == str(folder)
+        checkpoints.Snapshot(built(tiny), tiny, TrainState(3)).write(fs.LocalFileSystem(), str(place))
+    assert checkpoints.latest_resumable(run_of(folder)) == str(folder)
 
 
 def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, tiny: Experiment):
@@ -269,7 +269,7 @@ def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, 
     for name in ("checkpoint_1", "checkpoint_2"):
         checkpoints.copied(folder.parent / name, *filesystem_of(f"{place}/{name}"))
     experiment = override(tiny, {"storage": f"{bucket}/checkpoints", "name": "run"})
-    assert checkpoints.newest(experiment) == f"{place}/checkpoint_2"
+    assert checkpoints.latest_checkpoint(experiment) == f"{place}/checkpoint_2"
     learner, restored = checkpoints.load(f"{place}/checkpoint_2")
     assert restored == tiny
     other = built(override(tiny, {"train.seed": 1}))
@@ -284,7 +284,7 @@ def test_a_bucket_holds_checkpoints_as_a_folder_does(folder: Path, bucket: str, 
     filesystem.delete_file(f"{path}/checkpoint_2/cvae.safetensors")
     with pytest.raises(DamagedCheckpoint, match="missing"):
         checkpoints.restore(f"{place}/checkpoint_2", other)
-    assert checkpoints.newest(experiment) == f"{place}/checkpoint_1"
+    assert checkpoints.latest_checkpoint(experiment) == f"{place}/checkpoint_1"
 
 
 @pytest.mark.parametrize("path", [path for path in EXPERIMENTS if path.stem in ("between-sharp", "cgan-erupting")])
@@ -294,11 +294,11 @@ def test_what_is_published_makes_the_same_clips_and_is_smaller(path: Path, tmp_p
     trained.mkdir()
     for number in range(3):
         step(learner, experiment, number)
-    checkpoints.Snapshot(learner, experiment, Position(3)).save(trained)
-    checkpoints.publish(str(trained), published)
+    checkpoints.Snapshot(learner, experiment, TrainState(3)).save(trained)
+    checkpoints.export_weights(str(trained), published)
     checkpoints.verify(str(published))
     with pytest.raises(FileExistsError, match="published: is not empty"):
-        checkpoints.publish(str(trained), published)
+        checkpoints.export_weights(str(trained), published)
 
     ends = moving_squares(experiment.clip.frames, experiment.clip.height, experiment.clip.width)[:, [0, -1]]
     noise = torch.ones(BATCH, learner.latent)
@@ -307,7 +307,7 @@ def test_what_is_published_makes_the_same_clips_and_is_smaller(path: Path, tmp_p
     size = [sum(file.stat().st_size for file in folder.glob("*.safetensors")) for folder in (published, trained)]
     assert size[0] < 0.4 * size[1]
     assert not list(published.glob("*discriminator*")) or "cgan" in path.stem
-    start = override(experiment, {"storage": str(tmp_path), "name": "next", "train.start_from": str(published)})
+    start = override(experiment, {"storage": str(tmp_path), "name": "next", "train.init_from": str(published)})
     followed = built(start)
     train_loop.begin(followed, start)
     weights = nn.utils.parameters_to_vector(followed.networks[next(iter(learner.networks))].parameters())
@@ -319,8 +319,8 @@ def saved(run: Experiment, name: str, steps: int, l2: float | None = None, epoch
     """A small whole checkpoint; one that has an epoch is of a validation."""
     place = Path(run.storage, run.name, name)
     place.mkdir(parents=True)
-    metrics = {} if l2 is None else {"val/l2_report": l2}
-    position = Position(steps, metrics, epoch=steps if l2 is not None and epoch is None else epoch)
+    metrics = {} if l2 is None else {"val/l2_paper": l2}
+    position = TrainState(steps, metrics, epoch=steps if l2 is not None and epoch is None else epoch)
     checkpoints.Snapshot(Bare(torch.optim.SGD, lr=0.1), run, position).save(place)  # type: ignore[arg-type]
     return place
 
@@ -338,8 +338,8 @@ def test_a_clock_that_steps_back_changes_neither_what_is_resumed_nor_what_is_rem
     for steps, hour in ((10, 12), (20, 13), (30, 11), (40, 10)):
         saved(run, f"checkpoint_2026-11-28_{hour}-00-00.000000", steps, l2=100.0 - steps)
     newest = f"{run.storage}/run/checkpoint_2026-11-28_10-00-00.000000"
-    assert checkpoints.newest(run) == checkpoints.to_resume(run) == newest
-    assert checkpoints.reported(run) == {"steps_done": 40, "epoch": 40, "val/l2_report": 60.0}
+    assert checkpoints.latest_checkpoint(run) == checkpoints.latest_resumable(run) == newest
+    assert checkpoints.last_metrics(run) == {"steps_done": 40, "epoch": 40, "val/l2_paper": 60.0}
     checkpoints.remove_superseded(run)
     assert names_in(run) == {"2026-11-28_11-00-00.000000", "2026-11-28_10-00-00.000000"}
     checkpoints.remove_older(run)
@@ -349,12 +349,12 @@ def test_a_clock_that_steps_back_changes_neither_what_is_resumed_nor_what_is_rem
 def test_of_as_many_steps_the_later_name_is_newest(run: Experiment):
     for name in ("b", "c", "a"):
         saved(run, f"checkpoint_{name}", 10)
-    assert checkpoints.newest(run).endswith("checkpoint_c")
+    assert checkpoints.latest_checkpoint(run).endswith("checkpoint_c")
 
 
 @pytest.mark.parametrize("keep", [1, 2, 3])
 def test_the_best_validations_and_the_newest_two_are_kept(keep: int, run: Experiment):
-    run = override(run, {"train.keep": keep})
+    run = override(run, {"train.keep_checkpoints": keep})
     # Steps, and the metric of those that were validated; the best are of 30, 10, 50.
     for steps, l2 in ((10, 2.0), (20, None), (30, 1.0), (40, math.nan), (50, 3.0), (60, 4.0), (70, None), (80, None)):
         saved(run, f"checkpoint_{steps}", steps, l2)
@@ -374,7 +374,7 @@ def test_what_is_being_written_is_neither_removed_nor_counted(run: Experiment):
     assert names_in(run) == {"15", "20", "30", "40"}
     checkpoints.remove_older(run)
     assert names_in(run) == {"15", "30", "40"}
-    assert checkpoints.to_resume(run) == f"{run.storage}/run/checkpoint_30"
+    assert checkpoints.latest_resumable(run) == f"{run.storage}/run/checkpoint_30"
     assert names_in(run) == {"30"}
 
 
@@ -385,9 +385,9 @@ def test_damaged_checkpoints_do_not_push_out_whole_ones(damage, name: str, run: 
         place = saved(run, f"checkpoint_{steps}", steps)
         if steps > 20:
             damage(place / name)
-    assert checkpoints.newest(run).endswith("checkpoint_20")
+    assert checkpoints.latest_checkpoint(run).endswith("checkpoint_20")
     assert names_in(run) == {"10", "20", "30", "40"}  # whoever only reads removes nothing
-    assert str(checkpoints.to_resume(run)).endswith("checkpoint_20")
+    assert str(checkpoints.latest_resumable(run)).endswith("checkpoint_20")
     for steps, kept in ((25, {"20", "25"}), (30, {"25", "30"}), (35, {"30", "35"})):
         saved(run, f"checkpoint_{steps}", steps)
         checkpoints.remove_superseded(run)
@@ -400,7 +400,7 @@ def test_a_digit_that_was_changed_in_its_position_makes_no_checkpoint_newer(run:
     position = place / "position.json"
     position.write_text(position.read_text().replace('"steps_done": 10', '"steps_done": 90'))
     assert checkpoints.position_of(str(place)) == {}
-    assert checkpoints.newest(run).endswith("checkpoint_2")
+    assert checkpoints.latest_checkpoint(run).endswith("checkpoint_2")
 
 
 def test_a_removal_that_is_cut_off_leaves_an_unfinished_checkpoint(run: Experiment, monkeypatch: pytest.MonkeyPatch):
@@ -423,7 +423,7 @@ def test_a_removal_that_is_cut_off_leaves_an_unfinished_checkpoint(run: Experime
     assert names_in(run) == {"10", "20", "30"}
     with pytest.raises(DamagedCheckpoint, match="cut off"):
         checkpoints.verify(f"{run.storage}/run/checkpoint_10")
-    assert checkpoints.to_resume(run) == f"{run.storage}/run/checkpoint_30"
+    assert checkpoints.latest_resumable(run) == f"{run.storage}/run/checkpoint_30"
     assert names_in(run) == {"20", "30"}
 
 
@@ -433,9 +433,9 @@ def test_what_was_taken_over_is_newest_whatever_its_name_says(run: Experiment, m
     saved(run, "checkpoint_3", 20, 2.0, epoch=2)  # of a clock that was set back since
     saved(run, "checkpoint_2", 10, 3.0, epoch=1)
     monkeypatch.setattr(checkpoints, "place_of_new", lambda run: f"{run.storage}/{run.name}/checkpoint_0")
-    checkpoints.take_over(run, other, 2)
-    assert checkpoints.newest(run).endswith("run/checkpoint_0")
-    assert checkpoints.reported(run) == {"steps_done": 20, "epoch": 2, "val/l2_report": 1.0}
+    checkpoints.copy_checkpoint_from(run, other, 2)
+    assert checkpoints.latest_checkpoint(run).endswith("run/checkpoint_0")
+    assert checkpoints.last_metrics(run) == {"steps_done": 20, "epoch": 2, "val/l2_paper": 1.0}
     assert names_in(run) == {"0", "2"}
 
 
@@ -443,16 +443,16 @@ def test_what_was_taken_over_is_newest_whatever_its_name_says(run: Experiment, m
 def test_a_metric_that_is_nan_is_never_the_best(smaller: bool, run: Experiment):
     for steps, l2 in ((10, math.nan), (20, 2.0), (30, math.nan), (40, 1.0), (50, 1.0), (60, 2.0), (70, math.nan)):
         saved(run, f"checkpoint_{steps}", steps, l2)
-    assert checkpoints.best(run, "val/l2_report", smaller).endswith("checkpoint_50" if smaller else "checkpoint_60")
+    assert checkpoints.best(run, "val/l2_paper", smaller).endswith("checkpoint_50" if smaller else "checkpoint_60")
 
 
 def test_a_checkpoint_of_a_run_that_was_lost_is_never_finished(run: Experiment, bucket: str):
     def lost() -> None:
-        raise LeaseLost("it is another's")
+        raise RunLockLost("it is another's")
 
-    snapshot = checkpoints.Snapshot(Bare(torch.optim.SGD, lr=0.1), run, Position(1))  # type: ignore[arg-type]
+    snapshot = checkpoints.Snapshot(Bare(torch.optim.SGD, lr=0.1), run, TrainState(1))  # type: ignore[arg-type]
     for place in (f"{run.storage}/run/checkpoint_1", f"{bucket}/lost/checkpoint_1"):
-        with pytest.raises(LeaseLost):
+        with pytest.raises(RunLockLost):
             snapshot.write(*filesystem_of(place), lost)
         with pytest.raises(DamagedCheckpoint, match="cut off"):
             checkpoints.verify(place)
@@ -480,7 +480,7 @@ def test_the_size_of_a_checkpoint_is_known_before_there_is_one(path: Path):
         estimated = checkpoints.estimate_bytes(learners.build(experiment, torch.device("meta")))
     learner = built(experiment)
     step(learner, experiment, 0)
-    snapshot = checkpoints.Snapshot(learner, experiment, Position(1))
+    snapshot = checkpoints.Snapshot(learner, experiment, TrainState(1))
     tensors = [*snapshot.tensors.values(), *(one for weights in snapshot.networks.values() for one in weights.values())]
     actual = sum(tensor.nbytes for tensor in tensors)
     counters = 4 * len(snapshot.tensors)  # Adam counts the steps of each parameter

@@ -9,10 +9,10 @@ import torch
 
 from giffy_ray.config import Experiment, override
 from giffy_ray.core import run_lock
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import write_text
 from giffy_ray.training import preemption, restarts
-from giffy_ray.training.preemption import Listener, ask_to_stop, forget_stop
+from giffy_ray.training.preemption import PreemptionMonitor, clear_stop_request, request_stop
 
 
 @pytest.fixture
@@ -35,17 +35,17 @@ def nothing() -> None: ...
 
 
 def test_a_file_in_its_folder_stops_a_run(experiment: Experiment):
-    listener = Listener(experiment, 0, torch.device("cpu"), nothing)
+    listener = PreemptionMonitor(experiment, 0, torch.device("cpu"), nothing)
     time.sleep(0.1)
-    assert listener.heard() == (False, False)
-    ask_to_stop(experiment)
-    assert until(lambda: listener.heard()[0])
+    assert listener.poll() == (False, False)
+    request_stop(experiment)
+    assert until(lambda: listener.poll()[0])
     listener.end()
-    forget_stop(experiment)
-    forget_stop(experiment)  # which is not there
-    another = Listener(experiment, 0, torch.device("cpu"), nothing)
+    clear_stop_request(experiment)
+    clear_stop_request(experiment)  # which is not there
+    another = PreemptionMonitor(experiment, 0, torch.device("cpu"), nothing)
     time.sleep(0.1)
-    assert another.heard() == (False, False)
+    assert another.poll() == (False, False)
     another.end()
 
 
@@ -53,37 +53,37 @@ def test_a_stop_file_may_hold_anything(experiment: Experiment, tmp_path: Path):
     """Such as the byte order mark of UTF-16, which some shells write."""
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "stop").write_bytes("\r\n".encode("utf-16"))
-    with Listener(experiment, 0, torch.device("cpu"), nothing) as listener:
-        assert until(lambda: listener.heard()[0])
-    forget_stop(experiment)
+    with PreemptionMonitor(experiment, 0, torch.device("cpu"), nothing) as listener:
+        assert until(lambda: listener.poll()[0])
+    clear_stop_request(experiment)
     assert not (tmp_path / "run" / "stop").exists()
 
 
 def test_a_notice_is_told_once(experiment: Experiment):
     notices = [None]
-    listener = Listener(experiment, 0, torch.device("cpu"), lambda: notices[0])
+    listener = PreemptionMonitor(experiment, 0, torch.device("cpu"), lambda: notices[0])
     for notice in ("node a goes away", "node b goes away"):
         notices[0] = notice  # type: ignore[call-overload]
-        assert until(lambda: listener.heard()[1])
-        assert not any(listener.heard()[1] for _ in range(20) if not time.sleep(0.01))
+        assert until(lambda: listener.poll()[1])
+        assert not any(listener.poll()[1] for _ in range(20) if not time.sleep(0.01))
     listener.end()
 
 
 def test_a_request_of_the_controller_is_reported_once(experiment: Experiment):
-    listener = Listener(experiment, 0, torch.device("cpu"), nothing)
+    listener = PreemptionMonitor(experiment, 0, torch.device("cpu"), nothing)
     for _ in range(2):
-        assert listener.heard() == (False, False)
+        assert listener.poll() == (False, False)
         restarts.ask_for_checkpoint()
-        assert listener.heard() == (False, True)
-        assert not any(listener.heard()[1] for _ in range(3))
+        assert listener.poll() == (False, True)
+        assert not any(listener.poll()[1] for _ in range(3))
     listener.end()
 
 
 def test_other_ranks_do_not_look(experiment: Experiment):
-    ask_to_stop(experiment)
-    listener = Listener(experiment, 1, torch.device("cpu"), nothing)
+    request_stop(experiment)
+    listener = PreemptionMonitor(experiment, 1, torch.device("cpu"), nothing)
     time.sleep(0.1)
-    assert listener.heard() == (False, False)
+    assert listener.poll() == (False, False)
 
 
 def alive() -> int:
@@ -97,14 +97,14 @@ def test_a_storage_that_fails_for_a_moment_does_not_make_it_deaf(
         raise OSError("Input/output error")
 
     notices = [None]
-    with Listener(experiment, 0, torch.device("cpu"), lambda: notices[0]) as listener:
+    with PreemptionMonitor(experiment, 0, torch.device("cpu"), lambda: notices[0]) as listener:
         with monkeypatch.context() as away:
             away.setattr(preemption, "is_file", fail)
             time.sleep(0.2)  # ten looks
             notices[0] = "node a goes away"  # type: ignore[call-overload]
-            assert until(lambda: listener.heard()[1])  # Ray is asked all the same
-        ask_to_stop(experiment)
-        assert until(lambda: listener.heard()[0])
+            assert until(lambda: listener.poll()[1])  # Ray is asked all the same
+        request_stop(experiment)
+        assert until(lambda: listener.poll()[0])
     told = [record.message for record in caplog.records]
     assert len(told) == 2 and "Input/output error" in told[0] and "can be read again" in told[1]
 
@@ -112,7 +112,7 @@ def test_a_storage_that_fails_for_a_moment_does_not_make_it_deaf(
 @pytest.mark.parametrize("error", [SystemExit, ValueError, KeyboardInterrupt])
 def test_its_thread_ends_however_the_block_is_left(error: type[BaseException], experiment: Experiment):
     def leave() -> None:
-        with Listener(experiment, 0, torch.device("cpu"), nothing) as listener:
+        with PreemptionMonitor(experiment, 0, torch.device("cpu"), nothing) as listener:
             listener._any_of_each._asked = "a question that nobody answers"  # type: ignore[assignment]
             assert alive() == 1
             raise error
@@ -125,9 +125,11 @@ def test_its_thread_ends_however_the_block_is_left(error: type[BaseException], e
 def test_a_training_whose_lease_is_lost_ends(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     location = run_lock.location_of(experiment.run_dir)
     write_text(location, '{"holder": "we"}')
-    with Listener(experiment, 0, torch.device("cpu"), nothing, Watch(experiment.run_dir, "we")) as listener:
+    with PreemptionMonitor(
+        experiment, 0, torch.device("cpu"), nothing, RunLockWatcher(experiment.run_dir, "we")
+    ) as listener:
         time.sleep(0.2)
-        assert listener.heard() == (False, False)
+        assert listener.poll() == (False, False)
         write_text(location, '{"holder": "they", "pid": 7, "host": "there"}')
-        with pytest.raises(LeaseLost, match=r"'run' is lost .*process 7 on there"):
-            until(lambda: listener.heard()[0])
+        with pytest.raises(RunLockLost, match=r"'run' is lost .*process 7 on there"):
+            until(lambda: listener.poll()[0])

@@ -6,7 +6,7 @@ from multiprocessing.connection import Client
 
 import pytest
 
-from giffy_ray.training.progress_callback import line_of, relayed
+from giffy_ray.training.progress_callback import format_epoch, relay_metrics
 
 
 def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
@@ -17,7 +17,7 @@ def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
         if metrics["epoch"] == 1:
             raise BrokenPipeError("nobody reads")
 
-    with relayed(show) as relay, ThreadPoolExecutor(1) as controller:
+    with relay_metrics(show) as relay, ThreadPoolExecutor(1) as controller:
         for epoch in (1, 2, 3):
             report = [{"epoch": epoch}, {"epoch": -epoch}]  # of two workers, the first of which is rank 0
             controller.submit(relay.after_report, None, report, None).result(timeout=20)
@@ -27,7 +27,7 @@ def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
 
 def test_a_sender_that_is_killed_in_the_middle_keeps_later_reports_coming(caplog):
     shown = []
-    with relayed(lambda metrics: shown.append(metrics["epoch"])) as relay:
+    with relay_metrics(lambda metrics: shown.append(metrics["epoch"])) as relay:
         Client(relay.address, family="AF_UNIX").close()
         for epoch in range(4):
             relay.after_report(None, [{"epoch": epoch}], None)
@@ -37,7 +37,7 @@ def test_a_sender_that_is_killed_in_the_middle_keeps_later_reports_coming(caplog
 
 def test_a_socket_that_was_removed_ends_no_training(caplog):
     def train() -> None:
-        with relayed(print) as relay:
+        with relay_metrics(print) as relay:
             os.remove(relay.address)
             for epoch in range(3):
                 relay.after_report(None, [{"epoch": epoch}], None)
@@ -50,4 +50,4 @@ def test_a_socket_that_was_removed_ends_no_training(caplog):
 
 def test_a_line_says_what_was_measured():
     metrics = {"epoch": 3, "train/loss": 61234.4, "val/psnr": 20.126, "speed/step_ms": 5.0}
-    assert line_of(metrics, 12) == "epoch  3/12  train/loss 61,234  val/psnr 20.13"
+    assert format_epoch(metrics, 12) == "epoch  3/12  train/loss 61,234  val/psnr 20.13"

@@ -20,7 +20,7 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import PreemptionError, WorkerGroupError
 
 from giffy_ray.training import restarts, train_loop
-from giffy_ray.training.checkpoints import Position
+from giffy_ray.training.checkpoints import TrainState
 from giffy_ray.training.restarts import (
     BEFORE_RESTART,
     CHECKPOINT_S,
@@ -216,6 +216,6 @@ def test_ray_counts_preemptions_apart_from_failures():
 def test_a_report_before_a_restart_says_so():
     told: list[dict[str, Any]] = []
     for before_restart in (True, False):
-        train_loop.report(None, None, Position(3), lambda named, _: told.append(named), before_restart)  # type: ignore[arg-type]
+        train_loop.report(None, None, TrainState(3), lambda named, _: told.append(named), before_restart)  # type: ignore[arg-type]
     assert [named.get(BEFORE_RESTART, False) for named in told] == [True, False]
     assert [named["steps_done"] for named in told] == [3, 3]

@@ -20,16 +20,16 @@ from PIL import Image
 from pyarrow import fs
 from pydantic import SecretStr
 
-from giffy_ray.cluster.resources import Share
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import ConfigError, Experiment, SpeedConfig, override, to_yaml
 from giffy_ray.core import distributed, run_lock
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import write_text
 from giffy_ray.core.tensor_types import NonFiniteOutput
-from giffy_ray.data.sampler import rows_at, slice_of
+from giffy_ray.data.sampler import rank_indices, shuffled_indices
 from giffy_ray.training import checkpoints, learners, preemption, train_loop, trainer
 from giffy_ray.training.learners import Learner
-from giffy_ray.training.throughput import Meter, peak_tflops, profiler
+from giffy_ray.training.throughput import ThroughputMonitor, peak_tflops, profiler
 from tests.test_experiments import moving_squares
 from tests.test_workflows import FakeStore
 from tests.training.test_checkpoints import assert_equal_weights, built, step
@@ -46,38 +46,39 @@ def test_every_clip_is_seen_once_an_epoch_wherever_a_run_is_cut(clips: int, batc
     for steps, workers in [*cuts, (last, 2)]:
         end = min(last, saved + steps)
         seen = [
-            np.concatenate([slice_of(at, batch, rank, workers) for rank in range(workers)]) for at in range(saved, end)
+            np.concatenate([rank_indices(at, batch, rank, workers) for rank in range(workers)])
+            for at in range(saved, end)
         ]
         checkpoint = saved + len(seen) // 2 if end < last else end  # what came after it is lost with the workers
         kept += [int(position) for positions in seen[: checkpoint - saved] for position in positions]
         saved = checkpoint
     assert kept == list(range(last * batch))
-    ids = rows_at(np.asarray(kept[: 4 * clips]), rows, seed=3).reshape(4, clips)
+    ids = shuffled_indices(np.asarray(kept[: 4 * clips]), rows, seed=3).reshape(4, clips)
     assert all(sorted(epoch) == list(range(clips)) for epoch in ids.tolist())
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
 def test_a_run_that_was_cut_ends_with_the_same_weights_and_the_same_means(cut: int, tiny: Experiment, tmp_path: Path):
-    experiment = override(tiny, {"train.batch": 4, "optim.ema": 0.9, "optim.schedule": "cosine"})
+    experiment = override(tiny, {"train.global_batch_size": 4, "optim.ema_decay": 0.9, "optim.schedule": "cosine"})
 
-    def go_on(learner: Learner, meter: Meter, steps: range) -> None:
+    def go_on(learner: Learner, meter: ThroughputMonitor, steps: range) -> None:
         for number in steps:
             meter.add(number, step(learner, experiment, number), 4)
 
-    whole, meter = built(experiment), Meter({}, 4, CPU)
+    whole, meter = built(experiment), ThroughputMonitor({}, 4, CPU)
     go_on(whole, meter, range(4))
-    expected = meter.means()
+    expected = meter.compute()
 
-    before, meter = built(experiment), Meter({}, 4, CPU)
+    before, meter = built(experiment), ThroughputMonitor({}, 4, CPU)
     go_on(before, meter, range(cut))
-    checkpoints.Snapshot(before, experiment, checkpoints.Position(cut, {}, meter.sums())).save(tmp_path)
+    checkpoints.Snapshot(before, experiment, checkpoints.TrainState(cut, {}, meter.sums())).save(tmp_path)
     after = learners.build(override(experiment, {"train.seed": 9}), CPU, steps=10)
     position = checkpoints.restore(str(tmp_path), after)
     after.experiment = experiment  # type: ignore[attr-defined]
-    meter = Meter(position.sums, 4, CPU)
+    meter = ThroughputMonitor(position.sums, 4, CPU)
     go_on(after, meter, range(cut, 4))
     assert_equal_weights(whole, after)
-    found = meter.means()
+    found = meter.compute()
     assert {name: value for name, value in found.items() if name.startswith("train/")} == pytest.approx(
         {name: value for name, value in expected.items() if name.startswith("train/")}, rel=1e-12
     )
@@ -112,39 +113,39 @@ def test_samples_are_rows_of_real_reconstructed_and_made_clips(sees: bool, tmp_p
 
 
 def test_means_count_the_steps_that_had_a_loss():
-    meter = Meter({}, batch=2, device=CPU)
+    meter = ThroughputMonitor({}, batch=2, device=CPU)
     none = torch.tensor(0.0)
     meter.add(0, {"loss": torch.tensor(1.0), "skipped": none}, 2)
     nan = torch.tensor(math.nan)
     meter.add(1, {"loss": nan, "g_loss": nan, "skipped": torch.tensor(1.0)}, 2)
-    means = meter.means()
+    means = meter.compute()
     assert (means["train/loss"], means["train/skipped"]) == (1, 1)
     assert math.isnan(means["train/g_loss"])  # no step had one that was not skipped
     assert meter.skipped == 1
     meter.add(2, {"loss": torch.tensor(7.0), "skipped": none}, 2)
-    assert meter.means()["train/loss"] == 7
+    assert meter.compute()["train/loss"] == 7
     assert meter.skipped == 1
-    assert Meter({}, 2, CPU, skipped=3).skipped == 3
+    assert ThroughputMonitor({}, 2, CPU, skipped=3).skipped == 3
 
 
 def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: Path):
     other = built(override(tiny, {"train.seed": 5}))
     place = tmp_path / "other" / "checkpoint_1"
     place.mkdir(parents=True)
-    checkpoints.Snapshot(other, tiny, checkpoints.Position(7)).save(place)
+    checkpoints.Snapshot(other, tiny, checkpoints.TrainState(7)).save(place)
     for start in ("other", str(place)):
-        experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": start})
+        experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.init_from": start})
         learner = built(experiment)
         assert train_loop.begin(learner, experiment).steps_done == 0
         assert_equal_weights(other, learner)
-    trial = override(tiny, {"storage": str(tmp_path / "study"), "name": "trial-0000", "train.start_from": "other"})
+    trial = override(tiny, {"storage": str(tmp_path / "study"), "name": "trial-0000", "train.init_from": "other"})
     learner = built(trial)
     train_loop.begin(learner, trial)  # a trial of a search, whose folder lies beside that of the run
     assert_equal_weights(other, learner)
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*nowhere"):
-        train_loop.begin(built(tiny), override(experiment, {"train.start_from": "nowhere"}))
-    wider = override(experiment, {"train.start_from": "other", "model.image_code": 5})
-    with pytest.raises(ConfigError, match=r"train\.start_from: .*is of another model"):
+        train_loop.begin(built(tiny), override(experiment, {"train.init_from": "nowhere"}))
+    wider = override(experiment, {"train.init_from": "other", "model.image_code": 5})
+    with pytest.raises(ConfigError, match=r"train\.init_from: .*is of another model"):
         train_loop.begin(built(wider), wider)
 
 
@@ -152,15 +153,15 @@ def test_a_run_starts_from_the_networks_of_another(tiny: Experiment, tmp_path: P
 def test_a_run_starts_from_the_average_and_its_own_average_starts_there_too(
     tiny: Experiment, tmp_path: Path, ema: float
 ):
-    theirs = override(tiny, {"train.seed": 5, "optim.ema": 0.9, "optim.lr": 0.1, "train.batch": 4})
+    theirs = override(tiny, {"train.seed": 5, "optim.ema_decay": 0.9, "optim.lr": 0.1, "train.global_batch_size": 4})
     other = built(theirs)
     for number in range(3):
         step(other, theirs, number)
     place = tmp_path / "other" / "checkpoint_1"
     place.mkdir(parents=True)
-    checkpoints.Snapshot(other, theirs, checkpoints.Position(3)).save(place)
+    checkpoints.Snapshot(other, theirs, checkpoints.TrainState(3)).save(place)
     experiment = override(
-        tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": "other", "optim.ema": ema}
+        tiny, {"storage": str(tmp_path), "name": "mine", "train.init_from": "other", "optim.ema_decay": ema}
     )
     learner = built(experiment)
     train_loop.begin(learner, experiment)
@@ -168,7 +169,7 @@ def test_a_run_starts_from_the_average_and_its_own_average_starts_there_too(
     assert not torch.equal(
         expected["generator.seed.0.weight"], other.networks["cvae"].state_dict()["generator.seed.0.weight"]
     )
-    for network in (learner.networks["cvae"], learner.descent.trained):  # type: ignore[attr-defined]
+    for network in (learner.networks["cvae"], learner.descent.eval_module):  # type: ignore[attr-defined]
         assert all(torch.equal(value, expected[name]) for name, value in network.state_dict().items())
 
 
@@ -203,7 +204,7 @@ def test_all_workers_start_from_the_checkpoint_that_rank_0_has_chosen(
     """Of a run that is still being trained, which has another newest one by the time that a second worker looks."""
     started, answers = [], iter([[None, None], ["the first's", None]])
     monkeypatch.setattr(distributed, "rank", lambda: 1)
-    monkeypatch.setattr(distributed, "from_first", lambda _: next(answers))
+    monkeypatch.setattr(distributed, "broadcast_object", lambda _: next(answers))
     monkeypatch.setattr(checkpoints, "origin", lambda _: "a newer one")
     monkeypatch.setattr(checkpoints, "start_from", lambda origin, _: started.append(origin))
     train_loop.begin(built(tiny), tiny)
@@ -222,23 +223,23 @@ def test_a_run_that_was_begun_goes_on_and_does_not_start_from_another(tiny: Expe
     ours = built(override(tiny, {"train.seed": 5}))
     place = tmp_path / "mine" / "checkpoint_1"
     place.mkdir(parents=True)
-    checkpoints.Snapshot(ours, tiny, checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})).save(place)
-    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": "nowhere"})
+    checkpoints.Snapshot(ours, tiny, checkpoints.TrainState(7, {"val/psnr": 3.0}, {"loss": math.pi})).save(place)
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.init_from": "nowhere"})
     learner = built(experiment)
-    assert train_loop.begin(learner, experiment) == checkpoints.Position(7, {"val/psnr": 3.0}, {"loss": math.pi})
+    assert train_loop.begin(learner, experiment) == checkpoints.TrainState(7, {"val/psnr": 3.0}, {"loss": math.pi})
     assert_equal_weights(ours, learner)
 
 
 def test_the_operations_of_a_step_are_those_of_its_products_and_counting_changes_no_bit(tiny: Experiment):
-    meter, weights = Meter({}, 4, CPU), torch.ones(5, 3, requires_grad=True)
-    with meter.at_first_counting_flops():
+    meter, weights = ThroughputMonitor({}, 4, CPU), torch.ones(5, 3, requires_grad=True)
+    with meter.count_flops_once():
         (torch.ones(7, 5) @ weights).sum().backward()
     assert meter.flops == 2 * 7 * 5 * 3 * 2  # a product, and that of its gradient
-    with meter.at_first_counting_flops():
+    with meter.count_flops_once():
         torch.ones(9, 9) @ torch.ones(9, 9)
     assert meter.flops == 2 * 7 * 5 * 3 * 2  # of the first step only
     one, other = built(tiny), built(tiny)
-    with Meter({}, 4, CPU).at_first_counting_flops():
+    with ThroughputMonitor({}, 4, CPU).count_flops_once():
         step(one, tiny, 0)
     step(other, tiny, 0)
     assert_equal_weights(one, other)
@@ -291,7 +292,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """It returns, for Ray Train starts workers that raise again; `train` then raises."""
-    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.start_from": None})
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.init_from": None})
 
     class Ended:
         fingerprint, location = "abc", "the-store"
@@ -300,7 +301,7 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
         def __init__(self, location: str = "", holder: str = ""):
             self.location, self.holder = location, holder
 
-        def rows_of(self, split: str) -> np.ndarray:
+        def split_indices(self, split: str) -> np.ndarray:
             return np.arange(30)
 
         def __enter__(self) -> "Ended":
@@ -323,22 +324,22 @@ def test_a_worker_that_skips_too_many_steps_says_why_and_is_not_started_again(
     monkeypatch.setattr(trainer, "_trainer", lambda *settings: Ended("the-store", settings[-1]))
     for _ in range(2):  # what an earlier start left does not count
         with pytest.raises(train_loop.RunFailure, match="11 steps"):
-            trainer.train(experiment, Ended(), Share(1, 0, 1))  # type: ignore[arg-type]
+            trainer.train(experiment, Ended(), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
     assert Ended.statuses == [train_loop.RunFailure] * 2
     monkeypatch.setattr(train_loop, "run", lambda *_: None)
     monkeypatch.setattr(checkpoints, "newest", lambda _: "the checkpoint")
-    assert trainer.train(experiment, Ended(), Share(1, 0, 1)) == "the checkpoint"  # type: ignore[arg-type]
+    assert trainer.train(experiment, Ended(), WorkerResources(1, 0, 1)) == "the checkpoint"  # type: ignore[arg-type]
 
 
 def test_the_message_about_skipped_steps_names_the_clips_of_the_whole_step(tiny: Experiment, tmp_path: Path):
     store: Any = FakeStore(tmp_path)
-    rows = store.rows_of("validation")
-    store.rows_of = lambda split: rows
-    meter = Meter({}, 2, CPU, skipped=10)
+    rows = store.split_indices("validation")
+    store.split_indices = lambda split: rows
+    meter = ThroughputMonitor({}, 2, CPU, skipped=10)
     meter.add(3, {"skipped": torch.tensor(1.0)}, 2)
     meter.sums()
-    message = train_loop.too_many_skipped(meter, store, override(tiny, {"train.batch": 2}))
-    named = [store.ids[row] for row in rows_at(np.asarray([6, 7]), store.rows_of("validation"), 0)]
+    message = train_loop.too_many_skipped(meter, store, override(tiny, {"train.global_batch_size": 2}))
+    named = [store.ids[row] for row in shuffled_indices(np.asarray([6, 7]), store.split_indices("validation"), 0)]
     assert (
         f"11 steps had no finite loss or gradient (value 10); the last is step 3, with the clips {', '.join(named)}"
         in message
@@ -365,16 +366,20 @@ class Silent:
         return lambda *_, **__: None
 
 
-def start(monkeypatch: pytest.MonkeyPatch, tiny: Experiment, folder: Path, tell, watch: Watch | None = None) -> None:
+def start(
+    monkeypatch: pytest.MonkeyPatch, tiny: Experiment, folder: Path, tell, watch: RunLockWatcher | None = None
+) -> None:
     """`loop.run` of three steps with a validation after each, without Ray and without clips."""
-    experiment = override(tiny, {"storage": str(folder), "name": "run", "train.batch": 4, "train.epochs": 3})
+    experiment = override(
+        tiny, {"storage": str(folder), "name": "run", "train.global_batch_size": 4, "train.epochs": 3}
+    )
     store: Any = SimpleNamespace(rows_of=lambda split: range(4))
     clips = moving_squares(tiny.clip.frames, tiny.clip.height, tiny.clip.width)
     times = torch.linspace(0, 1, tiny.clip.frames).expand(len(clips), -1)
     batch = SimpleNamespace(clips=clips, times=times, positions=torch.arange(len(clips)))
     monkeypatch.setattr(train_loop.loader, "batches", lambda *_: itertools.repeat(batch))
     monkeypatch.setattr(train_loop, "introduce", lambda *_: None)
-    monkeypatch.setattr(train_loop, "validate", lambda *_: {"val/l2_report": 1.0})
+    monkeypatch.setattr(train_loop, "validate", lambda *_: {"val/l2_paper": 1.0})
     train_loop.run(experiment, store, Silent(), CPU, tell, watch=watch)  # type: ignore[arg-type]
 
 
@@ -404,39 +409,39 @@ def test_a_run_that_another_process_has_taken_ends_without_a_checkpoint(
         write_text(run_lock.location_of(run.run_dir), '{"holder": "they", "pid": 7, "host": "there"}')
         time.sleep(0.3)
 
-    with pytest.raises(LeaseLost, match="process 7 on there has taken the run"):
-        start(monkeypatch, tiny, tmp_path, tell, Watch(run.run_dir, "we"))
+    with pytest.raises(RunLockLost, match="process 7 on there has taken the run"):
+        start(monkeypatch, tiny, tmp_path, tell, RunLockWatcher(run.run_dir, "we"))
     assert reports == [1]
-    with pytest.raises(LeaseLost):
-        train_loop.check_lease(Watch(run.run_dir, "we"))
+    with pytest.raises(RunLockLost):
+        train_loop.check_lease(RunLockWatcher(run.run_dir, "we"))
 
 
 def test_a_worker_keeps_the_promise_about_its_checkpoints(
     tiny: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Ray Train is stood in for: it calls what uploads a checkpoint with the name that it gave it."""
-    run = override(tiny, {"storage": str(tmp_path), "name": "run", "train.keep": 2})
+    run = override(tiny, {"storage": str(tmp_path), "name": "run", "train.keep_checkpoints": 2})
     write_text(run_lock.location_of(run.run_dir), '{"holder": "we"}')
     learner, names, errors = built(run), itertools.count(), []
 
     def report(named: dict[str, Any], nothing: Any, checkpoint_upload_fn: Any, **_: object) -> None:
         try:
             checkpoint_upload_fn(nothing, f"checkpoint_{next(names)}")
-        except LeaseLost as error:
+        except RunLockLost as error:
             errors.append(error)
 
     storage = SimpleNamespace(storage_filesystem=fs.LocalFileSystem(), experiment_fs_path=str(tmp_path / "run"))
     monkeypatch.setattr(train_loop.ray.train, "report", report)
     monkeypatch.setattr(train_loop.ray.train, "get_context", lambda: SimpleNamespace(get_storage=lambda: storage))
-    tell = train_loop.ToRayTrain(run, Watch(run.run_dir, "we"))
+    tell = train_loop.RayTrainReporter(run, RunLockWatcher(run.run_dir, "we"))
     for steps, l2 in enumerate([3.0, 1.0, 2.0, 4.0, 5.0]):
-        train_loop.report(learner, run, checkpoints.Position(steps, {"val/l2_report": l2}, epoch=steps), tell)
+        train_loop.report(learner, run, checkpoints.TrainState(steps, {"val/l2_paper": l2}, epoch=steps), tell)
     folders = sorted(path.name for path in (tmp_path / "run").glob("checkpoint_*"))
     assert folders == ["checkpoint_1", "checkpoint_2", "checkpoint_3", "checkpoint_4"]
-    assert checkpoints.best(run, "val/l2_report").endswith("checkpoint_1")
+    assert checkpoints.best(run, "val/l2_paper").endswith("checkpoint_1")
 
     write_text(run_lock.location_of(run.run_dir), '{"holder": "they"}')
-    train_loop.report(learner, run, checkpoints.Position(5, {"val/l2_report": 0.0}, epoch=5), tell)
+    train_loop.report(learner, run, checkpoints.TrainState(5, {"val/l2_paper": 0.0}, epoch=5), tell)
     assert len(errors) == 1
-    assert checkpoints.newest(run).endswith("checkpoint_4")
+    assert checkpoints.latest_checkpoint(run).endswith("checkpoint_4")
     assert folders == sorted(path.name for path in (tmp_path / "run").glob("checkpoint_[0-4]"))

@@ -17,10 +17,10 @@ from ray.train.v2._internal.constants import PREEMPTION_POLL_INTERVAL_S_ENV_VAR
 from ray.train.v2._internal.state.schema import RunSettings
 
 from giffy_ray.cluster import resources, shared_storage
-from giffy_ray.cluster.local import JOB_STOP_WAIT
-from giffy_ray.cluster.resources import Share, share_of, share_of_trials
+from giffy_ray.cluster.local import JOB_STOP_WAIT_ENV
+from giffy_ray.cluster.resources import WorkerResources, resources_for, trial_resources_for
 from giffy_ray.config import ConfigError, Experiment, override, to_yaml
-from giffy_ray.core.run_lock import LeaseLost, Watch
+from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.training import checkpoints, learners, preemption, restarts
 from giffy_ray.training import trainer as train_module
 from giffy_ray.training.train_loop import validations
@@ -32,7 +32,7 @@ from giffy_ray.training.trainer import (
     check,
     check_experiment,
     checkpoint_bytes,
-    claimed,
+    locked_run,
     train,
 )
 from giffy_ray.tuning import tuner
@@ -40,7 +40,7 @@ from giffy_ray.tuning import tuner
 
 @pytest.mark.parametrize(("clips", "batch"), [(96, 8), (100, 8), (7, 20), (2000, 20), (5, 5)])
 def test_a_validation_comes_with_the_step_that_completes_its_epoch(clips: int, batch: int):
-    validated = validations(clips, override(Experiment(), {"train.batch": batch, "train.epochs": 5}))
+    validated = validations(clips, override(Experiment(), {"train.global_batch_size": batch, "train.epochs": 5}))
     assert list(validated.values())[-1] == 5
     for end, epoch in validated.items():
         assert end * batch >= epoch * clips > (end - 1) * batch
@@ -54,14 +54,18 @@ class Store:
     def __init__(self, training: int, validation: int):
         self.rows = {"training": np.arange(training), "validation": np.arange(validation)}
 
-    def rows_of(self, split: str) -> np.ndarray:
+    def split_indices(self, split: str) -> np.ndarray:
         return self.rows[split]
 
 
 @pytest.mark.parametrize(
     ("changes", "store", "message"),
     [
-        ({"train.batch": 2, "cluster.workers": 3}, Store(5, 5), r"train\.batch.*cluster\.workers=3 \(value 2\)"),
+        (
+            {"train.global_batch_size": 2, "cluster.workers": 3},
+            Store(5, 5),
+            r"train\.global_batch_size.*cluster\.workers=3 \(value 2\)",
+        ),
         ({}, Store(0, 5), "no training clips.*the-store"),
         ({}, Store(5, 0), "no validation clips.*the-store"),
     ],
@@ -74,15 +78,15 @@ def test_what_cannot_be_trained_is_refused_before_anything_starts(changes, store
 
 @pytest.mark.parametrize("start", ["published/nothing", "nothing"])
 def test_a_run_that_starts_from_what_is_not_there_is_refused_before_anything_starts(tmp_path, start: str):
-    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine", "train.start_from": start})
-    with pytest.raises(ConfigError, match=rf"train\.start_from: .*\(value '{start}'"):
-        train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+    experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine", "train.init_from": start})
+    with pytest.raises(ConfigError, match=rf"train\.init_from: .*\(value '{start}'"):
+        train(experiment, Store(5, 5), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
     assert not (tmp_path / "mine" / "experiment.yaml").exists()
 
 
 def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
-    store, share = Store(5, 5), Share(1, 0, 1)
+    store, share = Store(5, 5), WorkerResources(1, 0, 1)
     store.fingerprint = "now"
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "data_set").write_text("before")
@@ -101,12 +105,12 @@ def test_a_run_is_not_continued_with_other_clips_or_settings(tmp_path):
 def test_a_run_that_starts_from_other_layers_is_refused_before_anything_starts(tiny: Experiment, tmp_path):
     there = override(tiny, {"storage": str(tmp_path), "name": "there"})
     learner = learners.build(there, torch.device("cpu"))
-    snapshot = checkpoints.Snapshot(learner, there, checkpoints.Position(0))
+    snapshot = checkpoints.Snapshot(learner, there, checkpoints.TrainState(0))
     place = checkpoints.place_of_new(there)
     snapshot.write(*checkpoints.filesystem_of(place))
-    ours = override(there, {"name": "mine", "train.start_from": place})
+    ours = override(there, {"name": "mine", "train.init_from": place})
     check_experiment(ours)
-    with pytest.raises(ConfigError, match=r"train\.start_from: .* is of another model: .*cvae"):
+    with pytest.raises(ConfigError, match=r"train\.init_from: .* is of another model: .*cvae"):
         check_experiment(override(ours, {"model.latent": 5}))
 
 
@@ -117,19 +121,19 @@ def test_a_network_of_sizes_that_no_tensor_has_is_refused():
 
 
 def test_a_training_whose_checkpoints_do_not_fit_is_refused_before_anything_starts(tmp_path, tiny, monkeypatch, capsys):
-    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.keep": 4})
+    experiment = override(tiny, {"storage": str(tmp_path), "name": "mine", "train.keep_checkpoints": 4})
     size = checkpoint_bytes(experiment)
 
     def with_free(free: int) -> str:
         monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
-        with claimed(experiment, Store(5, 5)):  # type: ignore[arg-type]
+        with locked_run(experiment, Store(5, 5)):  # type: ignore[arg-type]
             _warn_of_little_space(experiment)
         return capsys.readouterr().err
 
     with pytest.raises(ConfigError, match=r"storage: a checkpoint of 'mine' takes about .* free some, or give another"):
         with_free(2 * size - 1)
     assert not (tmp_path / "mine" / "experiment.yaml").exists()
-    assert "warning: train.keep: up to 7 checkpoints of" in with_free(2 * size)
+    assert "warning: train.keep_checkpoints: up to 7 checkpoints of" in with_free(2 * size)
     assert with_free(7 * size) == ""
     assert (tmp_path / "mine" / "data_set_location").read_text() == "the-store"
 
@@ -168,18 +172,18 @@ def test_a_cosine_schedule_cannot_be_given_another_end(tmp_path, epochs: int):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "data_set").write_text("abc")
     (tmp_path / "mine" / "experiment.yaml").write_text(to_yaml(experiment))
-    message = rf"train\.epochs: the cosine schedule .* 100 epochs.*\(value {epochs}\).*train\.start_from=mine"
+    message = rf"train\.epochs: the cosine schedule .* 100 epochs.*\(value {epochs}\).*train\.init_from=mine"
     with pytest.raises(ConfigError, match=message):
-        train(override(experiment, {"train.epochs": epochs}), Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+        train(override(experiment, {"train.epochs": epochs}), Store(5, 5), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("field", ["speed.compress_gradients", "speed.sync_batch_norm"])
 def test_fields_that_act_on_gpus_only_are_refused_without_one(monkeypatch: pytest.MonkeyPatch, field: str):
     cluster_of(monkeypatch, {"CPU": 8})
     with pytest.raises(ConfigError, match=rf"{field}: works on GPUs only"):
-        share_of(override(Experiment(), {field: True}))
+        resources_for(override(Experiment(), {field: True}))
     cluster_of(monkeypatch, {"CPU": 8, "GPU": 2})
-    assert share_of(override(Experiment(), {field: True})).gpus_per_worker == 1
+    assert resources_for(override(Experiment(), {field: True})).gpus_per_worker == 1
 
 
 @pytest.mark.parametrize(
@@ -194,7 +198,7 @@ def test_fields_that_act_on_gpus_only_are_refused_without_one(monkeypatch: pytes
 )
 def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, resources, workers, expected):
     cluster_of(monkeypatch, resources)
-    share = share_of(override(Experiment(), {"cluster.workers": workers, "data.keep": False}))
+    share = resources_for(override(Experiment(), {"cluster.workers": workers, "data.cache_decoded": False}))
     assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
     assert workers * share.cpus_per_worker * share.trainings <= resources["CPU"] - 1
 
@@ -216,7 +220,7 @@ def test_trials_and_workers_never_take_the_cpu_of_the_data_tasks(monkeypatch, re
 )
 def test_a_trial_gets_the_gpus_that_its_workers_ask_for(monkeypatch, resources, workers, of_gpu, expected):
     cluster_of(monkeypatch, resources)
-    share = share_of_trials(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
+    share = trial_resources_for(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
     assert (share.cpus_per_worker, share.gpus_per_worker, share.trainings) == expected
     assert workers * share.gpus_per_worker * share.trainings <= resources.get("GPU", 0)
 
@@ -233,38 +237,38 @@ def test_a_trial_gets_the_gpus_that_its_workers_ask_for(monkeypatch, resources, 
 def test_gpus_that_a_trial_cannot_get_are_refused(monkeypatch, workers, of_gpu, message):
     cluster_of(monkeypatch, {"CPU": 64, "GPU": 4})
     with pytest.raises(ConfigError, match=message):
-        share_of_trials(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
+        trial_resources_for(override(Experiment(), {"search.workers": workers, "search.gpus_per_worker": of_gpu}))
 
 
 def test_a_cluster_that_cannot_do_it_is_told_so(monkeypatch):
-    decoded = override(Experiment(), {"data.keep": False})
+    decoded = override(Experiment(), {"data.cache_decoded": False})
     cluster_of(monkeypatch, {"CPU": 1})
     with pytest.raises(ConfigError, match=r"cluster\.workers: 1 and Ray Data need 2 CPUs.* 1$"):
-        share_of(decoded)
-    assert share_of(Experiment()) == Share(1, 0, 1)  # videos are decoded before the worker starts
+        resources_for(decoded)
+    assert resources_for(Experiment()) == WorkerResources(1, 0, 1)  # videos are decoded before the worker starts
     cluster_of(monkeypatch, {"CPU": 0.5})
     with pytest.raises(ConfigError, match=r"no node has a whole CPU.*node-0 with 0\.5 CPU"):
-        share_of(Experiment())
+        resources_for(Experiment())
     cluster_of(monkeypatch, {"CPU": 8, "GPU": 2})
     with pytest.raises(ConfigError, match=r"cluster\.workers: each needs a GPU.*may add 2 \(value 3\)"):
-        share_of(override(Experiment(), {"cluster.workers": [3, 4]}))
+        resources_for(override(Experiment(), {"cluster.workers": [3, 4]}))
     cluster_of(monkeypatch, {"CPU": 3, "GPU": 4})
     with pytest.raises(ConfigError, match=r"cluster\.workers: 4 and Ray Data need 5 CPUs.* 3$"):
-        share_of(override(decoded, {"cluster.workers": 4}))
+        resources_for(override(decoded, {"cluster.workers": 4}))
     with pytest.raises(ConfigError, match=r"cluster\.workers: 4 need 4 CPUs.* 3$"):
-        share_of(override(Experiment(), {"cluster.workers": 4}))
+        resources_for(override(Experiment(), {"cluster.workers": 4}))
 
 
 def test_a_local_folder_is_refused_where_more_nodes_may_join_unless_they_are_said_to_share_it(monkeypatch, tmp_path):
     cluster_of(monkeypatch, {"CPU": 8}, groups=((0, {"CPU": 8}), (3, {"CPU": 4})))
     local = override(Experiment(), {"storage": str(tmp_path)})
     with pytest.raises(ConfigError, match=r"storage: the cluster has 4 nodes, or may grow .*shared_storage=true"):
-        share_of(local)
+        resources_for(local)
     elsewhere = override(Experiment(), {"storage": "s3://bucket/runs"})
-    share_of(elsewhere)
+    resources_for(elsewhere)
     with pytest.raises(ConfigError, match=rf"data\.root: the cluster has 4 nodes.*'{tmp_path}'"):
-        share_of(override(elsewhere, {"data.root": str(tmp_path)}))
-    share_of(override(local, {"data.root": str(tmp_path), "cluster.shared_storage": True}))
+        resources_for(override(elsewhere, {"data.root": str(tmp_path)}))
+    resources_for(override(local, {"data.root": str(tmp_path), "cluster.shared_storage": True}))
 
 
 @pytest.mark.parametrize("data_root", [False, True])
@@ -285,30 +289,30 @@ def test_a_local_folder_is_refused_where_a_node_does_not_see_it(monkeypatch, tmp
     asked = override(Experiment(), bucket | ({"data.root": str(tmp_path / "videos")} if data_root else {}))
     field = r"data\.root" if data_root else "storage"
     with pytest.raises(ConfigError, match=rf"^{field}: 1 of 2 nodes .*\(node node-1: No such file"):
-        share_of(asked)
+        resources_for(asked)
     monkeypatch.setattr(
         resources, "_ask_each", lambda nodes, function, *rest: {name: function(*rest) for name in nodes}
     )
-    assert share_of(asked) == Share(4, 0, 1)
+    assert resources_for(asked) == WorkerResources(4, 0, 1)
     assert not list((tmp_path / "videos").glob(".*"))
 
 
 def test_what_the_autoscaler_may_add_counts(monkeypatch):
     cluster_of(monkeypatch, {"CPU": 4}, groups=((0, {"CPU": 4}), (8, {"CPU": 16, "GPU": 1})))
     eight = override(Experiment(), {"storage": "s3://bucket/runs", "cluster.workers": 8})
-    assert share_of(eight) == Share(1.0, 1, 1)
-    assert share_of(override(eight, {"cluster.workers": [1, 2]})) == Share(1.0, 1, 4)
+    assert resources_for(eight) == WorkerResources(1.0, 1, 1)
+    assert resources_for(override(eight, {"cluster.workers": [1, 2]})) == WorkerResources(1.0, 1, 4)
     on_cpus = override(eight, {"cluster.gpu": False})
-    assert share_of(on_cpus) == Share(2.0, 0, 1)  # of the head's 4 CPUs and one more node's 16
-    assert share_of(override(on_cpus, {"cluster.workers": 4})) == Share(1.0, 0, 1)  # nothing is added
+    assert resources_for(on_cpus) == WorkerResources(2.0, 0, 1)  # of the head's 4 CPUs and one more node's 16
+    assert resources_for(override(on_cpus, {"cluster.workers": 4})) == WorkerResources(1.0, 0, 1)  # nothing is added
     with pytest.raises(ConfigError, match=r"may add 8 \(value 9\)"):
-        share_of(override(eight, {"cluster.workers": 9}))
+        resources_for(override(eight, {"cluster.workers": 9}))
 
 
 def test_workers_may_be_a_range():
-    assert (Experiment().cluster.fewest, Experiment().cluster.most) == (1, 1)
+    assert (Experiment().cluster.min_workers, Experiment().cluster.max_workers) == (1, 1)
     settings = override(Experiment(), {"cluster.workers": [1, 4]}).cluster
-    assert (settings.fewest, settings.most) == (1, 4)
+    assert (settings.min_workers, settings.max_workers) == (1, 4)
     for wrong in ([4, 1], [0, 2], [1, 2, 3], "many"):
         with pytest.raises(ConfigError, match=r"cluster"):
             override(Experiment(), {"cluster.workers": wrong})
@@ -360,7 +364,7 @@ def test_a_job_that_ray_would_kill_too_soon_is_warned():
     for environment, wait in ((job, "3"), (job | {name: "59"}, "59"), (job | {name: "1.5e3"}, "1.5e3")):
         warning = resources.stop_wait_warning(environment)
         assert warning and f"after {wait} s" in warning and f"export {name}=600 before `ray start --head`" in warning
-    for environment in ({}, {name: "3"}, job | {name: "60"}, job | JOB_STOP_WAIT):
+    for environment in ({}, {name: "3"}, job | {name: "60"}, job | JOB_STOP_WAIT_ENV):
         assert resources.stop_wait_warning(environment) is None
     assert str(JobSupervisor.DEFAULT_RAY_JOB_STOP_WAIT_TIME_S) == resources._RAY_STOP_WAIT
 
@@ -368,7 +372,7 @@ def test_a_job_that_ray_would_kill_too_soon_is_warned():
 def test_preemptions_are_bounded_and_counted_apart_from_failures(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", dict(os.environ))
     changes = {"storage": str(tmp_path), "cluster.max_failures": 2, "cluster.max_preemptions": 7}
-    trainer = _trainer(override(Experiment(), changes), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
+    trainer = _trainer(override(Experiment(), changes), Store(5, 5), WorkerResources(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert os.environ[PREEMPTION_POLL_INTERVAL_S_ENV_VAR] == "1.0"
     failures = trainer.run_config.failure_config
     assert (failures.max_failures, failures.max_preemption_failures) == (2, 7)
@@ -390,7 +394,7 @@ def test_workers_of_a_ray_that_we_start_do_not_stand_back_behind_other_processes
 
 
 def test_workers_are_given_the_fingerprint_of_the_clips_that_they_are_to_see():
-    trainer = _trainer(Experiment(), Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
+    trainer = _trainer(Experiment(), Store(5, 5), WorkerResources(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     assert trainer.train_loop_config is not None
     assert trainer.train_loop_config["fingerprint"] == Store.fingerprint
 
@@ -400,13 +404,13 @@ def ended(monkeypatch: pytest.MonkeyPatch, tmp_path, fit) -> None:
     monkeypatch.setattr(train_module, "_trainer", lambda *_: SimpleNamespace(fit=fit))
     monkeypatch.setattr(checkpoints, "newest", lambda _: "a checkpoint of half of the training")
     experiment = override(Experiment(), {"storage": str(tmp_path), "name": "mine"})
-    train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+    train(experiment, Store(5, 5), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
 
 
 def test_a_lease_that_only_the_workers_found_to_be_lost_ends_the_training(tmp_path, monkeypatch: pytest.MonkeyPatch):
     """Its process was paused, say, and goes on: what there is must not pass for the end of the training."""
     said = "the lease of the run 'mine' is lost: it was not renewed for 30 s"
-    with pytest.raises(LeaseLost, match=said):
+    with pytest.raises(RunLockLost, match=said):
         ended(monkeypatch, tmp_path, lambda: SimpleNamespace(return_value=said))
     ended(monkeypatch, tmp_path, lambda: SimpleNamespace(return_value=""))
 
@@ -418,14 +422,14 @@ def test_a_storage_that_is_away_does_not_hide_why_a_training_failed(tmp_path, mo
     def fail() -> None:
         raise ray.train.TrainingFailedError("3 workers died")
 
-    monkeypatch.setattr(Watch, "look", away)
+    monkeypatch.setattr(RunLockWatcher, "look", away)
     with pytest.raises(ray.train.TrainingFailedError, match="3 workers died"):
         ended(monkeypatch, tmp_path, fail)
 
 
 def test_rays_dashboard_shows_no_password_of_a_training():
     secret = override(Experiment(), {"tracking.uri": "http://me:hush@host:5000"})
-    trainer = _trainer(secret, Store(5, 5), Share(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
+    trainer = _trainer(secret, Store(5, 5), WorkerResources(1, 0, 1), None, (), "us")  # type: ignore[arg-type]
     shown = RunSettings._sanitize_train_loop_config(trainer.train_loop_config)
     assert shown["fingerprint"] == Store.fingerprint
     assert "hush" not in str(shown)
@@ -450,9 +454,9 @@ def test_a_stop_request_that_cannot_be_written_is_tried_again(tmp_path, monkeypa
 
     monkeypatch.setattr(train_module, "_LOOK_S", 0.05)
     monkeypatch.setattr(train_module, "_worker_runs", lambda: True)
-    monkeypatch.setattr(preemption, "ask_to_stop", fail_twice)
+    monkeypatch.setattr(preemption, "request_stop", fail_twice)
     monkeypatch.setattr(train_module, "_trainer", lambda *_: SimpleNamespace(fit=fit))
     with pytest.raises(SystemExit) as ended:
-        train(experiment, Store(5, 5), Share(1, 0, 1))  # type: ignore[arg-type]
+        train(experiment, Store(5, 5), WorkerResources(1, 0, 1))  # type: ignore[arg-type]
     assert ended.value.code == 128 + signal.SIGTERM
     assert tries == ["mine"] * 3

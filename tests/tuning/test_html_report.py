@@ -10,26 +10,26 @@ from rich.console import Console
 from giffy_ray.config import Experiment, load
 from giffy_ray.core import media
 from giffy_ray.tuning import tuner
-from giffy_ray.tuning.html_report import Reel, study_page
-from giffy_ray.tuning.optuna_study import Ledger
+from giffy_ray.tuning.html_report import ClipStrip, render_study
+from giffy_ray.tuning.optuna_study import OptunaStudy
 from giffy_ray.tuning.tables import trials_table
 from giffy_ray.tuning.tuner import Study
 from tests.evaluation.test_html_report import WICKED, Reader
 
 SPACE = "{optim.lr: {log_uniform: [1e-5, 1e-1]}, model.latent: {int: [2, 64]}, model.kl_warmup_steps: {choice: [0, 9]}}"
-TWO = "search.objectives={val/skill: larger, val/blur: smaller}"
+TWO = "search.objectives={val/skill: maximize, val/blur: minimize}"
 
 
 def searched(folder: Path, trials: int, *words: str) -> tuple[Experiment, Study]:
     """Trials reach 1 + latent / 128; the second fails, and of two objectives the fifth is poor in both."""
     given = [f"search.space={SPACE}", f"storage={folder}", "name=study", "search.sampler=random", "search.epochs=2"]
     study = load(None, [*given, f"search.trials={trials}", *words])
-    ledger = Ledger(study)
+    ledger = OptunaStudy(study)
     while asked := ledger.ask():
         number, values = asked
         for epoch in (1, 2):
             value = 1 + values["model.latent"] / 64 / epoch
-            named = {"val/l2_report": value, "val/psnr": value, "val/skill": value, "val/blur": value**2}
+            named = {"val/l2_paper": value, "val/psnr": value, "val/skill": value, "val/blur": value**2}
             if number == 4:
                 named |= {"val/skill": 0.0, "val/blur": 9.0}
             if number == 1:
@@ -42,8 +42,12 @@ def searched(folder: Path, trials: int, *words: str) -> tuple[Experiment, Study]
 
 def written(study: Experiment, found: Study) -> tuple[str, dict]:
     sprite = media.sprite(np.zeros((6, 16, 16, 3), np.uint8))
-    reels = [Reel("real", (sprite,)), Reel(found.best[0].name, (sprite,)), Reel("trial-0009", (), "it is gone")]
-    text = study_page(study, found, load(None, ["clip.frames=6"]).clip, [WICKED], reels).decode()
+    reels = [
+        ClipStrip("real", (sprite,)),
+        ClipStrip(found.best[0].name, (sprite,)),
+        ClipStrip("trial-0009", (), "it is gone"),
+    ]
+    text = render_study(study, found, load(None, ["clip.frames=6"]).clip, [WICKED], reels).decode()
     return text, json.loads(Reader(text).scripts[0])
 
 
@@ -64,7 +68,7 @@ def test_the_page_is_whole_html_that_needs_nothing_from_elsewhere_and_runs_no_na
 
 
 def test_the_page_has_every_trial_with_what_became_of_it(tmp_path: Path):
-    study, found = searched(tmp_path, 12, "search.grace_epochs=1")
+    study, found = searched(tmp_path, 12, "search.grace_period=1")
     _, data = written(study, found)
     of = {trial["number"]: trial for trial in data["trials"]}
     assert sorted(of) == list(range(12))
@@ -82,7 +86,7 @@ def test_the_page_has_every_trial_with_what_became_of_it(tmp_path: Path):
             assert trial["reports"] == [[1, 1 + trial["values"]["model.latent"] / 64]]
     states = [trial["state"] for trial in data["trials"]]
     counted = f"{states.count('whole')} to their end, {states.count('cut')} ended early, 1 failed"
-    assert data["about"].startswith(f"12 trials: {counted}. The best is trial-{best['number']:04}: val/l2_report ")
+    assert data["about"].startswith(f"12 trials: {counted}. The best is trial-{best['number']:04}: val/l2_paper ")
     assert [field["kind"] for field in data["fields"]] == ["log_uniform", "int", "choice"]
     assert [len(reel["sprites"]) for reel in data["clips"]["reels"]] == [1, 1, 0]
     assert data["clips"]["reels"][2]["missing"] == "it is gone"
@@ -109,7 +113,10 @@ def test_several_objectives_have_their_front_marked_and_it_is_said_why_none_is_e
     assert found.importances == {}
     assert all(trial.epochs == 2 for trial in found.trials if not trial.ended)
     _, data = written(study, found)
-    assert data["objectives"] == [{"name": "val/skill", "better": "larger"}, {"name": "val/blur", "better": "smaller"}]
+    assert data["objectives"] == [
+        {"name": "val/skill", "better": "maximize"},
+        {"name": "val/blur", "better": "minimize"},
+    ]
     assert "4 are on the Pareto front" in data["about"]
     assert "successive halving (search.asha) needs one number" in data["search"]
     console = Console(width=110, file=io.StringIO(), record=True)
@@ -125,7 +132,7 @@ def test_several_objectives_have_their_front_marked_and_it_is_said_why_none_is_e
 def test_a_metric_that_is_to_be_large_is_shown_as_such(tmp_path: Path):
     study, found = searched(tmp_path, 6, "search.metric=val/psnr", "search.asha=false")
     _, data = written(study, found)
-    assert data["objectives"] == [{"name": "val/psnr", "better": "larger"}]
+    assert data["objectives"] == [{"name": "val/psnr", "better": "maximize"}]
     reached = [trial["reached"][0] for trial in data["trials"] if trial["reached"]]
     assert reached == sorted(reached, reverse=True)
     assert len(set(reached)) > 1
@@ -139,7 +146,7 @@ def test_a_metric_that_is_to_be_large_is_shown_as_such(tmp_path: Path):
 
 
 def test_a_single_objective_with_a_stated_direction_is_no_front(tmp_path: Path):
-    study, found = searched(tmp_path, 3, "search.objectives={val/psnr: larger}", "search.asha=false")
+    study, found = searched(tmp_path, 3, "search.objectives={val/psnr: maximize}", "search.asha=false")
     assert len(found.best) == 1
     _, data = written(study, found)
     assert data["search"].endswith("None is ended early (search.asha=false).")

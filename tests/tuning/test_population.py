@@ -9,15 +9,15 @@ import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 
-from giffy_ray.cluster.resources import Share
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.core import run_lock
 from giffy_ray.training import checkpoints, trainer
-from giffy_ray.training.checkpoints import Position
+from giffy_ray.training.checkpoints import TrainState
 from giffy_ray.training.learners import Learner
 from giffy_ray.tuning import tuner
 from giffy_ray.tuning.optuna_study import ENDED, WORST
-from giffy_ray.tuning.population import Population, check, moves
+from giffy_ray.tuning.population import Population, check, exploit_and_explore
 from giffy_ray.tuning.trial_runner import _alone, _turn
 from tests.training.test_checkpoints import BATCH, built, step
 
@@ -58,14 +58,14 @@ class World:
             while len(running) < beside and (given := ledger.ask()):
                 running.append((given[0], given[1], ledger.turn(given[0])))
             if not running:
-                assert ledger.why_ended()
+                assert ledger.stop_reason()
                 return ledger
             number, values, turn = running.pop(drawn.randrange(len(running)))
             value = self.take_turn(number, values, **turn)
             ended += 1
             if ended == kill_after:
                 return ledger
-            assert not ledger.report(number, turn["until"], {"val/l2_report": value})
+            assert not ledger.report(number, turn["until"], {"val/l2_paper": value})
             ledger.end(number)
 
 
@@ -79,7 +79,7 @@ def test_the_worst_quarter_takes_over_the_best_and_moves_its_values_a_little():
     reached = {0: 8.0, 1: 1.0, 2: 5.0, 3: 3.0, 4: 7.0, 5: 4.0, 6: 6.0, 7: 2.0}
     seen = set()
     for seed in range(50):
-        taken = moves(reached, values, space, str(seed))
+        taken = exploit_and_explore(reached, values, space, str(seed))
         assert taken.keys() == {0, 4}
         for source, new in taken.values():
             assert source in (1, 7)
@@ -87,9 +87,9 @@ def test_the_worst_quarter_takes_over_the_best_and_moves_its_values_a_little():
             assert new["lr"] in wanted
             assert new["kind"] in "ab"
             seen.add((source, wanted.index(new["lr"]), new["kind"]))
-        assert taken == moves(reached, values, space, str(seed))
+        assert taken == exploit_and_explore(reached, values, space, str(seed))
     assert len(seen) == 8
-    assert moves({3: 1.0}, values, space, "") == {}
+    assert exploit_and_explore({3: 1.0}, values, space, "") == {}
 
 
 def test_every_course_is_that_of_its_values_and_the_population_goes_the_right_way(tmp_path: Path):
@@ -141,7 +141,7 @@ def test_a_search_that_is_killed_again_and_again_has_the_course_of_one_that_is_n
     while True:
         ledger = killed.search(experiment(tmp_path / "killed"), 3, drawn.randrange(99), drawn.randrange(1, 9))
         kills += 1
-        if ledger.why_ended():
+        if ledger.stop_reason():
             break
     assert kills > 5
     # Those that are drawn after a kill are of another seed: a search that goes on does not draw the same again.
@@ -166,7 +166,7 @@ def test_what_diverges_takes_over_another_and_what_fails_is_out(tmp_path: Path):
         if number == 3 and turn["until"] == 2:
             ledger.end(number, "its process died")
             continue
-        ledger.report(number, turn["until"], {"val/l2_report": value})
+        ledger.report(number, turn["until"], {"val/l2_paper": value})
         ledger.end(number)
     trials = ledger.trials()
     assert trials[5].intermediate_values[2] == WORST
@@ -221,7 +221,7 @@ def test_what_diverges_is_the_worst_where_larger_is_better(tmp_path: Path):
 def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_path: Path):
     late = Population(experiment(tmp_path / "late", "search.max_hours=1e-9"))
     assert late.ask() is None
-    assert "search.max_hours" in late.why_ended()
+    assert "search.max_hours" in late.stop_reason()
     ledger = Population(experiment(tmp_path / "stopped", "search.trials=2", "train.validate_every=4"))
     number, _ = ledger.ask() or (-1, {})
     assert ledger.turn(number) == {"until": 4, "take": None}
@@ -230,8 +230,8 @@ def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_pa
     other, _ = ledger.ask() or (-1, {})
     assert other == 1
     assert ledger.ask() is None  # not now: it is still at it
-    assert ledger.why_ended() == ""
-    ledger.report(other, 4, {"val/l2_report": 1.0})
+    assert ledger.stop_reason() == ""
+    ledger.report(other, 4, {"val/l2_paper": 1.0})
     ledger.end(other)
     assert (ledger.ask() or (-1,))[0] == other  # alone it takes over nobody
     assert ledger.turn(other) == {"until": EPOCHS, "take": None}
@@ -242,8 +242,14 @@ def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_pa
     [
         (["search.space={model.latent: {int: [8, 16]}}"], r"search\.space\.model\.latent: cannot change.*optim\.lr, "),
         (["search.space={optim.beta1: {uniform: [0.5, 0.9]}}"], r"search\.space\.optim\.beta1: cannot change"),
-        (["search.space={train.batch: {int: [8, 16]}}"], r"search\.space\.train\.batch: cannot.*model\.ends_weight"),
-        (["search.objectives={val/skill: larger, val/blur: smaller}"], r"search\.objectives: .*search\.metric alone"),
+        (
+            ["search.space={train.global_batch_size: {int: [8, 16]}}"],
+            r"search\.space\.train\.global_batch_size: cannot.*model\.ends_weight",
+        ),
+        (
+            ["search.objectives={val/skill: maximize, val/blur: minimize}"],
+            r"search\.objectives: .*search\.metric alone",
+        ),
         (["search.workers=2"], r"search\.workers: .*one worker a trial \(value 2\)"),
         (["search.patience=3"], r"search\.patience: .*none \(value 3\)"),
         (["search.trials=1"], r"search\.trials: .*two at least \(value 1\)"),
@@ -255,7 +261,7 @@ def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_pa
 )
 def test_what_a_population_cannot_do_is_told_before_anything_starts(tmp_path: Path, words: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
-        tuner.first_points(experiment(tmp_path, *words))
+        tuner.initial_points(experiment(tmp_path, *words))
 
 
 def test_rates_weights_and_smoothing_may_be_searched(tmp_path: Path):
@@ -266,11 +272,13 @@ def test_rates_weights_and_smoothing_may_be_searched(tmp_path: Path):
 def saved(run: Experiment, name: str, learner: Learner, steps: int, epoch: int | None) -> None:
     place = Path(run.storage, run.name, name)
     place.mkdir(parents=True)
-    checkpoints.Snapshot(learner, run, Position(steps, {"val/l2_report": float(steps)}, epoch=epoch)).save(place)
+    checkpoints.Snapshot(learner, run, TrainState(steps, {"val/l2_paper": float(steps)}, epoch=epoch)).save(place)
 
 
 def test_a_trial_goes_on_from_anothers_weights_with_a_rate_of_its_own(tiny: Experiment, tmp_path: Path):
-    source = override(tiny, {"storage": str(tmp_path), "name": "trial-0001", "train.batch": BATCH, "optim.lr": 1e-3})
+    source = override(
+        tiny, {"storage": str(tmp_path), "name": "trial-0001", "train.global_batch_size": BATCH, "optim.lr": 1e-3}
+    )
     taker = override(source, {"name": "trial-0002", "optim.lr": 3e-3})
     theirs, ours = built(source), built(override(taker, {"train.seed": 5}))
     for number in range(2):
@@ -282,9 +290,9 @@ def test_a_trial_goes_on_from_anothers_weights_with_a_rate_of_its_own(tiny: Expe
     saved(taker, "checkpoint_1", ours, 2, 1)
 
     for _ in range(2):  # as when it was killed in between
-        checkpoints.take_over(taker, source, 1)
+        checkpoints.copy_checkpoint_from(taker, source, 1)
         resumed = built(taker)
-        assert checkpoints.restore(checkpoints.newest(taker), resumed).epoch == 1
+        assert checkpoints.restore(checkpoints.latest_checkpoint(taker), resumed).epoch == 1
         assert all(torch.equal(value, before[key]) for key, value in resumed.networks["cvae"].state_dict().items())
     # A step of Adam is the rate times what the state and the gradient say, which are the same for both.
     step(resumed, taker, 2)
@@ -293,10 +301,10 @@ def test_a_trial_goes_on_from_anothers_weights_with_a_rate_of_its_own(tiny: Expe
         assert torch.allclose(after[key] - before[key], 3 * (other[key] - before[key]), rtol=1e-3, atol=1e-6), key
 
     saved(taker, "checkpoint_9", resumed, 3, None)
-    checkpoints.take_over(taker, source, 1)  # it is past it
-    assert checkpoints.newest(taker).endswith("checkpoint_9")
+    checkpoints.copy_checkpoint_from(taker, source, 1)  # it is past it
+    assert checkpoints.latest_checkpoint(taker).endswith("checkpoint_9")
     with pytest.raises(ConfigError, match=r"no whole checkpoint in .*trial-0001"):
-        checkpoints.take_over(taker, source, 5)
+        checkpoints.copy_checkpoint_from(taker, source, 5)
 
 
 def test_what_others_may_still_take_over_is_kept(tiny: Experiment, tmp_path: Path):
@@ -317,24 +325,24 @@ def test_a_turn_may_change_what_is_searched_and_nothing_else(tiny: Experiment, t
     class Clips:
         fingerprint, location = "f", "here"
 
-        def rows_of(self, split: str) -> list[int]:
+        def split_indices(self, split: str) -> list[int]:
             return [0]
 
     run = override(tiny, {"storage": str(tmp_path), "name": "run"})
     may = (*trainer.MAY_CHANGE, "optim.lr")
     store: Any = Clips()
-    with trainer.claimed(run, store, may):
+    with trainer.locked_run(run, store, may):
         pass
     changed = override(run, {"optim.lr": 0.5})
-    with trainer.claimed(changed, store, may):
+    with trainer.locked_run(changed, store, may):
         pass
     with (
         pytest.raises(ConfigError, match=r"optim\.lr: the run 'run' was started with"),
-        trainer.claimed(changed, store),
+        trainer.locked_run(changed, store),
     ):
         pass
     other = override(changed, {"optim.beta1": 0.5})
-    with pytest.raises(ConfigError, match=r"optim\.beta1: the run 'run'"), trainer.claimed(other, store, may):
+    with pytest.raises(ConfigError, match=r"optim\.beta1: the run 'run'"), trainer.locked_run(other, store, may):
         pass
 
 
@@ -342,7 +350,7 @@ def test_a_trial_touches_no_checkpoint_of_a_run_that_another_process_trains(tiny
     class Clips:
         fingerprint, location = "f", "here"
 
-        def rows_of(self, split: str) -> list[int]:
+        def split_indices(self, split: str) -> list[int]:
             return [0]
 
     run = override(tiny, {"storage": str(tmp_path), "name": "run"})
@@ -351,11 +359,11 @@ def test_a_trial_touches_no_checkpoint_of_a_run_that_another_process_trains(tiny
     saved(run, "checkpoint_2", built(run), 2, 2)
     being_written = tmp_path / "run" / "checkpoint_2"
     (being_written / "manifest.json").unlink()
-    with run_lock.held(run.run_dir):
+    with run_lock.run_lock(run.run_dir):
         for start in (
             lambda: _alone(run, store, ""),
             lambda: _turn(run, run, store, "", 2, None),
-            lambda: trainer.train(run, store, Share(1, 0, 1)),
+            lambda: trainer.train(run, store, WorkerResources(1, 0, 1)),
         ):
             with pytest.raises(ConfigError, match="'run' is being trained by process"):
                 start()
@@ -370,7 +378,7 @@ def test_a_waiting_population_asks_its_database_nothing(tmp_path: Path, monkeypa
         given.append(turn)
     assert len(given) == 8
     for number, _ in given[:-1]:
-        ledger.report(number, 1, {"val/l2_report": float(number)})
+        ledger.report(number, 1, {"val/l2_paper": float(number)})
         ledger.end(number)
 
     def fail(*_: object, **__: object) -> None:
@@ -381,9 +389,9 @@ def test_a_waiting_population_asks_its_database_nothing(tmp_path: Path, monkeypa
             patch.setattr(type(ledger._study._storage), name, fail)
         for _ in range(100):
             assert ledger.ask() is None
-            assert ledger.why_ended() == ""
+            assert ledger.stop_reason() == ""
             assert ledger.turn(given[-1][0]) == {"until": 1, "take": None}
-    ledger.report(given[-1][0], 1, {"val/l2_report": 100.0})
+    ledger.report(given[-1][0], 1, {"val/l2_paper": 100.0})
     ledger.end(given[-1][0])
     resumed = Population(experiment(tmp_path))
     while turn := ledger.ask():

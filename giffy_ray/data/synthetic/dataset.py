@@ -1,7 +1,7 @@
 """The built-in data set: scenes drawn by `scenes`, written as H.264 mp4 files in the layout of Moments in Time.
 
     <root>/training/<category>/synthetic-<category>-<seed>.mp4       256x256, 30 frames a second, 90 frames
-    <root>/validation/..., test/..., shifted/...                     shifted: a test outside the training's range
+    <root>/validation/..., test/..., ood/...                         ood: a test outside the training's range
     <root>/trainingSet.csv, validationSet.csv, ...                   category/file.mp4,label,agree,disagree
     <root>/moments_categories.txt                                    name,index; written last: the set is whole
 
@@ -49,7 +49,7 @@ def plan(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIE
         "training": settings.training_clips,
         "validation": settings.validation_clips,
         "test": settings.test_clips,
-        "shifted": settings.shifted_clips,
+        "ood": settings.ood_clips,
     }
 
     def seeds() -> Iterator[tuple[str, int]]:
@@ -62,7 +62,7 @@ def plan(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIE
 
 def video(planned: Planned) -> bytes:
     """Draws and encodes one video: the bytes of an mp4 file."""
-    return encode_mp4(scenes.draw(planned.category, planned.seed, planned.split == "shifted"), scenes.FPS)
+    return encode_mp4(scenes.draw(planned.category, planned.seed, planned.split == "ood"), scenes.FPS)
 
 
 def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> str:
@@ -89,7 +89,7 @@ def root_of(parent: str, settings: SyntheticConfig, categories: Sequence[str] = 
             "leave it out for both, or give data.root"
         )
     drawn = [name for name in scenes.CATEGORIES if name in categories or not categories]
-    counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.shifted_clips)
+    counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.ood_clips)
     only = "" if len(drawn) == len(scenes.CATEGORIES) else f"-{'-'.join(drawn)}"
     version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}{only}"
     return join(parent, f"{NAME}-{version}"), drawn

@@ -23,7 +23,7 @@ from giffy_ray.config import (
     override,
     to_yaml,
 )
-from giffy_ray.core.tensor_types import Clips, Images, Noise, Positions, Times
+from giffy_ray.core.tensor_types import Clips, Images, Noise, SampleIndices, Times
 from giffy_ray.training.learners.between import BetweenLearner
 from giffy_ray.training.learners.cvae import CVAELearner
 from giffy_ray.training.learners.gan import GANLearner
@@ -36,7 +36,7 @@ class Learner(Protocol):
     optimizers: dict[str, torch.optim.Optimizer]
     latent: int  # width of the noise that `generate` takes
 
-    def update(self, clips: Clips, times: Times, positions: Positions) -> dict[str, Tensor]:
+    def update(self, clips: Clips, times: Times, positions: SampleIndices) -> dict[str, Tensor]:
         """One step on clips whose frames are shown at `times`. Returns named losses, averaged over these clips.
 
         With them `skipped`, above 0 where a gradient was not finite and was left out. `positions` are the clips'
@@ -91,19 +91,21 @@ for _learner in (BetweenLearner, CVAELearner, GANLearner):
 
 def _refuse_single_clips(experiment: Experiment) -> None:
     """Batch norm cannot normalise one clip by itself, which torch would only say at the first step."""
-    model, batch, workers = experiment.model, experiment.train.batch, experiment.cluster.most
+    model, batch, workers = experiment.model, experiment.train.global_batch_size, experiment.cluster.max_workers
     if isinstance(model, Encoders | CGANConfig) and model.batch_norm and batch < 2 * workers:
         raise ConfigError(
-            f"train.batch: model.batch_norm needs two clips on each of cluster.workers={workers} (value {batch})"
+            f"train.global_batch_size: model.batch_norm needs two clips on each of cluster.workers={workers} "
+            f"(value {batch})"
         )
 
 
 def _refuse_micro_batches(experiment: Experiment) -> None:
-    model, size = experiment.model, experiment.speed.micro_batch
+    model, size = experiment.model, experiment.speed.micro_batch_size
     if size and (isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)):
         raise ConfigError(
-            f"speed.micro_batch: generator and discriminators take turns on the same clips, which must then be all of "
-            f"a worker's (value {size}); use more workers, or a smaller train.batch"
+            f"speed.micro_batch_size: generator and discriminators take turns on the same clips, which must then be "
+            f"all of "
+            f"a worker's (value {size}); use more workers, or a smaller train.global_batch_size"
         )
 
 
@@ -116,7 +118,7 @@ def check(experiment: Experiment, searched: Collection[str] = ()) -> None:
     _refuse_single_clips(experiment)
     _refuse_micro_batches(experiment)
     _refuse_batch_norm_of_parts(experiment)
-    _refuse_moments(experiment)
+    _refuse_frame_times(experiment)
     _refuse_discriminator_rate(experiment, searched)
     augment = experiment.data.augment
     if augment.pan and augment.crop == 1 and "data.augment.crop" not in searched:
@@ -145,28 +147,29 @@ def _refuse_sync_without_batch_norm(experiment: Experiment, searched: Collection
 
 
 def _refuse_batch_norm_of_parts(experiment: Experiment) -> None:
-    model, size = experiment.model, experiment.speed.micro_batch
+    model, size = experiment.model, experiment.speed.micro_batch_size
     if size and isinstance(model, Encoders) and model.batch_norm:
         raise ConfigError(
-            f"speed.micro_batch: batch norm would take its statistics over {size} clips, not over a worker's share of "
-            f"train.batch (value {size}); use more workers, or model.batch_norm=false"
+            f"speed.micro_batch_size: batch norm would take its statistics over {size} clips, not over a worker's "
+            f"share of "
+            f"train.global_batch_size (value {size}); use more workers, or model.batch_norm=false"
         )
 
 
-def _refuse_moments(experiment: Experiment) -> None:
+def _refuse_frame_times(experiment: Experiment) -> None:
     """`between` alone is told when frames are shown, and its discriminator is not."""
-    model, intervals = experiment.model, experiment.data.intervals
-    if intervals.moments == "even":
+    model, segments = experiment.model, experiment.data.segments
+    if segments.frame_times == "uniform":
         return
-    if not intervals.frames:
-        why = "is of parts of the videos, which data.intervals.frames=0 turns off"
+    if not segments.frames:
+        why = "is of parts of the videos, which data.segments.frames=0 turns off"
     elif not isinstance(model, BetweenConfig):
         why = f"model.kind={model.kind} takes frames to be evenly spaced"
     elif model.adversarial_weight:
         why = "the discriminator of model.adversarial_weight takes frames to be evenly spaced"
     else:
         return
-    raise ConfigError(f"data.intervals.moments: {why} (value {intervals.moments!r}); use 'even'")
+    raise ConfigError(f"data.segments.frame_times: {why} (value {segments.frame_times!r}); use 'uniform'")
 
 
 def _refuse_discriminator_rate(experiment: Experiment, searched: Collection[str]) -> None:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from giffy_ray.config import OptimConfig, SpeedConfig
 from giffy_ray.core.tensor_types import ClipFloats, PerClip
 from giffy_ray.training.learners import losses
-from giffy_ray.training.learners.optimized_module import BufferSnapshot, Descent
+from giffy_ray.training.learners.optimized_module import BufferSnapshot, OptimizedModule
 
 
-class Adversary:
+class DiscriminatorGroup:
     """`discriminators`, each (real, made) -> logits of both, by the name that a checkpoint gives it.
 
     They learn at `optim.discriminator_lr`, or `optim.lr` where it is none; no average of their weights is kept, for
@@ -35,10 +35,10 @@ class Adversary:
         real_label: float = 1.0,
     ):
         self.loss, self.real_label = loss, real_label
-        self._buffers: list[BufferSnapshot] = []  # of the discriminators, before `persuade`
-        unaveraged = dataclasses.replace(optim, ema=0.0)
+        self._buffers: list[BufferSnapshot] = []  # of the discriminators, before `generator_loss`
+        unaveraged = dataclasses.replace(optim, ema_decay=0.0)
         self.descents = {
-            name: Descent(network.to(device), unaveraged, steps, speed, lr=optim.discriminator_lr)
+            name: OptimizedModule(network.to(device), unaveraged, steps, speed, lr=optim.discriminator_lr)
             for name, network in discriminators.items()
         }
 
@@ -54,23 +54,23 @@ class Adversary:
         """One step of each discriminator, from the mean over the clips; nothing flows back into `made`.
 
         Returns d_loss and skipped, summed over the discriminators, and d_real and d_made, the mean of their logits
-        before the step. `weight`: as for `Descent.descend`.
+        before the step. `weight`: as for `OptimizedModule.training_step`.
         """
         named = [
-            descent.descend(functools.partial(self._loss, descent), (real, made.detach()), step, weight)
+            descent.training_step(functools.partial(self._loss, descent), (real, made.detach()), step, weight)
             for descent in self.descents.values()
         ]
         of_all = {name: torch.stack([each[name] for each in named]) for name in named[0]}
         sums, means = ("d_loss", "skipped"), ("d_real", "d_made")
         return {name: of_all[name].sum() for name in sums} | {name: of_all[name].mean() for name in means}
 
-    def _loss(self, descent: Descent, real: ClipFloats, made: ClipFloats) -> tuple[Tensor, dict[str, Tensor]]:
+    def _loss(self, descent: OptimizedModule, real: ClipFloats, made: ClipFloats) -> tuple[Tensor, dict[str, Tensor]]:
         descent.network.train()
         real_logits, made_logits = descent(real, made)
         loss = self._discriminator_loss(real_logits, made_logits).mean()
         return loss, {"d_loss": loss, "d_real": real_logits.mean(), "d_made": made_logits.mean()}
 
-    def persuade(self, made: ClipFloats) -> PerClip:
+    def generator_loss(self, made: ClipFloats) -> PerClip:
         """What each made clip costs the generator: its adversarial loss, summed over the discriminators.
 
         The gradient flows through the discriminators into `made`, not into their weights, and workers say nothing to
@@ -84,14 +84,14 @@ class Adversary:
             descent.network.train()
             self._buffers.append(BufferSnapshot(descent.network))
             with _weights_held(descent.network):
-                _, logits = descent.of(descent.network, made.detach(), made)
+                _, logits = descent.forward_local(descent.network, made.detach(), made)
             costs.append(
                 losses.logistic_generator(logits) if self.loss == "logistic" else losses.hinge_generator(logits)
             )
         return torch.stack(costs).sum(0)
 
     def restore_buffers_where(self, skipped: Tensor) -> None:
-        """Undoes what `persuade` did to the discriminators' buffers if `skipped`, a scalar: clips may be NaN then."""
+        """Restores the buffers that `generator_loss` changed if `skipped`, a scalar: clips may be NaN then."""
         for buffers in self._buffers:
             buffers.restore_where(skipped)
         self._buffers = []

@@ -17,10 +17,10 @@ from giffy_ray.core import distributed
 from giffy_ray.models.layers import convert_sync_batch_norm
 
 AVERAGE = "_average"  # how the name of a network's average ends, among what a checkpoint holds
-_YOUNG = 10  # steps in which an average forgets faster: what it starts from is not worth keeping
+_EMA_WARMUP_STEPS = 10  # steps in which an average forgets faster: what it starts from is not worth keeping
 
 
-class Descent:
+class OptimizedModule:
     """A network with its optimiser.
 
     The number of a step, which the learning rate depends on, is the caller's: it follows from the place in the sample
@@ -31,11 +31,11 @@ class Descent:
         self.optim, self.steps, self.speed, self.lr = optim, steps, speed, lr or optim.lr
         self.device = next(network.parameters()).device
         self.network = network = _laid_out(network, speed, self.device)
-        self.average = WeightAverage(network, optim.ema) if optim.ema else None
+        self.average = WeightAverage(network, optim.ema_decay) if optim.ema_decay else None
         self._buffers: BufferSnapshot | None = None  # before the first forward pass of a step
         if speed.compile:
             network.compile()
-        self.parallel = distributed.averaging(network, speed.compress_gradients)
+        self.parallel = distributed.wrap_ddp(network, speed.compress_gradients)
         self.optimizer = torch.optim.AdamW(
             network.parameters(),
             lr=self.lr,
@@ -45,7 +45,7 @@ class Descent:
         )
 
     @property
-    def trained(self) -> nn.Module:
+    def eval_module(self) -> nn.Module:
         """The network that makes clips: the average of the weights where there is one."""
         return self.average.module if self.average else self.network
 
@@ -60,9 +60,9 @@ class Descent:
         """
         if self.network.training and self._buffers is None:
             self._buffers = BufferSnapshot(self.network)
-        return self.of(self.parallel, *inputs)
+        return self.forward_local(self.parallel, *inputs)
 
-    def of(self, network: Callable[..., Any], *inputs: Tensor) -> Any:
+    def forward_local(self, network: Callable[..., Any], *inputs: Tensor) -> Any:
         """The same of the network as it is given, without the other workers."""
         if self.speed.channels_last:
             inputs = tuple(_channels_last(one) for one in inputs)
@@ -71,7 +71,7 @@ class Descent:
             outputs = network(*inputs)
         return _widened(outputs)
 
-    def descend(
+    def training_step(
         self,
         loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         inputs: Sequence[Tensor],
@@ -80,13 +80,13 @@ class Descent:
     ) -> dict[str, Tensor]:
         """One step down the gradient of loss_of(*inputs), a mean over the clips along the first axis of each input.
 
-        Taken in parts of `speed.micro_batch` clips. `loss_of` returns the loss and named values, whose means are
+        Taken in parts of `speed.micro_batch_size` clips. `loss_of` returns the loss and named values, whose means are
         returned with `skipped`: 1 where the gradient was not finite, and nothing was done. `weight`: of these clips
         against those of the other workers.
         """
         self.optimizer.zero_grad()
         clips = len(inputs[0])
-        parts = list(zip(*(one.split(self.speed.micro_batch or clips) for one in inputs), strict=True))
+        parts = list(zip(*(one.split(self.speed.micro_batch_size or clips) for one in inputs), strict=True))
         means: dict[str, Tensor] = {}
         for place, part in enumerate(parts):
             share = len(part[0]) / clips
@@ -108,8 +108,8 @@ class Descent:
             group["lr"] = self.lr * rate_at(step, self.steps, self.optim)
         weights = list(self.network.parameters())
         norm = nn.utils.get_total_norm([one.grad for one in weights if one.grad is not None])
-        if self.optim.clip_norm:
-            nn.utils.clip_grads_with_norm_(weights, self.optim.clip_norm, norm)
+        if self.optim.max_grad_norm:
+            nn.utils.clip_grads_with_norm_(weights, self.optim.max_grad_norm, norm)
         skipped = (~norm.isfinite()).float()
         # The fused optimiser leaves the step out where this is 1, as for torch.amp.GradScaler: to ask for it here would
         # be to wait for the GPU at each step.
@@ -159,7 +159,7 @@ class WeightAverage(AveragedModel):
     def update_unless(self, skipped: Tensor, network: nn.Module) -> None:
         """Takes one step towards `network`, whose weights and buffers are finite; none if `skipped`, a scalar."""
         count = self.n_averaged.double()
-        decay = ((1 + count) / (_YOUNG + count)).clamp(max=self.decay)
+        decay = ((1 + count) / (_EMA_WARMUP_STEPS + count)).clamp(max=self.decay)
         # The first step copies. A skipped one has the rate 0.
         rate = torch.where(self.n_averaged > 0, 1 - decay, 1.0) * ~skipped
         pairs = [
@@ -192,7 +192,7 @@ def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
 
 
 def _laid_out(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:
-    if speed.sync_batch_norm and device.type == "cuda" and distributed.count() > 1:
+    if speed.sync_batch_norm and device.type == "cuda" and distributed.world_size() > 1:
         network = convert_sync_batch_norm(network)
     if speed.channels_last:
         for parameter in network.parameters():

@@ -12,7 +12,7 @@ from giffy_ray.config import ClipConfig, ConfigError, SyntheticConfig
 from giffy_ray.data.decode import decode_clip
 from giffy_ray.data.synthetic import dataset
 
-SETTINGS = SyntheticConfig(training_clips=3, validation_clips=2, test_clips=2, shifted_clips=1, seed=4)
+SETTINGS = SyntheticConfig(training_clips=3, validation_clips=2, test_clips=2, ood_clips=1, seed=4)
 
 
 def test_no_seed_is_in_two_splits():
@@ -22,7 +22,7 @@ def test_no_seed_is_in_two_splits():
         seeds = [one.seed for one in planned if one.category == category]
         assert len(set(seeds)) == len(seeds) == 8
     # A larger set holds the smaller one, and another seed shares nothing with it.
-    larger = dataset.plan(SyntheticConfig(training_clips=9, validation_clips=9, test_clips=9, shifted_clips=9, seed=4))
+    larger = dataset.plan(SyntheticConfig(training_clips=9, validation_clips=9, test_clips=9, ood_clips=9, seed=4))
     assert set(planned) <= set(larger)
     assert not {one.seed for one in larger} & {one.seed for one in dataset.plan(SyntheticConfig(seed=5))}
 

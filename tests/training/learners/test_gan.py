@@ -8,9 +8,9 @@ from torch.nn import functional
 from giffy_ray import models
 from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, override
 from giffy_ray.core.tensor_types import to_floats
-from giffy_ray.models.sampling import noise_at
+from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.training import learners
-from giffy_ray.training.learners.discriminators import Adversary
+from giffy_ray.training.learners.discriminators import DiscriminatorGroup
 from tests.models.test_models import CGAN, DIRECT_3D, TWO_STREAM
 from tests.training.learners.test_learner import CLIPS, CPU, POSITIONS, TIMES
 
@@ -30,14 +30,14 @@ class Judge(nn.Module):
         return tuple((clips.mean((1, 3, 4)) * self.weight).sum(1) for clips in (real, made))
 
 
-def adversary(judges: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> Adversary:
-    return Adversary(judges, torch.device("cpu"), OptimConfig(**optim), 10, SpeedConfig(), loss, label)
+def adversary(judges: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> DiscriminatorGroup:
+    return DiscriminatorGroup(judges, torch.device("cpu"), OptimConfig(**optim), 10, SpeedConfig(), loss, label)
 
 
 def test_the_losses_are_those_of_equation_2():
     experiment = override(EXPERIMENT, {"model.discriminator_updates": 1, "model.frame_weight": 0.3})
     learner, twin = learners.build(experiment, CPU), learners.build(experiment, CPU)
-    real, noise = to_floats(CLIPS), noise_at(0, POSITIONS.tolist(), 3)
+    real, noise = to_floats(CLIPS), noise_from_keys(0, POSITIONS.tolist(), 3)
     with torch.no_grad():
         made, _ = twin.networks["generator"].train()(real[:, :, 0], real[:, :, -1], noise)
         real_logits, made_logits = twin.networks["discriminator"].train()(real, made)
@@ -60,7 +60,7 @@ def test_the_losses_are_those_of_equation_2():
 
 RECONSTRUCTION = {"model.reconstruction_weight": 50.0}
 WEIGHTS = {
-    "train.batch": 8,
+    "train.global_batch_size": 8,
     "model.frame_weight": 0.3,
     "model.discriminator_updates": 1,
     "optim.discriminator_lr": 1e-30,
@@ -77,7 +77,7 @@ def test_the_generator_descends_the_sum_of_its_losses(changes: dict):
     experiment = override(Experiment(), changes | WEIGHTS)
     learner, twin = learners.build(experiment, CPU), learners.build(experiment, CPU)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
-    real, noise = to_floats(clips), noise_at(0, POSITIONS.tolist(), learner.latent)
+    real, noise = to_floats(clips), noise_from_keys(0, POSITIONS.tolist(), learner.latent)
     generator = twin.networks["generator"].train()
     made, penalty = generator(real[:, :, 0], real[:, :, -1], noise)
     difference = made - real
@@ -96,7 +96,7 @@ def test_the_generator_descends_the_sum_of_its_losses(changes: dict):
 
 
 def test_four_steps_of_the_discriminator_for_each_of_the_generator_at_rates_of_their_own():
-    learner = learners.build(override(EXPERIMENT, {"optim.ema": 0.5}), CPU)
+    learner = learners.build(override(EXPERIMENT, {"optim.ema_decay": 0.5}), CPU)
     for _ in range(3):
         learner.update(CLIPS, TIMES, POSITIONS)
     steps = {
@@ -117,7 +117,7 @@ def test_four_steps_of_the_discriminator_for_each_of_the_generator_at_rates_of_t
 def test_persuading_moves_what_is_made_and_nothing_else(loss: str):
     judge, made = Judge(), torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
     against = adversary({"one": judge}, loss)
-    cost = against.persuade(made)
+    cost = against.generator_loss(made)
     logits = (made.detach().mean((1, 3, 4)) * judge.weight.detach()).sum(1)
     slope = logits.sigmoid() - 1 if loss == "logistic" else -torch.ones(2)
     torch.testing.assert_close(cost.detach(), functional.softplus(-logits) if loss == "logistic" else -logits)
@@ -126,7 +126,7 @@ def test_persuading_moves_what_is_made_and_nothing_else(loss: str):
     torch.testing.assert_close(made.grad, each.expand_as(made))
     assert judge.weight.grad is None
     assert judge.weight.requires_grad
-    torch.testing.assert_close(adversary({"a": judge, "b": judge}, loss).persuade(made), 2 * cost)
+    torch.testing.assert_close(adversary({"a": judge, "b": judge}, loss).generator_loss(made), 2 * cost)
 
 
 @pytest.mark.parametrize(("loss", "label"), [("logistic", 0.9), ("hinge", 1.0)])
@@ -162,7 +162,7 @@ def test_the_sums_and_means_over_two_discriminators():
 def test_making_clips_depends_on_ends_and_noise_and_not_on_the_batch():
     learner = learners.build(EXPERIMENT, CPU)
     learner.update(CLIPS, TIMES, POSITIONS)
-    noise = noise_at(1, range(8), 3)
+    noise = noise_from_keys(1, range(8), 3)
     made = learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise)
     assert made.shape == CLIPS.shape
     assert made.dtype == torch.uint8

@@ -18,11 +18,11 @@ from giffy_ray.config import ConfigError, Experiment, OptimConfig, SpeedConfig, 
 from giffy_ray.core import distributed
 from giffy_ray.core.tensor_types import NonFiniteOutput, to_floats, to_pixels
 from giffy_ray.models.layers import SyncByBatchNorm, convert_sync_batch_norm
-from giffy_ray.models.sampling import noise_at, noise_for
+from giffy_ray.models.sampling import noise_from_clip_ids, noise_from_keys
 from giffy_ray.training import learners
 from giffy_ray.training.learners.between import is_sampled
 from giffy_ray.training.learners.losses import gaussian_kl_between, relative_error
-from giffy_ray.training.learners.optimized_module import Descent, rate_at
+from giffy_ray.training.learners.optimized_module import OptimizedModule, rate_at
 from tests.conftest import in_float64
 from tests.models.test_models import CGAN, DIRECT_3D, TWO_STREAM
 
@@ -46,7 +46,7 @@ def test_the_loss_is_equation_1(tiny: Experiment):
     twin = learners.build(experiment, CPU).networks["cvae"].train()
 
     real = to_floats(CLIPS)
-    made, mean, std = twin(real, noise_at(0, POSITIONS.tolist(), 3))
+    made, mean, std = twin(real, noise_from_keys(0, POSITIONS.tolist(), 3))
     kl = (0.5 * (mean**2 + std**2 - torch.log(std**2) - 1)).sum() / 8
     whole = ((made - real) ** 2).sum() / 8
     ends = (((made - real)[:, :, 0]) ** 2).sum() / 8 + (((made - real)[:, :, -1]) ** 2).sum() / 8
@@ -80,7 +80,7 @@ def test_steps_make_the_loss_smaller(tiny: Experiment):
 def test_making_clips_needs_only_the_ends_and_depends_on_the_noise(tiny: Experiment):
     learner = learners.build(tiny, CPU)
     learner.update(CLIPS, TIMES, POSITIONS)
-    noise = noise_at(1, range(8), 3)
+    noise = noise_from_keys(1, range(8), 3)
     made = learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise)
     assert made.shape == CLIPS.shape
     assert made.dtype == torch.uint8
@@ -112,23 +112,23 @@ def test_a_clip_is_made_again_from_the_mean_of_q(tiny: Experiment):
 
 
 def test_noise_depends_on_seed_and_key_only():
-    many = noise_at(3, [5, 6, 7], 4)
-    assert torch.equal(noise_at(3, [6], 4)[0], many[1])
-    assert not torch.equal(noise_at(4, [6], 4)[0], many[1])
-    assert torch.equal(noise_for(3, ["b", "a"], 4)[1], noise_for(3, ["a"], 4)[0])
-    assert noise_at(0, range(2000), 8).mean().item() == pytest.approx(0, abs=0.03)
-    assert noise_at(0, range(2000), 8).std().item() == pytest.approx(1, abs=0.03)
+    many = noise_from_keys(3, [5, 6, 7], 4)
+    assert torch.equal(noise_from_keys(3, [6], 4)[0], many[1])
+    assert not torch.equal(noise_from_keys(4, [6], 4)[0], many[1])
+    assert torch.equal(noise_from_clip_ids(3, ["b", "a"], 4)[1], noise_from_clip_ids(3, ["a"], 4)[0])
+    assert noise_from_keys(0, range(2000), 8).mean().item() == pytest.approx(0, abs=0.03)
+    assert noise_from_keys(0, range(2000), 8).std().item() == pytest.approx(1, abs=0.03)
 
 
 def test_what_the_learner_cannot_do_is_refused(tiny: Experiment):
     learner = learners.build(tiny, CPU)
     with pytest.raises(ConfigError, match=r"frames: cvae makes clips of clip\.frames=6 \(value 7\)"):
         learner.generate(CLIPS[:, 0], CLIPS[:, -1], torch.zeros(8, 3), frames=7)
-    with pytest.raises(ConfigError, match=r"data\.intervals\.frames: cvae .*6 \(value 4\)"):
-        learners.build(override(tiny, {"data.intervals.frames": 4}), CPU)
-    with pytest.raises(ConfigError, match=r"train\.batch: .*cluster\.workers=2 \(value 2\)"):
-        learners.build(override(tiny, {"train.batch": 2, "cluster.workers": 2}), CPU)
-    learners.build(override(tiny, {"train.batch": 1, "model.batch_norm": False}), CPU)
+    with pytest.raises(ConfigError, match=r"data\.segments\.frames: cvae .*6 \(value 4\)"):
+        learners.build(override(tiny, {"data.segments.frames": 4}), CPU)
+    with pytest.raises(ConfigError, match=r"train\.global_batch_size: .*cluster\.workers=2 \(value 2\)"):
+        learners.build(override(tiny, {"train.global_batch_size": 2, "cluster.workers": 2}), CPU)
+    learners.build(override(tiny, {"train.global_batch_size": 1, "model.batch_norm": False}), CPU)
 
 
 def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine():
@@ -142,12 +142,12 @@ def test_the_learning_rate_rises_evenly_and_falls_as_half_a_cosine():
     assert rate_at(0, 1, OptimConfig()) == 1
 
 
-def descent_of(network: nn.Module, **optim) -> Descent:
-    return Descent(network, OptimConfig(**optim), steps=20, speed=SpeedConfig())
+def descent_of(network: nn.Module, **optim) -> OptimizedModule:
+    return OptimizedModule(network, OptimConfig(**optim), steps=20, speed=SpeedConfig())
 
 
-def descend(descent: Descent, loss: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
-    return descent.descend(lambda _: (loss, {"loss": loss}), [torch.zeros(1)], step, weight=1.0)
+def descend(descent: OptimizedModule, loss: torch.Tensor, step: int) -> dict[str, torch.Tensor]:
+    return descent.training_step(lambda _: (loss, {"loss": loss}), [torch.zeros(1)], step, weight=1.0)
 
 
 def test_each_step_takes_the_rate_of_its_place():
@@ -162,7 +162,7 @@ def test_each_step_takes_the_rate_of_its_place():
 def test_the_average_is_that_of_a_plain_loop():
     torch.manual_seed(0)
     network = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
-    descent, seen = descent_of(network, lr=0.1, ema=0.5), []
+    descent, seen = descent_of(network, lr=0.1, ema_decay=0.5), []
     for step in range(9):
         descend(descent, network(torch.randn(4, 3)).square().sum(), step)
         seen.append(copy.deepcopy(network.state_dict()))
@@ -171,11 +171,11 @@ def test_the_average_is_that_of_a_plain_loop():
         kept = min(0.5, (1 + count) / (10 + count))
         for name, value in state.items():
             expected[name] = kept * expected[name] + (1 - kept) * value if value.is_floating_point() else value
-    for name, value in descent.trained.state_dict().items():
+    for name, value in descent.eval_module.state_dict().items():
         torch.testing.assert_close(value, expected[name])
     assert not torch.allclose(network[0].weight, expected["0.weight"])
     assert set(descent.networks("net")) == {"net", "net_average"}
-    assert descent_of(network).trained is network
+    assert descent_of(network).eval_module is network
 
 
 def test_weight_decay_is_decoupled():
@@ -189,7 +189,7 @@ def test_weight_decay_is_decoupled():
 @pytest.mark.parametrize(("norm", "expected"), [(1.0, [0.6, 0.8]), (10.0, [3.0, 4.0])])
 def test_the_gradient_is_cut_to_its_norm_and_keeps_its_direction(norm: float, expected: list[float]):
     layer, seen = nn.Linear(2, 1, bias=False), []
-    descent = descent_of(layer, clip_norm=norm)
+    descent = descent_of(layer, max_grad_norm=norm)
     descent.optimizer.register_step_pre_hook(lambda *_: seen.append(layer.weight.grad))
     descend(descent, (layer.weight * torch.tensor([[3.0, 4.0]])).sum(), 0)
     torch.testing.assert_close(seen, [torch.tensor([expected])], rtol=1e-5, atol=0)
@@ -199,7 +199,7 @@ def test_the_gradient_is_cut_to_its_norm_and_keeps_its_direction(norm: float, ex
 def test_a_step_without_a_finite_gradient_changes_nothing(scale: float):
     torch.manual_seed(0)
     network = nn.Linear(3, 2)
-    descent = descent_of(network, lr=0.1, ema=0.5)
+    descent = descent_of(network, lr=0.1, ema_decay=0.5)
     assert not descend(descent, network.weight.square().sum(), 0)["skipped"]
     before = copy.deepcopy([network.state_dict(), descent.average.state_dict(), descent.optimizer.state_dict()])
     loss = (scale * network.weight * 1e10).square().sum()
@@ -217,15 +217,17 @@ def test_a_loss_that_is_not_finite_is_left_out_though_its_gradient_is_finite():
 
 
 def test_micro_batches_change_nothing_but_rounding(tiny: Experiment):
-    whole = override(tiny, {"model.batch_norm": False, "optim.lr": 1e-3, "train.batch": 8})
-    between = override(Experiment(), TINY_BETWEEN | {"train.batch": 8, "model.kl_weight": 0.0, "optim.lr": 1e-3})
+    whole = override(tiny, {"model.batch_norm": False, "optim.lr": 1e-3, "train.global_batch_size": 8})
+    between = override(
+        Experiment(), TINY_BETWEEN | {"train.global_batch_size": 8, "model.kl_weight": 0.0, "optim.lr": 1e-3}
+    )
     for experiment in (whole, between):
-        parts = override(experiment, {"speed.micro_batch": 3})
+        parts = override(experiment, {"speed.micro_batch_size": 3})
         together, apart = (trained(to_yaml(each)) for each in (experiment, parts))
         torch.testing.assert_close(apart, together, rtol=0, atol=1e-11)
         assert not torch.equal(apart, trained(to_yaml(experiment), updates=0))
-    with pytest.raises(ConfigError, match=r"speed\.micro_batch: .*\(value 3\)"):
-        learners.build(override(Experiment(), CGAN | {"speed.micro_batch": 3}), CPU)
+    with pytest.raises(ConfigError, match=r"speed\.micro_batch_size: .*\(value 3\)"):
+        learners.build(override(Experiment(), CGAN | {"speed.micro_batch_size": 3}), CPU)
 
 
 def test_bfloat16_and_channels_last_round_and_nothing_else(tiny: Experiment):
@@ -260,21 +262,21 @@ def skipped_where_rank_1_fails(rank: int) -> torch.Tensor:
     for failure in (0.0, math.inf, math.nan):
         inputs = torch.full((1, 2), failure if rank == 1 and math.isnan(failure) else 1.0)
         added = failure if rank == 1 and math.isinf(failure) else 0.0
-        losses = descent.descend(lambda one, more=added: (descent(one).sum() + more, {}), [inputs], 0, weight=1.0)
+        losses = descent.training_step(lambda one, more=added: (descent(one).sum() + more, {}), [inputs], 0, weight=1.0)
         skipped.append(losses["skipped"])
     return torch.cat([torch.stack(skipped), nn.utils.parameters_to_vector(layer.parameters()).detach()])
 
 
 def heard_of_both(rank: int) -> torch.Tensor:
     """What four calls hear, where rank 1 sets the first flag at the first, and rank 0 the second at the second."""
-    any_of_each = distributed.AnyOfEach(CPU)
+    any_of_each = distributed.DelayedAnyReduce(CPU)
     said = [[rank == 1, False], [False, rank == 0], [False, False], [False, False]]
     heard = torch.tensor([any_of_each(flags) for flags in said])
     assert any_of_each.end() == [False, False]
     return heard
 
 
-KL = TINY_BETWEEN | {"train.batch": 8, "optim.lr": 1e-3, "model.kl_weight": 0.5, "model.kl_warmup_steps": 0}
+KL = TINY_BETWEEN | {"train.global_batch_size": 8, "optim.lr": 1e-3, "model.kl_weight": 0.5, "model.kl_warmup_steps": 0}
 ADVERSARIAL = {"model.adversarial_weight": 0.3, "model.discriminator_widths": (4, 6, 8)}
 
 
@@ -302,7 +304,7 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
     cgan = override(Experiment(), CGAN | {"model.batch_norm": False})
     # Batch norm looks at one worker's clips only, so it is off where they are to equal one.
     plain = [to_yaml(override(each, {"model.batch_norm": False, "optim.lr": 1e-3})) for each in (tiny, cgan)]
-    others = [CGAN | {"optim.ema": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
+    others = [CGAN | {"optim.ema_decay": 0.5}, TWO_STREAM, DIRECT_3D | {"model.reconstruction_weight": 1.0}]
     normalised = [to_yaml(override(Experiment(), each)) for each in others]
     first, second = trained_by(2, plain + normalised)
     heard = first.pop()
@@ -326,9 +328,9 @@ def test_two_workers_equal_each_other_and_one_with_twice_the_batch(tiny: Experim
 
 def test_between_does_not_depend_on_workers_or_micro_batches():
     """Its KL is a mean over the clips made from q, of which each worker has another number: 3, 3 and 2 clips of 8."""
-    shares = [{"model.sampled_share": share, "model.free_nats": free} for share, free in ((0.5, 0.02), (0.3, 0.0))]
+    shares = [{"model.posterior_fraction": share, "model.free_nats": free} for share, free in ((0.5, 0.02), (0.3, 0.0))]
     experiments = [override(Experiment(), KL | each) for each in (*shares, shares[0] | ADVERSARIAL)]
-    parts = [override(each, {"speed.micro_batch": size}) for each in experiments[:2] for size in (1, 3)]
+    parts = [override(each, {"speed.micro_batch_size": size}) for each in experiments[:2] for size in (1, 3)]
     expected = [trained(to_yaml(each)) for each in experiments]
     expected += [each for each in expected[:2] for _ in range(2)]
     for each, weights in zip(experiments, expected, strict=False):
@@ -351,16 +353,18 @@ def test_which_clips_are_made_from_q_follows_from_their_positions():
 
 
 def test_the_losses_of_between_are_means_over_the_clips_they_are_of():
-    learner = learners.build(override(Experiment(), KL | {"model.sampled_share": 0.3, "model.free_nats": 0.0}), CPU)
+    learner = learners.build(
+        override(Experiment(), KL | {"model.posterior_fraction": 0.3, "model.free_nats": 0.0}), CPU
+    )
     network = learner.networks["between"]
-    sampled, noise = is_sampled(POSITIONS, 0.3), noise_at(0, POSITIONS.tolist(), 2)
+    sampled, noise = is_sampled(POSITIONS, 0.3), noise_from_keys(0, POSITIONS.tolist(), 2)
     assert int(sampled.sum()) == 3
     real = to_floats(CLIPS)
     with torch.no_grad():
         for parameter in network.parameters():  # whose heads start from zero, where prior and q make the same frames
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)), alpha=0.02)
         made, *distributions = network(real, TIMES, noise, sampled)
-        relative = relative_error(made, real, TIMES, learner.model.error_floor)  # type: ignore[attr-defined]
+        relative = relative_error(made, real, TIMES, learner.model.error_epsilon)  # type: ignore[attr-defined]
         kl = gaussian_kl_between(*distributions)
     named = learner.update(CLIPS, TIMES, POSITIONS)
     torch.testing.assert_close(named["kl"], kl[sampled].sum(1).mean())
@@ -393,7 +397,7 @@ def _state_of(learner: learners.Learner) -> dict[str, Tensor]:
 @pytest.mark.parametrize("changes", ALL_MODELS)
 def test_a_skipped_step_leaves_no_trace_in_weights_statistics_averages_and_optimisers(tiny: Experiment, changes: dict):
     """The generator's first convolution is made to return NaN, as one whose input overflows does."""
-    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema": 0.9})
+    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema_decay": 0.9})
     learner = learners.build(experiment, CPU)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
     times = torch.linspace(0, 1, clips.shape[1]).expand(8, -1)
@@ -460,7 +464,7 @@ class _Waits(TorchDispatchMode):
 def test_a_step_does_not_wait_for_the_gpu(tiny: Experiment, changes: dict, monkeypatch: pytest.MonkeyPatch):
     """On the meta device, whose tensors have no values that could be read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # it does not know the meta device
-    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema": 0.9})
+    experiment = override(tiny if "model.kind" not in changes else Experiment(), changes | {"optim.ema_decay": 0.9})
     learner = learners.build(experiment, torch.device("meta"))
     for optimizer in learner.optimizers.values():
         monkeypatch.setattr(optimizer, "step", lambda: None)  # the fused one, which does not know it either
@@ -491,20 +495,20 @@ def test_sync_batch_norm_leaves_layers_that_use_batch_statistics_as_they_are(tin
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"speed.micro_batch": 1}, r"speed\.micro_batch: batch norm .*\(value 1\)"),
+        ({"speed.micro_batch_size": 1}, r"speed\.micro_batch_size: batch norm .*\(value 1\)"),
         ({"optim.discriminator_lr": 1e-3}, r"optim\.discriminator_lr: model\.kind=cvae trains no discriminator"),
         (TINY_BETWEEN | {"optim.discriminator_lr": 1e-3}, r"optim\.discriminator_lr: .*adversarial_weight"),
         (
-            {"data.intervals.frames": 6, "data.intervals.moments": "random"},
-            r"data\.intervals\.moments: model\.kind=cvae takes frames to be evenly spaced \(value 'random'\)",
+            {"data.segments.frames": 6, "data.segments.frame_times": "random"},
+            r"data\.segments\.frame_times: model\.kind=cvae takes frames to be evenly spaced \(value 'random'\)",
         ),
         (
-            TINY_BETWEEN | {"data.intervals.moments": "random"},
-            r"data\.intervals\.moments: is of parts of the videos.*data\.intervals\.frames=0",
+            TINY_BETWEEN | {"data.segments.frame_times": "random"},
+            r"data\.segments\.frame_times: is of parts of the videos.*data\.segments\.frames=0",
         ),
         (
-            KL | ADVERSARIAL | {"data.intervals.frames": 4, "data.intervals.moments": "random"},
-            r"data\.intervals\.moments: the discriminator .*evenly spaced",
+            KL | ADVERSARIAL | {"data.segments.frames": 4, "data.segments.frame_times": "random"},
+            r"data\.segments\.frame_times: the discriminator .*evenly spaced",
         ),
     ],
 )
@@ -535,15 +539,15 @@ def test_two_streams_frame_weight_follows_from_the_size_of_the_frames():
 @pytest.mark.parametrize(
     ("changes", "needed"),
     [
-        ({"data.intervals.shortest_s": 2.0}, "data.intervals.frames"),
-        ({"data.keep": False, "data.keep_gb": 3.0}, "data.keep"),
+        ({"data.segments.shortest_s": 2.0}, "data.segments.frames"),
+        ({"data.cache_decoded": False, "data.cache_max_gb": 3.0}, "data.cache_decoded"),
         ({"model.batch_norm": False, "model.image_batch_statistics": True}, "model.batch_norm"),
         ({"model.batch_norm": False, "speed.sync_batch_norm": True}, "model.batch_norm"),
         ({"model.kind": "cgan", "model.adversarial_loss": "hinge", "model.real_label": 0.8}, "model.adversarial_loss"),
         ({"model.kind": "between", "model.adversarial_from_step": 9}, "model.adversarial_weight"),
         ({"model.kind": "between", "model.discriminator_widths": (2, 2, 2)}, "model.adversarial_weight"),
         ({"model.kind": "between", "model.kl_weight": 0, "model.free_nats": 1.0}, "model.kl_weight"),
-        ({"model.kind": "between", "model.sampled_share": 0, "model.kl_weight": 1.0}, "model.sampled_share"),
+        ({"model.kind": "between", "model.posterior_fraction": 0, "model.kl_weight": 1.0}, "model.posterior_fraction"),
     ],
 )
 def test_a_field_that_acts_only_with_another_one_is_refused_without_it(changes: dict, needed: str):
