@@ -6,7 +6,7 @@ export RAY_USAGE_STATS_ENABLED
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED := .venv/installed
 
-.PHONY: demo test chaos bench lint ui lock clean
+.PHONY: demo test chaos bench lint docs ui lock clean
 
 demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; ends with a table and pictures
 	@.venv/bin/python jobs/demo.py
@@ -33,6 +33,9 @@ lint: $(INSTALLED)
 	.venv/bin/ruff format --check .
 	.venv/bin/pyright
 
+docs: $(INSTALLED)  ## the documentation site, into site/
+	.venv/bin/mkdocs build --strict --quiet
+
 ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PORT
 	@.venv/bin/python -m giffy_ray.tracking.server $(or $(RUNS),runs) $(or $(PORT),5000)
 
@@ -49,4 +52,4 @@ $(INSTALLED): requirements.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf runs .pytest_cache .ruff_cache
+	rm -rf runs site .pytest_cache .ruff_cache

@@ -1,12 +1,12 @@
-"""The report's CVAE at its full size on a GPU: a plain script, then each of the speed fields: benchmarks/gpu.py
+"""Times a training step of the paper's CVAE at full size on a GPU: plain scripts, then each of the `speed` fields.
 
-    python benchmarks/gpu.py [EXPERIMENT.yaml] [section.field=value ...]
+    PYTHONPATH=. python benchmarks/gpu.py [EXPERIMENT.yaml] [section.field=value ...]
 
-Ways take turns for ROUNDS rounds, each for STEPS steps on batches of stored clips that lie in pinned memory. The
-plain script is eager, with torch.optim.Adam and PyTorch's default precision (convolutions in TF32, products in
-float32); a careful one sets both to TF32 and lets cuDNN try its algorithms out, as our loop does. Utilisation counts
-products and convolutions once each, against the product rate that is measured here; so are the two floors, of
-arithmetic and of the bytes that must move.
+The methods alternate for ROUNDS rounds, each with STEPS steps on batches of cached clips in pinned memory. The plain
+script is eager, with torch.optim.Adam and PyTorch's default precision: TF32 for convolutions, float32 for matrix
+products. The careful script sets both to TF32 and lets cuDNN benchmark its algorithms, as the training loop does.
+Utilisation counts the operations of matrix products and convolutions, relative to the rate of matrix products that is
+measured on the device. Two lower bounds of the step time follow: from arithmetic, and from the bytes that it moves.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -34,26 +34,27 @@ from giffy_ray.data.sampler import TrainingSampler, rank_indices
 from giffy_ray.training import learners
 from giffy_ray.training.learners import losses
 
-DEFAULT = Path(__file__).parent.parent / "jobs" / "experiments" / "cvae-erupting.yaml"
-ROUNDS, WARM_UP, STEPS, CURVE = 3, 6, 25, 300
-CAREFUL = "plain script, TF32, cuDNN tuned"
-# Of float32 weights under Adam: read for the forward and for the backward pass, the gradient written; then Adam reads
-# it, the weight and its two averages, and writes three of them.
-BYTES_OF_PARAMETER = 4 * (2 + 1 + 4 + 3)
-FIELDS: dict[str, dict[str, object]] = {
-    "ours, float32": {"speed.precision": "float32"},
-    "ours: bfloat16, as by default": {},
-    "ours, channels last": {"speed.channels_last": True},
-    "ours, compiled": {"speed.compile": True},
-    "ours, compiled, channels last": {"speed.compile": True, "speed.channels_last": True},
+DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "cvae-erupting.yaml"
+ROUNDS, WARMUP_STEPS, STEPS, CURVE_STEPS = 3, 6, 25, 300
+BATCHES = 100
+CAREFUL_SCRIPT = "plain script, TF32, cuDNN tuned"
+# Memory traffic of a float32 weight: both passes read it, and the backward pass writes its gradient. Adam reads the
+# gradient, the weight and two moments, and writes the weight and the moments.
+BYTES_PER_PARAMETER = 4 * (2 + 1 + 4 + 3)
+OVERRIDES: dict[str, dict[str, object]] = {
+    "giffy_ray, float32": {"speed.precision": "float32"},
+    "giffy_ray, bfloat16 (the default)": {},
+    "giffy_ray, channels last": {"speed.channels_last": True},
+    "giffy_ray, compiled": {"speed.compile": True},
+    "giffy_ray, compiled, channels last": {"speed.compile": True, "speed.channels_last": True},
 }
 
-Batch = tuple[Tensor, Tensor, Tensor]  # clips, times, positions
+Batch = tuple[Tensor, Tensor, Tensor]  # clips, times, sample indices
 Step = Callable[[Batch], object]
 
 
-def plain(experiment: Experiment, device: torch.device, precision: str, tuned: bool) -> Step:
-    """What a user would write."""
+def build_script_step(experiment: Experiment, device: torch.device, precision: str, tune_cudnn: bool) -> Step:
+    """Returns the training step that a user would write."""
     torch.manual_seed(0)
     with device:
         network = models.build(experiment.model, experiment.clip)
@@ -62,21 +63,23 @@ def plain(experiment: Experiment, device: torch.device, precision: str, tuned: b
 
     def step(batch: Batch) -> float:
         torch.set_float32_matmul_precision(precision)
-        torch.backends.cudnn.benchmark = tuned
-        real = to_floats(batch[0].to(device))
-        made, mean, std = network(real, torch.randn(len(real), latent, device=device))
-        whole, ends = losses.squared_error(made, real), losses.squared_error(made[:, :, [0, -1]], real[:, :, [0, -1]])
-        loss = (losses.gaussian_kl(mean, std) + 2 * whole + 2 * ends).mean()
+        torch.backends.cudnn.benchmark = tune_cudnn
+        target = to_floats(batch[0].to(device))
+        generated, mean, std = network(target, torch.randn(len(target), latent, device=device))
+        clip_error = losses.squared_error(generated, target)
+        ends_error = losses.squared_error(generated[:, :, [0, -1]], target[:, :, [0, -1]])
+        loss = (losses.gaussian_kl(mean, std) + 2 * clip_error + 2 * ends_error).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return loss.item()  # a script logs it
+        return loss.item()  # scripts log it
 
     return step
 
 
-def ours(experiment: Experiment, device: torch.device) -> Step:
-    with device:  # weights are drawn there, which is faster
+def build_learner_step(experiment: Experiment, device: torch.device) -> Step:
+    """Returns the training step of giffy_ray."""
+    with device:  # initializing weights is faster there
         learner = learners.build(experiment, device, steps=10_000)
 
     def step(batch: Batch) -> dict[str, Tensor]:
@@ -87,150 +90,178 @@ def ours(experiment: Experiment, device: torch.device) -> Step:
     return step
 
 
-def ways(experiment: Experiment, device: torch.device) -> dict[str, Callable[[], Step]]:
-    ways = {
-        "plain script, float32": functools.partial(plain, experiment, device, "highest", False),
-        "plain script, TF32": functools.partial(plain, experiment, device, "high", False),
-        CAREFUL: functools.partial(plain, experiment, device, "high", True),
+def list_methods(experiment: Experiment, device: torch.device) -> dict[str, Callable[[], Step]]:
+    scripts = {
+        "plain script, float32": functools.partial(build_script_step, experiment, device, "highest", False),
+        "plain script, TF32": functools.partial(build_script_step, experiment, device, "high", False),
+        CAREFUL_SCRIPT: functools.partial(build_script_step, experiment, device, "high", True),
     }
-    return ways | {
-        name: functools.partial(ours, override(experiment, fields), device) for name, fields in FIELDS.items()
+    return scripts | {
+        name: functools.partial(build_learner_step, override(experiment, overrides), device)
+        for name, overrides in OVERRIDES.items()
     }
 
 
-def batches(experiment: Experiment, count: int, device: torch.device) -> list[Batch]:
-    dealer, size = TrainingSampler(prepare(experiment), experiment.data, 0), experiment.train.global_batch_size
-    ready = []
+def load_batches(experiment: Experiment, count: int, device: torch.device) -> list[Batch]:
+    sampler = TrainingSampler(prepare(experiment), experiment.data, 0)
+    batches = []
     for step in range(count):
-        positions = rank_indices(step, size, 0, 1)
-        clips, times = dealer(positions)
-        tensors = [torch.from_numpy(array) for array in (clips, times, positions)]
-        ready.append(tuple(one.pin_memory() if device.type == "cuda" else one for one in tensors))
-    return ready
+        sample_indices = rank_indices(step, experiment.train.global_batch_size, 0, 1)
+        clips, times = sampler(sample_indices)
+        tensors = [torch.from_numpy(array) for array in (clips, times, sample_indices)]
+        batches.append(tuple(tensor.pin_memory() if device.type == "cuda" else tensor for tensor in tensors))
+    return batches
 
 
-def now_s(device: torch.device) -> float:
+def synchronized_time_s(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
-def seconds_of(step: Step, ready: list[Batch], device: torch.device) -> float:
-    for place in range(WARM_UP):
-        step(ready[place % len(ready)])
-    began_s = now_s(device)
-    for place in range(STEPS):
-        step(ready[place % len(ready)])
-    return (now_s(device) - began_s) / STEPS
+def measure_step_s(step: Step, batches: list[Batch], device: torch.device) -> float:
+    for index in range(WARMUP_STEPS):
+        step(batches[index % len(batches)])
+    start_s = synchronized_time_s(device)
+    for index in range(STEPS):
+        step(batches[index % len(batches)])
+    return (synchronized_time_s(device) - start_s) / STEPS
 
 
-def used_gb(device: torch.device, most: bool = False) -> float:
-    if device.type != "cuda":
-        return 0.0
-    return (torch.cuda.max_memory_allocated if most else torch.cuda.memory_allocated)(device) / 1e9
+def allocated_gb(device: torch.device) -> float:
+    return torch.cuda.memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
-def curve(experiment: Experiment, ready: list[Batch], device: torch.device) -> list[float]:
-    """The loss of each step of a training, its noise the same in every precision."""
-    step = ours(experiment, device)
-    steps = [step(ready[place % len(ready)]) for place in range(CURVE)]
-    return [float(named["loss"]) for named in steps]  # type: ignore[index]
+def max_allocated_gb(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 1e9 if device.type == "cuda" else 0.0
 
 
-def ceilings(device: torch.device) -> tuple[float, float]:
-    """What the device reaches here: operations a second in bfloat16 products, and bytes a second read and written."""
+def record_curve(experiment: Experiment, batches: list[Batch], device: torch.device) -> list[float]:
+    """Returns the loss of each step of a training. The noise is the same in every precision."""
+    step = build_learner_step(experiment, device)
+    losses_by_step = [step(batches[index % len(batches)]) for index in range(CURVE_STEPS)]
+    return [float(named["loss"]) for named in losses_by_step]  # type: ignore[index]
+
+
+def measure_peaks(device: torch.device) -> tuple[float, float]:
+    """Returns FLOP/s of matrix products (bfloat16 on a GPU), and bytes read and written per second."""
     size, dtype = (8192, torch.bfloat16) if device.type == "cuda" else (1024, torch.float32)
-    one, other = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    left, right = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     source = torch.empty(2**30 if device.type == "cuda" else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    taken = []
-    for work in (lambda: one @ other, lambda: target.copy_(source)):
+    destination = torch.empty_like(source)
+    durations_s = []
+    for operation in (lambda: left @ right, lambda: destination.copy_(source)):
         for _ in range(3):
-            work()
-        began_s = now_s(device)
+            operation()
+        start_s = synchronized_time_s(device)
         for _ in range(10):
-            work()
-        taken.append((now_s(device) - began_s) / 10)
-    return 2 * size**3 / taken[0], 2 * source.numel() / taken[1]
+            operation()
+        durations_s.append((synchronized_time_s(device) - start_s) / 10)
+    return 2 * size**3 / durations_s[0], 2 * source.numel() / durations_s[1]
 
 
-def flops_of(experiment: Experiment, batch: Batch, device: torch.device) -> int:
-    step = plain(experiment, device, "high", False)
+def count_step_flops(experiment: Experiment, batch: Batch, device: torch.device) -> int:
+    step = build_script_step(experiment, device, "high", False)
     with FlopCounterMode(display=False) as counter:
         step(batch)
     return counter.get_total_flops()
 
 
-def free(device: torch.device) -> None:
+def count_parameters(experiment: Experiment) -> int:
+    with torch.device("meta"):
+        network = models.build(experiment.model, experiment.clip)
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def free_memory(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def measured(experiment: Experiment, ready: list[Batch], device: torch.device) -> tuple[list[dict], dict[str, float]]:
-    """Seconds a step by way, of each round, and the most memory that each takes, in GB. All stay in memory."""
+def measure(
+    experiment: Experiment, batches: list[Batch], device: torch.device
+) -> tuple[list[dict[str, float]], dict[str, float]]:
+    """Returns seconds per step by method, of each round, and the peak memory of each method in GB.
+
+    All methods stay in memory.
+    """
     rounds: list[dict[str, float]] = []
-    begun: dict[str, Step] = {}
-    memory_gb = {}
+    steps: dict[str, Step] = {}
+    memory_gb: dict[str, float] = {}
     for _ in range(ROUNDS):
-        seen = {}
-        for way, begin in ways(experiment, device).items():
-            began_s, others_gb = time.perf_counter(), used_gb(device)
-            step = begun[way] = begun.get(way) or begin()
-            seen[way] = seconds_of(step, ready, device)
-            memory_gb.setdefault(way, used_gb(device, most=True) - others_gb)
-            free(device)
-            print(f"{way}: {1000 * seen[way]:.1f} ms, {time.perf_counter() - began_s:.0f} s in all", flush=True)
-        rounds.append(seen)
+        step_s = {}
+        for name, build_step in list_methods(experiment, device).items():
+            start_s = time.perf_counter()
+            other_methods_gb = allocated_gb(device)
+            step = steps[name] = steps.get(name) or build_step()
+            step_s[name] = measure_step_s(step, batches, device)
+            memory_gb.setdefault(name, max_allocated_gb(device) - other_methods_gb)
+            free_memory(device)
+            duration_s = time.perf_counter() - start_s
+            print(f"{name}: {1000 * step_s[name]:.1f} ms per step, {duration_s:.0f} s in total", flush=True)
+        rounds.append(step_s)
     return rounds, memory_gb
 
 
-def table_of(rounds: list[dict[str, float]], memory_gb: dict[str, float], flops: int, rate: float, batch: int) -> Table:
-    table = Table(title=f"a step of {batch} clips", title_justify="left")
-    for heading in ("way", "ms", "clips/s", "of a careful script's rate", "utilisation", "GB"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
+def format_table(
+    rounds: list[dict[str, float]], memory_gb: Mapping[str, float], flops: int, peak_flops: float, batch_size: int
+) -> Table:
+    table = Table(title=f"one step of {batch_size} clips", title_justify="left")
+    for heading in ("method", "ms", "clips/s", "speed, careful script = 1", "utilisation", "GB"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
     for name in rounds[0]:
-        seconds = statistics.median(seen[name] for seen in rounds)
-        ratios = sorted(seen[CAREFUL] / seen[name] for seen in rounds)
-        spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        cells = [f"{1000 * seconds:.1f}", f"{batch / seconds:.0f}", spread, f"{flops / seconds / rate:.0%}"]
-        table.add_row(name, *cells, f"{memory_gb[name]:.1f}")
+        step_s = statistics.median(durations_s[name] for durations_s in rounds)
+        ratios = sorted(durations_s[CAREFUL_SCRIPT] / durations_s[name] for durations_s in rounds)
+        table.add_row(
+            name,
+            f"{1000 * step_s:.1f}",
+            f"{batch_size / step_s:.0f}",
+            f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})",
+            f"{flops / step_s / peak_flops:.0%}",
+            f"{memory_gb[name]:.1f}",
+        )
     return table
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    path = words.pop(0) if words and "=" not in words[0] else DEFAULT
-    experiment = load(path, words)
+    arguments = sys.argv[1:]
+    path = arguments.pop(0) if arguments and "=" not in arguments[0] else DEFAULT_EXPERIMENT
+    experiment = load(path, arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console(width=120)
     resources.connect()
-    ready, parameters = batches(experiment, 100, device), 0
-    with torch.device("meta"):
-        parameters = sum(each.numel() for each in models.build(experiment.model, experiment.clip).parameters())
-    rate, bandwidth = ceilings(device)
-    flops = flops_of(experiment, ready[0], device)
-    free(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    batches = load_batches(experiment, BATCHES, device)
+    parameters = count_parameters(experiment)
+    peak_flops, bandwidth = measure_peaks(device)
+    flops = count_step_flops(experiment, batches[0], device)
+    free_memory(device)
+    device_name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     console.print(
-        f"{name}, torch {torch.__version__}: {rate / 1e12:.0f} TFLOP/s in products, {bandwidth / 1e12:.2f} TB/s; "
-        f"{parameters:,} parameters, {flops / 1e12:.2f} TFLOP a step"
+        f"{device_name}, torch {torch.__version__}: {peak_flops / 1e12:.0f} TFLOP/s in matrix products, "
+        f"{bandwidth / 1e12:.2f} TB/s; {parameters:,} parameters, {flops / 1e12:.2f} TFLOP per step"
     )
-    moved = BYTES_OF_PARAMETER * parameters
-    console.print(f"floors: {1000 * flops / rate:.1f} ms by arithmetic, {1000 * moved / bandwidth:.1f} ms by bytes")
+    moved_bytes = BYTES_PER_PARAMETER * parameters
+    console.print(
+        f"lower bounds: {1000 * flops / peak_flops:.1f} ms of arithmetic, "
+        f"{1000 * moved_bytes / bandwidth:.1f} ms of memory traffic"
+    )
 
-    rounds, memory_gb = measured(experiment, ready, device)
-    free(device)
-    console.print(table_of(rounds, memory_gb, flops, rate, experiment.train.global_batch_size))
+    rounds, memory_gb = measure(experiment, batches, device)
+    free_memory(device)
+    console.print(format_table(rounds, memory_gb, flops, peak_flops, experiment.train.global_batch_size))
 
     curves = {}
     for precision in ("float32", "bfloat16"):
-        curves[precision] = curve(override(experiment, {"speed.precision": precision}), ready, device)
-        free(device)
-    for first in range(0, CURVE, CURVE // 6):
-        means = {name: statistics.mean(values[first : first + CURVE // 6]) for name, values in curves.items()}
-        console.print(f"steps {first + 1:3} on: " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items()))
+        curves[precision] = record_curve(override(experiment, {"speed.precision": precision}), batches, device)
+        free_memory(device)
+    length = CURVE_STEPS // 6
+    for first in range(0, CURVE_STEPS, length):
+        means = {name: statistics.mean(curve[first : first + length]) for name, curve in curves.items()}
+        console.print(
+            f"mean loss from step {first + 1:3}: " + ", ".join(f"{name} {mean:.1f}" for name, mean in means.items())
+        )
 
 
 if __name__ == "__main__":

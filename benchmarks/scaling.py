@@ -1,15 +1,18 @@
-"""How a step of training grows with workers and network: benchmarks/scaling.py [--rounds N] [--steps N]
+"""Predicts how a training step grows with the number of workers and the network, and checks the prediction here.
 
-The model of it: with W workers, each of which has its own share of the batch,
+    PYTHONPATH=. python benchmarks/scaling.py [--rounds N] [--steps N]
+
+With W workers, each of which has the same number of clips,
 
     step(W) = compute + max(0, exchange(W) - hidden),    exchange(W) = 2 (W - 1) / W * bytes / bandwidth
 
-`bytes` are those of the gradient, `exchange` is what a ring all-reduce sends and receives at each worker (Patarasuk &
-Yuan 2009), and `hidden` the part of the backward pass behind which DDP hides it: a half of the step on GPUs, nothing
-here, where the workers' cores do both. It is checked on this machine with one and two workers, whose processes talk by
-gloo over loopback, and says what GPUs would do. There `compute` is arithmetic at a share of the peak, and the bytes of
-the weights, read in both passes, of the gradient, and of Adam's seven passes over them all, at the memory's speed; but
-never less than what starting the kernels takes. The assumptions are in MACHINES.
+`bytes` is the size of the gradient. `exchange` is the time of a ring all-reduce (Patarasuk & Yuan 2009). `hidden` is
+the part of the exchange that DDP overlaps with the backward pass: half a step on GPUs, and nothing on this machine,
+where the workers' cores do both. The check compares one and two workers, which communicate over gloo and loopback.
+
+The prediction for GPUs takes `compute` as the sum of arithmetic at a share of peak FLOP/s, and of memory traffic: both
+passes read the weights, the gradient is written, and Adam makes seven passes over all of them. A step takes at least
+the time to launch its kernels. MACHINES lists the assumptions.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import os
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,135 +39,162 @@ from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.training import learners
 
 EXPERIMENTS = Path(__file__).parent.parent / "jobs" / "experiments"
-BATCH = 16
-# Checked here: a network whose gradient is small against its work, and one with the proportions of the report's.
-CHECKED = {
+BATCH_SIZE = 16  # clips per worker in the check
+GPU_BATCH_SIZE = 20  # clips per GPU in the prediction
+GPU_COUNTS = (1, 8, 64, 512)
+# Checked here: a network with a small gradient for its arithmetic, and one with the proportions of the paper's CVAE.
+CHECKED_EXPERIMENTS = {
     "between": ("between", {}),
     "demo CVAE with wide layers": ("demo", {"model.image_hidden": 2048, "model.video_hidden": 1024}),
 }
-PREDICTED = {"report's CVAE, 485 M": "cvae-erupting", "between, 1.4 M": "between"}
+PREDICTED_EXPERIMENTS = {"the paper's CVAE, 485 M": "cvae-erupting", "between, 1.4 M": "between"}
 
 
 @dataclass(frozen=True)
 class Machine:
-    """GPUs of one kind. `nvlink` and `network` are bytes a second of an all-reduce's ring at each GPU, as measured by
-    NCCL's tests on such machines, in one node of eight and across nodes."""
+    """GPUs of one kind.
+
+    `nvlink` and `network` are the bandwidth per GPU of a ring all-reduce in one node of eight and across nodes, as
+    NCCL's tests measure it on such machines.
+    """
 
     name: str
-    flops: float  # that a training of small convolutions reaches, a second: an assumption
-    memory: float  # bytes a second
-    nvlink: float
-    network: float
-    per_node: int = 8
-    hidden: float = 0.5  # of a step
-    launches_s: float = 3e-3  # of the kernels of a step, one after the other
+    flops: float  # per second, reached by a training with small convolutions: an assumption
+    memory: float  # bytes per second
+    nvlink: float  # bytes per second
+    network: float  # bytes per second
+    gpus_per_node: int = 8
+    hidden: float = 0.5  # share of a step
+    launches_s: float = 3e-3  # to launch the kernels of a step, one after the other
 
 
 MACHINES = [
-    Machine("H100, 400 Gb/s a GPU", 0.3 * 989e12, 0.8 * 3.35e12, 360e9, 45e9),
-    Machine("H100, 100 Gb/s a node", 0.3 * 989e12, 0.8 * 3.35e12, 360e9, 1.5e9),
+    Machine("H100, 400 Gb/s per GPU", 0.3 * 989e12, 0.8 * 3.35e12, 360e9, 45e9),
+    Machine("H100, 100 Gb/s per node", 0.3 * 989e12, 0.8 * 3.35e12, 360e9, 1.5e9),
 ]
 
 
-def exchange_s(workers: int, gradient_bytes: float, bandwidth: float) -> float:
+def predict_exchange_s(workers: int, gradient_bytes: float, bandwidth: float) -> float:
     return 2 * (workers - 1) / workers * gradient_bytes / bandwidth
 
 
-def compute_s(machine: Machine, flops: float, parameters: int) -> float:
+def predict_compute_s(machine: Machine, flops: float, parameters: int) -> float:
     moved_bytes = 4 * parameters * (2 + 1 + 7)
     return max(machine.launches_s, flops / machine.flops + moved_bytes / machine.memory)
 
 
-def step_s(machine: Machine, workers: int, compute_s: float, parameters: int) -> float:
-    bandwidth = machine.nvlink if workers <= machine.per_node else machine.network
-    return compute_s + max(0.0, exchange_s(workers, 4 * parameters, bandwidth) - machine.hidden * compute_s)
+def predict_step_s(machine: Machine, workers: int, compute_s: float, parameters: int) -> float:
+    bandwidth = machine.nvlink if workers <= machine.gpus_per_node else machine.network
+    exchange_s = predict_exchange_s(workers, 4 * parameters, bandwidth)
+    return compute_s + max(0.0, exchange_s - machine.hidden * compute_s)
 
 
-def in_processes(yaml: str, workers: int, joined: bool, steps: int) -> tuple[float, float]:
-    """Seconds a step, and of an exchange of the gradient by itself (0 where the workers are not joined)."""
+def measure_in_processes(yaml: str, workers: int, joined: bool, steps: int) -> tuple[float, float]:
+    """Runs training steps in one process per worker.
+
+    Args:
+        yaml: The experiment.
+        workers: Number of processes.
+        joined: The processes share a process group; otherwise they train independently.
+        steps: Training steps of each process.
+
+    Returns:
+        Seconds per step and per all-reduce of the gradient alone (0 unless joined), of the slowest worker.
+    """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        words = (yaml, workers, joined, steps, port, folder)
-        torch.multiprocessing.spawn(_process, args=words, nprocs=workers)  # type: ignore[attr-defined]
-        seconds = np.asarray([np.loadtxt(path) for path in sorted(Path(folder).iterdir())])
-    return float(seconds[:, 0].max()), float(seconds[:, 1].max())
+        arguments = (yaml, workers, joined, steps, port, folder)
+        torch.multiprocessing.spawn(_run_worker, args=arguments, nprocs=workers)  # type: ignore[attr-defined]
+        durations_s = np.asarray([np.loadtxt(path) for path in sorted(Path(folder).iterdir())])
+    return float(durations_s[:, 0].max()), float(durations_s[:, 1].max())
 
 
-def _process(rank: int, yaml: str, workers: int, joined: bool, steps: int, port: int, folder: str) -> None:
+def _run_worker(rank: int, yaml: str, workers: int, joined: bool, steps: int, port: int, folder: str) -> None:
     torch.set_num_threads(1)
     if joined:
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
     experiment = from_yaml(yaml)
-    # As many clips on each worker, however many there are.
+    # Each worker has the same number of clips, regardless of the number of workers.
     learner = learners.build(experiment, torch.device("cpu"))
     frames = experiment.data.segments.frames or experiment.clip.frames
-    clips = torch.randint(0, 256, (BATCH, frames, 64, 64, 3), dtype=torch.uint8)
-    times, positions = torch.linspace(0, 1, frames).expand(BATCH, -1), torch.arange(BATCH)
-    taken_s = seconds_of(lambda: learner.update(clips, times, positions), steps)
-    exchanged_s = 0.0
+    clips = torch.randint(0, 256, (BATCH_SIZE, frames, 64, 64, 3), dtype=torch.uint8)
+    times = torch.linspace(0, 1, frames).expand(BATCH_SIZE, -1)
+    sample_indices = torch.arange(BATCH_SIZE)
+    step_s = measure_median_s(lambda: learner.update(clips, times, sample_indices), steps)
+    exchange_s = 0.0
     if joined:
-        gradient = torch.zeros(parameters_of(experiment))
-        exchanged_s = seconds_of(lambda: dist.all_reduce(gradient), steps)
-    np.savetxt(os.path.join(folder, str(rank)), [taken_s, exchanged_s])
+        gradient = torch.zeros(count_parameters(experiment))
+        exchange_s = measure_median_s(lambda: dist.all_reduce(gradient), steps)
+    np.savetxt(os.path.join(folder, str(rank)), [step_s, exchange_s])
     if joined:
         dist.destroy_process_group()
 
 
-def seconds_of(step, steps: int) -> float:
-    taken_s = []
-    for _ in range(steps):
-        began_s = time.perf_counter()
-        step()
-        taken_s.append(time.perf_counter() - began_s)
-    return statistics.median(taken_s[steps // 3 :])
+def measure_median_s(function: Callable[[], object], repetitions: int) -> float:
+    """Returns the median duration, without the first third."""
+    durations_s = []
+    for _ in range(repetitions):
+        start_s = time.perf_counter()
+        function()
+        durations_s.append(time.perf_counter() - start_s)
+    return statistics.median(durations_s[repetitions // 3 :])
 
 
-def parameters_of(experiment: Experiment) -> int:
+def count_parameters(experiment: Experiment) -> int:
     with torch.device("meta"):
-        return sum(each.numel() for each in models.build(experiment.model, experiment.clip).parameters())
+        network = models.build(experiment.model, experiment.clip)
+    return sum(parameter.numel() for parameter in network.parameters())
 
 
-def flops_of(experiment: Experiment, batch: int) -> int:
-    """Of a step: three times those of its forward pass, which is counted."""
+def estimate_step_flops(experiment: Experiment, batch_size: int) -> int:
+    """Counts the FLOPs of the forward pass; a step takes three times as many."""
+    clip = experiment.clip
     with torch.device("meta"):
-        network, clip, frames = models.build(experiment.model, experiment.clip), experiment.clip, 4
-        noise = torch.zeros(batch, experiment.model.latent)
+        network = models.build(experiment.model, clip)
+        noise = torch.zeros(batch_size, experiment.model.latent)
         if experiment.model.kind == "between":
-            inputs = (torch.zeros(batch, 3, frames, 64, 64), torch.zeros(batch, frames), noise, torch.zeros(batch) > 0)
+            frames = 4
+            clips = torch.zeros(batch_size, 3, frames, 64, 64)
+            inputs = (clips, torch.zeros(batch_size, frames), noise, torch.zeros(batch_size) > 0)
         else:
-            inputs = (torch.zeros(batch, 3, clip.frames, clip.height, clip.width), noise)
+            inputs = (torch.zeros(batch_size, 3, clip.frames, clip.height, clip.width), noise)
         with FlopCounterMode(display=False) as counter:
             network(*inputs)
     return 3 * counter.get_total_flops()
 
 
-def checked(rounds: int, steps: int) -> Table:
-    table = Table(title="here: milliseconds a step of 16 clips on each worker, medians", title_justify="left")
+def tabulate_check(rounds: int, steps: int) -> Table:
+    title = f"measured here: milliseconds per step of {BATCH_SIZE} clips on each worker, medians"
+    table = Table(title=title, title_justify="left")
     for heading in ("network", "gradient MB", "one worker", "two apart", "exchange", "two: predicted", "two: measured"):
         table.add_column(heading, justify="left" if heading == "network" else "right")
-    for name, (file, changes) in CHECKED.items():
-        experiment = override(load(EXPERIMENTS / f"{file}.yaml"), changes | {"train.global_batch_size": 2 * BATCH})
-        yaml, seen = to_yaml(experiment), []
+    for name, (file, overrides) in CHECKED_EXPERIMENTS.items():
+        experiment = load(EXPERIMENTS / f"{file}.yaml")
+        experiment = override(experiment, overrides | {"train.global_batch_size": 2 * BATCH_SIZE})
+        yaml = to_yaml(experiment)
+        rows = []
         for _ in range(rounds):
-            one, apart = in_processes(yaml, 1, False, steps)[0], in_processes(yaml, 2, False, steps)[0]
-            together, exchanged = in_processes(yaml, 2, True, steps)
-            seen.append([one, apart, exchanged, apart + exchanged, together])
-        medians = [f"{1000 * statistics.median(column):.0f}" for column in zip(*seen, strict=True)]
-        table.add_row(name, f"{4 * parameters_of(experiment) / 1e6:.1f}", *medians)
+            single_s, _ = measure_in_processes(yaml, 1, False, steps)
+            apart_s, _ = measure_in_processes(yaml, 2, False, steps)
+            joined_s, exchange_s = measure_in_processes(yaml, 2, True, steps)
+            rows.append([single_s, apart_s, exchange_s, apart_s + exchange_s, joined_s])
+        medians = [f"{1000 * statistics.median(column):.0f}" for column in zip(*rows, strict=True)]
+        table.add_row(name, f"{4 * count_parameters(experiment) / 1e6:.1f}", *medians)
     return table
 
 
-def predicted() -> Table:
-    table = Table(title="predicted: milliseconds a step of 20 clips on each GPU, and efficiency", title_justify="left")
-    for heading in ("network", "machine", "gradient MB", "1", "8", "64", "512"):
+def tabulate_predictions() -> Table:
+    title = f"predicted: milliseconds per step of {GPU_BATCH_SIZE} clips on each GPU, and efficiency"
+    table = Table(title=title, title_justify="left")
+    for heading in ("network", "machine", "gradient MB", *map(str, GPU_COUNTS)):
         table.add_column(heading, justify="left" if heading in ("network", "machine") else "right")
-    for name, file in PREDICTED.items():
+    for name, file in PREDICTED_EXPERIMENTS.items():
         experiment = load(EXPERIMENTS / f"{file}.yaml")
-        parameters = parameters_of(experiment)
+        parameters = count_parameters(experiment)
         for machine in MACHINES:
-            alone_s = compute_s(machine, flops_of(experiment, 20), parameters)
-            steps = [step_s(machine, workers, alone_s, parameters) for workers in (1, 8, 64, 512)]
-            cells = [f"{1000 * seconds:.1f} ({alone_s / seconds:.0%})" for seconds in steps]
+            compute_s = predict_compute_s(machine, estimate_step_flops(experiment, GPU_BATCH_SIZE), parameters)
+            steps_s = [predict_step_s(machine, gpus, compute_s, parameters) for gpus in GPU_COUNTS]
+            cells = [f"{1000 * step_s:.1f} ({compute_s / step_s:.0%})" for step_s in steps_s]
             table.add_row(name, machine.name, f"{4 * parameters / 1e6:.0f}", *cells)
     return table
 
@@ -172,10 +203,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=12)
-    words = parser.parse_args()
+    arguments = parser.parse_args()
     console = Console(width=120)
-    console.print(predicted())
-    console.print(checked(words.rounds, words.steps))
+    console.print(tabulate_predictions())
+    console.print(tabulate_check(arguments.rounds, arguments.steps))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""What a search finds, and what a trial costs beside its training: benchmarks/search.py [--seeds N] [--trials N]
+"""Measures the overhead of a trial, and compares TPE with random sampling.
 
-First the cost, on a CVAE so small that training it is nothing: searches of trials one after the other, with one report
-each and with many. Then searches of jobs/experiments/demo.yaml, by TPE and at random, which take turns over seeds. The
-best trial of each, and the one with the report's values (the first of every search), make the test clips, which no
-search has seen.
+    PYTHONPATH=. python benchmarks/search.py [--seeds N] [--trials N]
+
+The overhead is measured on a CVAE whose training takes next to no time: its trials run one after the other, first with
+one report each, then with many. The comparison alternates between searches of jobs/experiments/demo.yaml by TPE and by
+random sampling. Their best trials, and the trial with the paper's values (the first of every search), are evaluated on
+test clips, which no search uses.
 """
 
 from __future__ import annotations
@@ -20,95 +22,116 @@ from rich.console import Console
 from rich.table import Table
 
 from giffy_ray.cluster import resources
+from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import Experiment, load
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
 from giffy_ray.evaluation import metrics
-from giffy_ray.models.sampling import learner_method
+from giffy_ray.models.sampling import LearnerMethod
 from giffy_ray.tracking.tracker import open_run
-from giffy_ray.training import checkpoints
+from giffy_ray.training import checkpoint_format, checkpoint_selection
 from giffy_ray.tuning import tuner
+from giffy_ray.tuning.tuner import Study, Trial
 
 ROOT = Path(__file__).parent.parent
-TINY = ROOT / "tests" / "tiny.yaml"
-MANY = 21  # reports of a trial
+TINY_EXPERIMENT = ROOT / "tests" / "tiny.yaml"
+DEMO_EXPERIMENT = ROOT / "jobs" / "experiments" / "demo.yaml"
+MANY_EPOCHS = 21  # reports of a trial
+OVERHEAD_TRIALS = 6
+TEST_BATCHES = 10
 
 
-def searched(experiment: Experiment, store: ClipDataset, share: resources.WorkerResources) -> tuner.Study:
+def run_search(experiment: Experiment, dataset: ClipDataset, worker_resources: WorkerResources) -> Study:
     with open_run(experiment) as parent:
-        found = tuner.search(experiment, store, share, parent.place, tuner.initial_points(experiment))
+        points = tuner.initial_points(experiment)
+        study = tuner.search(experiment, dataset, worker_resources, parent.run_dir, points)
         parent.finish()
-    return found
+    return study
 
 
-def seconds_of_trials(storage: str, trials: int) -> tuple[float, float]:
-    """Seconds of a trial that trains for next to nothing, and of each further report, with a checkpoint.
+def measure_overhead_s(storage: str, trials: int) -> tuple[float, float]:
+    """Returns the seconds of a trial with one report, and of each further report with its checkpoint.
 
-    One trial at a time; what the first of a search takes longer, while its process starts, is part of the mean.
+    The mean includes the start of the process, which the first trial of a search waits for.
     """
-    taken_s = {}
-    for epochs in (1, MANY):
-        words = [f"storage={storage}", f"name=cost-{epochs}", f"search.trials={trials}", f"search.epochs={epochs}"]
-        words += ["search.asha=false", "data.synthetic.training_clips=4", "data.synthetic.validation_clips=1"]
-        experiment = load(TINY, [*words, "cluster.workers=1"])
-        store = prepare(experiment)
-        began_s = time.perf_counter()
-        searched(experiment, store, resources.WorkerResources(1.0, 0, 1))
-        taken_s[epochs] = (time.perf_counter() - began_s) / trials
-    return taken_s[1], (taken_s[MANY] - taken_s[1]) / (MANY - 1)
+    trial_s = {}
+    for epochs in (1, MANY_EPOCHS):
+        overrides = [
+            f"storage={storage}",
+            f"name=cost-{epochs}",
+            f"search.trials={trials}",
+            f"search.epochs={epochs}",
+            "search.asha=false",
+            "data.synthetic.training_clips=4",
+            "data.synthetic.validation_clips=1",
+            "cluster.workers=1",
+        ]
+        experiment = load(TINY_EXPERIMENT, overrides)
+        dataset = prepare(experiment)
+        start_s = time.perf_counter()
+        run_search(experiment, dataset, WorkerResources(1.0, 0, 1))
+        trial_s[epochs] = (time.perf_counter() - start_s) / trials
+    return trial_s[1], (trial_s[MANY_EPOCHS] - trial_s[1]) / (MANY_EPOCHS - 1)
 
 
-def l2_of(trial: Experiment, store: ClipDataset) -> float:
-    """On the test clips: the mean distance, in the report's unit."""
-    learner, _ = checkpoints.load(checkpoints.latest_checkpoint(trial))
-    make, distances = learner_method(learner, trial.train.seed), []
-    for rows in np.array_split(store.split_indices("test"), 10):
-        real = torch.from_numpy(store.get_clips(rows))
-        made = make(real[:, 0], real[:, -1], [store.ids[row] for row in rows])
-        distances += metrics.l2_paper(made, real).tolist()
+def measure_test_l2(experiment: Experiment, trial: Trial, dataset: ClipDataset) -> float:
+    """Returns a trial's mean l2 distance on the test clips, in the paper's unit."""
+    trial_experiment = tuner.trial_experiment(experiment, trial.number, trial.values)
+    checkpoint = checkpoint_selection.latest_checkpoint(trial_experiment)
+    learner, _ = checkpoint_format.load_learner(checkpoint)
+    method = LearnerMethod(learner, trial_experiment.train.seed)
+    distances: list[float] = []
+    for indices in np.array_split(dataset.split_indices("test"), TEST_BATCHES):
+        target = torch.from_numpy(dataset.get_clips(indices))
+        generated = method(target[:, 0], target[:, -1], [dataset.ids[index] for index in indices])
+        distances += metrics.l2_paper(generated, target).tolist()
     return statistics.mean(distances)
 
 
-def compared(storage: str, seeds: int, trials: int) -> Table:
-    table = Table(title=f"l2 on test clips, {trials} trials; minutes of two cores", title_justify="left")
-    for heading in ("seed", "report's values", "TPE", "minutes", "at random", "minutes"):
+def compare_samplers(storage: str, seeds: int, trials: int) -> Table:
+    table = Table(title=f"l2 on test clips, {trials} trials per search", title_justify="left")
+    for heading in ("seed", "paper's values", "TPE", "minutes", "random", "minutes"):
         table.add_column(heading, justify="right")
-    columns: list[list[float]] = []
+    rows: list[list[float]] = []
     for seed in range(seeds):
-        row = []
+        row: list[float] = []
         for sampler in ("tpe", "random"):
-            words = [f"storage={storage}", f"name={sampler}-{seed}", f"search.sampler={sampler}", f"search.seed={seed}"]
-            words += [f"search.trials={trials}", "data.synthetic.test_clips=20"]
-            experiment = load(ROOT / "jobs" / "experiments" / "demo.yaml", words)
-            store = prepare(experiment)
-            began_s = time.perf_counter()
-            found = searched(experiment, store, resources.trial_resources_for(experiment))
-            minutes = (time.perf_counter() - began_s) / 60
-            report = next(trial for trial in found.trials if trial.number == 0)
-            l2s = [
-                l2_of(tuner.experiment_of(experiment, trial.number, trial.values), store)
-                for trial in (report, found.best[0])
+            overrides = [
+                f"storage={storage}",
+                f"name={sampler}-{seed}",
+                f"search.sampler={sampler}",
+                f"search.seed={seed}",
+                f"search.trials={trials}",
+                "data.synthetic.test_clips=20",
             ]
-            row += [*l2s[len(row) > 0 :], minutes]
-            print(f"seed {seed}, {sampler}: report {l2s[0]:.1f}, best {l2s[1]:.1f}, {minutes:.1f} min", flush=True)
-        columns.append(row)
+            experiment = load(DEMO_EXPERIMENT, overrides)
+            dataset = prepare(experiment)
+            start_s = time.perf_counter()
+            study = run_search(experiment, dataset, resources.trial_resources_for(experiment))
+            minutes = (time.perf_counter() - start_s) / 60
+            paper_trial = next(trial for trial in study.trials if trial.number == 0)
+            paper_l2 = measure_test_l2(experiment, paper_trial, dataset)
+            best_l2 = measure_test_l2(experiment, study.best[0], dataset)
+            if not row:  # both samplers start with the same trial
+                row.append(paper_l2)
+            row += [best_l2, minutes]
+            print(f"seed {seed}, {sampler}: paper {paper_l2:.1f}, best {best_l2:.1f}, {minutes:.1f} min", flush=True)
+        rows.append(row)
         table.add_row(str(seed), *(f"{value:.1f}" for value in row))
-    table.add_row("mean", *(f"{statistics.mean(values):.1f}" for values in zip(*columns, strict=True)))
+    table.add_row("mean", *(f"{statistics.mean(column):.1f}" for column in zip(*rows, strict=True)))
     return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--trials", type=int, default=12)
-    words = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=3, help="searches per sampler")
+    parser.add_argument("--trials", type=int, default=12, help="trials per search")
+    arguments = parser.parse_args()
     resources.connect()
     with tempfile.TemporaryDirectory() as storage:
-        trial_s, report_s = seconds_of_trials(storage, 6)
-        print(
-            f"a trial beside its training: {trial_s:.1f} s; a report, with validation and checkpoint: {report_s:.3f} s"
-        )
-        Console(width=100).print(compared(storage, words.seeds, words.trials))
+        trial_s, report_s = measure_overhead_s(storage, OVERHEAD_TRIALS)
+        print(f"overhead of a trial: {trial_s:.1f} s; of a report, with validation and checkpoint: {report_s:.3f} s")
+        Console(width=100).print(compare_samplers(storage, arguments.seeds, arguments.trials))
 
 
 if __name__ == "__main__":

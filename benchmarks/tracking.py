@@ -1,8 +1,11 @@
-"""What an MLflow server that is away costs a training: benchmarks/tracking.py [--rounds N] [--seconds S]
+"""Measures how much an unreachable MLflow server slows down a training.
 
-The demo's CVAE on two clips a step, in this process, with what is logged of a training and far more often: losses with
-each step, an animation every fifty, the machine every ten seconds. In each round the server, a real one, is there for S
-seconds and then killed for S seconds. When it is back, all that was logged has to be there once.
+    PYTHONPATH=. python benchmarks/tracking.py [--rounds N] [--seconds S]
+
+The demo's CVAE trains in this process on two clips per step. It logs what a training logs, but far more often: losses
+at every step, an animation every fifty steps, and system metrics every ten seconds. In each round a real server runs
+for S seconds, and the training continues for S seconds after the server was killed. After the last restart, MLflow must
+have each value exactly once.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import signal
 import statistics
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from mlflow.tracking import MlflowClient
@@ -20,96 +25,122 @@ from rich.console import Console
 from rich.table import Table
 
 from giffy_ray.cluster.local import free_port
-from giffy_ray.config import load, override
+from giffy_ray.config import Experiment, load, override
 from giffy_ray.tracking.server import mlflow_server
 from giffy_ray.tracking.tracker import Tracker, open_run
 from giffy_ray.training import learners
 
 EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "demo.yaml"
-ANIMATION_EVERY = 50  # steps
-Steps = list[tuple[float, float]]
-PICTURE = b"\0" * 300_000  # bytes, about those of an animation
+BATCH_SIZE = 2
+ANIMATION_EVERY_STEPS = 50
+ANIMATION = b"\0" * 300_000  # about the size of a real one
+WARMUP_S = 5
 
 
-def main() -> None:
-    words = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    words.add_argument("--rounds", type=int, default=3)
-    words.add_argument("--seconds", type=float, default=60)
-    asked = words.parse_args()
-    torch.set_num_threads(1)  # the server, and what sends to it, have the other core
-    with tempfile.TemporaryDirectory() as folder:
-        port = free_port()
-        changes = {
-            "storage": folder,
-            "name": "run",
-            "train.global_batch_size": 2,
-            "cluster.workers": 1,
-            "tracking.uri": f"http://127.0.0.1:{port}",
-        }
-        experiment = override(load(EXPERIMENT), changes)
-        training = Training(experiment)
-        backend, files = f"sqlite:///{folder}/server.db", ["--artifacts-destination", f"{folder}/artifacts"]
-        there, away = [], []
-        tracker = None
-        for _ in range(asked.rounds):
-            with mlflow_server(backend, port, files) as server:
-                if tracker is None:
-                    tracker = open_run(experiment)
-                    tracker.sample(1, 0)
-                    training.steps(tracker, 5)  # the first ones are not those of a training
-                tracker.flush()
-                there.append(training.steps(tracker, asked.seconds))
-                server.end(signal.SIGKILL)
-                away.append(training.steps(tracker, asked.seconds))
-        assert tracker
-        with mlflow_server(backend, port, files) as server:
-            tracker.finish()
-            print_out(there, away, training.logged, server.address, tracker.run_id)
+class StepTime(NamedTuple):
+    total_ms: float
+    logging_ms: float
 
 
 class Training:
-    def __init__(self, experiment):
+    """Trains on random clips and logs each step."""
+
+    def __init__(self, experiment: Experiment):
         self.learner = learners.build(experiment, torch.device("cpu"), steps=10**6)
-        clip, self.batch = experiment.clip, experiment.train.global_batch_size
-        self.clips = torch.randint(0, 256, (self.batch, clip.frames, clip.height, clip.width, 3), dtype=torch.uint8)
-        self.times = torch.linspace(0, 1, clip.frames).expand(self.batch, -1)
-        self.step, self.logged = 0, dict[int, float]()
+        clip = experiment.clip
+        self.batch_size = experiment.train.global_batch_size
+        shape = (self.batch_size, clip.frames, clip.height, clip.width, 3)
+        self.clips = torch.randint(0, 256, shape, dtype=torch.uint8)
+        self.times = torch.linspace(0, 1, clip.frames).expand(self.batch_size, -1)
+        self.step = 0
+        self.logged_losses: dict[int, float] = {}
 
-    def steps(self, tracker: Tracker, seconds: float) -> Steps:
-        """Milliseconds of each step in so many seconds, and those that it waited for what was logged."""
-        took_ms, end_s = [], time.perf_counter() + seconds
-        while (began_s := time.perf_counter()) < end_s:
-            positions = torch.arange(self.step * self.batch, (self.step + 1) * self.batch)
-            losses = self.learner.update(self.clips, self.times, positions)
+    def run(self, tracker: Tracker, duration_s: float) -> list[StepTime]:
+        """Trains for `duration_s`. Returns the time of each step, and the part of it that logging takes."""
+        step_times = []
+        end_s = time.perf_counter() + duration_s
+        while (start_s := time.perf_counter()) < end_s:
+            sample_indices = torch.arange(self.step * self.batch_size, (self.step + 1) * self.batch_size)
+            losses = self.learner.update(self.clips, self.times, sample_indices)
             self.step += 1
-            self.logged[self.step] = float(losses["loss"])
+            self.logged_losses[self.step] = float(losses["loss"])
             computed_s = time.perf_counter()
-            tracker.log_metrics({"train/loss": self.logged[self.step]}, self.step)
-            if self.step % ANIMATION_EVERY == 0:
-                tracker.log_animation(lambda: PICTURE, "validation", self.step)
-            now_s = time.perf_counter()
-            took_ms.append((1000 * (now_s - began_s), 1000 * (now_s - computed_s)))
-        return took_ms
+            tracker.log_metrics({"train/loss": self.logged_losses[self.step]}, self.step)
+            if self.step % ANIMATION_EVERY_STEPS == 0:
+                tracker.log_animation(lambda: ANIMATION, "validation", self.step)
+            logged_s = time.perf_counter()
+            step_times.append(StepTime(1000 * (logged_s - start_s), 1000 * (logged_s - computed_s)))
+        return step_times
 
 
-def print_out(there: list[Steps], away: list[Steps], logged: dict[int, float], address: str, run_id: str) -> None:
-    title = "demo.yaml, two clips a step, one core; medians"
-    table = Table("MLflow's server", "step, ms, by round", "all", "of it logging, ms", title=title)
-    for name, rounds in (("there", there), ("killed", away)):
-        every = [one for each in rounds for one in each]
-        by_round = ", ".join(f"{median(each):.1f}" for each in rounds)
-        table.add_row(name, by_round, f"{median(every):.1f}", f"{median(every, 1):.2f}")
+def median_total_ms(step_times: Sequence[StepTime]) -> float:
+    return statistics.median(step_time.total_ms for step_time in step_times)
+
+
+def median_logging_ms(step_times: Sequence[StepTime]) -> float:
+    return statistics.median(step_time.logging_ms for step_time in step_times)
+
+
+def print_step_times(running_rounds: list[list[StepTime]], killed_rounds: list[list[StepTime]]) -> None:
+    title = "demo.yaml, two clips per step, one core; medians"
+    table = Table("MLflow server", "step, ms, by round", "all rounds", "of it logging, ms", title=title)
+    for name, rounds in (("running", running_rounds), ("killed", killed_rounds)):
+        step_times = [step_time for round_times in rounds for step_time in round_times]
+        by_round = ", ".join(f"{median_total_ms(round_times):.1f}" for round_times in rounds)
+        table.add_row(name, by_round, f"{median_total_ms(step_times):.1f}", f"{median_logging_ms(step_times):.2f}")
     Console().print(table)
-    ratios = [median(killed) / median(up) for up, killed in zip(there, away, strict=True)]
-    said = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-    print(f"killed over there, by round: {said}; in the middle {statistics.median(ratios):.3f}")
+    ratios = [
+        median_total_ms(killed) / median_total_ms(running)
+        for running, killed in zip(running_rounds, killed_rounds, strict=True)
+    ]
+    by_round = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+    print(f"killed / running, by round: {by_round}; median {statistics.median(ratios):.3f}")
+
+
+def print_completeness(logged_losses: dict[int, float], address: str, run_id: str) -> None:
     history = MlflowClient(address).get_metric_history(run_id, "train/loss")
-    same = {one.step: one.value for one in history} == logged and len(history) == len(logged)
-    print(f"{len(logged)} losses were logged, {len(history)} are there, {'the same' if same else 'NOT the same'}")
+    is_equal = {metric.step: metric.value for metric in history} == logged_losses and len(history) == len(logged_losses)
+    verdict = "equal" if is_equal else "NOT equal"
+    print(f"{len(logged_losses)} losses were logged, MLflow has {len(history)}: {verdict}")
 
 
-def median(steps: Steps, part: int = 0) -> float:
-    return statistics.median(step[part] for step in steps)
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=60)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # leaves the other core to the server and to the uploader
+    with tempfile.TemporaryDirectory() as folder:
+        port = free_port()
+        overrides = {
+            "storage": folder,
+            "name": "run",
+            "train.global_batch_size": BATCH_SIZE,
+            "cluster.workers": 1,
+            "tracking.uri": f"http://127.0.0.1:{port}",
+        }
+        experiment = override(load(EXPERIMENT), overrides)
+        training = Training(experiment)
+        database = f"sqlite:///{folder}/server.db"
+        options = ["--artifacts-destination", f"{folder}/artifacts"]
+        running_rounds: list[list[StepTime]] = []
+        killed_rounds: list[list[StepTime]] = []
+        tracker = None
+        for _ in range(arguments.rounds):
+            with mlflow_server(database, port, options) as server:
+                if tracker is None:
+                    tracker = open_run(experiment)
+                    tracker.sample_system_metrics(1, 0)
+                    training.run(tracker, WARMUP_S)
+                tracker.flush()
+                running_rounds.append(training.run(tracker, arguments.seconds))
+                server.stop(signal.SIGKILL)
+                killed_rounds.append(training.run(tracker, arguments.seconds))
+        assert tracker
+        with mlflow_server(database, port, options) as server:
+            tracker.finish()
+            print_step_times(running_rounds, killed_rounds)
+            print_completeness(training.logged_losses, server.address, tracker.run_id)
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
-"""A step of training, side by side with what a user would write instead: benchmarks/train.py [--rounds N] [--steps N]
+"""Compares a training step with what a user would write instead.
 
-The model is the CVAE of jobs/experiments/small/cvae.yaml, on built-in clips that are stored already, on the CPU:
+    PYTHONPATH=. python benchmarks/train.py [--rounds N] [--steps N]
 
-    bare        the same steps on batches that lie in memory, in plain processes: the ceiling
-    ours        the training loop in Ray Train's workers, its batches dealt by Ray Data
+The model is the CVAE of jobs/experiments/small/cvae.yaml, on cached built-in clips, on the CPU:
+
+    bare        the same steps on batches in memory, in plain processes: the ceiling
+    giffy_ray   the training loop in Ray Train's workers, with batches from Ray Data
     DataLoader  a plain script: the same network in DistributedDataParallel, torch.optim.Adam, a DataLoader
-    Lightning   the same network and loss in a LightningModule, its Trainer with the ddp strategy (where installed)
+    Lightning   the same network and loss in a LightningModule, with the Trainer's ddp strategy (if installed)
 
-The ways take turns, with one worker and with two, and each starts its processes anew. Counted is the mean time of the
-steps after the first third. Figures are medians over rounds; ratios to `bare` are of one round each, then the median.
+The methods alternate, with one worker and with two, and each starts new processes. The result of a run is the mean time
+of its steps after the first third. The table shows medians over rounds; ratios to `bare` compare methods within one
+round, then take the median.
 """
 
 from __future__ import annotations
@@ -21,9 +24,9 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from unittest import mock
 
 import numpy as np
@@ -48,62 +51,74 @@ from giffy_ray.training import learners, trainer
 from giffy_ray.training.learners import losses
 from giffy_ray.training.progress_callback import relay_metrics
 
-CLIPS, BATCH = 320, 16
+CLIPS, BATCH_SIZE = 320, 16
+BARE_BATCHES = 8
+WORKER_COUNTS = (1, 2)
 ROOT = Path(__file__).parent.parent
 
 
-class Clips(Dataset):
-    """What a user would write over the stored clips."""
+class Measurement(NamedTuple):
+    step_s: float
+    data_wait_fraction: float | None = None
 
-    def __init__(self, store: ClipDataset):
-        self.store = store
+
+Measurements = Mapping[tuple[str, int], Measurement]  # by method and number of workers
+
+
+class TrainingClips(Dataset):
+    """The dataset that a user would write over the cached clips."""
+
+    def __init__(self, dataset: ClipDataset):
+        self.dataset = dataset
 
     def __len__(self) -> int:
-        return len(self.store.split_indices("training"))
+        return len(self.dataset.split_indices("training"))
 
-    def __getitem__(self, row: int) -> torch.Tensor:
-        return torch.from_numpy(self.store.get_clips(np.asarray([row]))[0])
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.dataset.get_clips(np.asarray([index]))[0])
 
 
 def cvae_loss(network: nn.Module, clips: torch.Tensor, latent: int) -> torch.Tensor:
-    real = to_floats(clips)
-    made, mean, std = network(real, torch.randn(len(real), latent))
-    whole, ends = losses.squared_error(made, real), losses.squared_error(made[:, :, [0, -1]], real[:, :, [0, -1]])
-    return (losses.gaussian_kl(mean, std) + whole + ends).mean()
+    target = to_floats(clips)
+    generated, mean, std = network(target, torch.randn(len(target), latent))
+    clip_error = losses.squared_error(generated, target)
+    ends_error = losses.squared_error(generated[:, :, [0, -1]], target[:, :, [0, -1]])
+    return (losses.gaussian_kl(mean, std) + clip_error + ends_error).mean()
 
 
-def bare(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
+def train_bare(experiment: Experiment, dataset: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     learner = learners.build(experiment, torch.device("cpu"), steps)
-    dealer = TrainingSampler(store, experiment.data, 0)
-    ready = []
-    for step in range(8):
-        positions = rank_indices(step, BATCH, rank, workers)
-        clips, times = dealer(positions)
-        ready.append((torch.from_numpy(clips), torch.from_numpy(times), torch.from_numpy(positions)))
-    return timed(functools.partial(learner.update, *ready[step % 8]) for step in range(steps))
+    sampler = TrainingSampler(dataset, experiment.data, 0)
+    batches = []
+    for step in range(BARE_BATCHES):
+        sample_indices = rank_indices(step, BATCH_SIZE, rank, workers)
+        clips, times = sampler(sample_indices)
+        batches.append((torch.from_numpy(clips), torch.from_numpy(times), torch.from_numpy(sample_indices)))
+    return measure_steps_s(functools.partial(learner.update, *batches[step % BARE_BATCHES]) for step in range(steps))
 
 
-def plain(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
+def train_script(experiment: Experiment, dataset: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     torch.manual_seed(0)
     network: nn.Module = models.build(experiment.model, experiment.clip)
     if workers > 1:
         network = nn.parallel.DistributedDataParallel(network)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-4)
-    dataset = Clips(store)
-    sampler = DistributedSampler(dataset, workers, rank)
-    batches = endless(DataLoader(dataset, BATCH // workers, sampler=sampler, num_workers=1, drop_last=True), sampler)
+    clips = TrainingClips(dataset)
+    sampler = DistributedSampler(clips, workers, rank)
+    loader = DataLoader(clips, BATCH_SIZE // workers, sampler=sampler, num_workers=1, drop_last=True)
+    batches = iter_endlessly(loader, sampler)
 
     def step() -> None:
         loss = cvae_loss(network, next(batches), experiment.model.latent)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        loss.item()  # a script logs it
+        loss.item()  # scripts log it
 
-    return timed(step for _ in range(steps))
+    return measure_steps_s(step for _ in range(steps))
 
 
-def endless(loader: DataLoader, sampler: DistributedSampler) -> Iterator[torch.Tensor]:
+def iter_endlessly(loader: DataLoader, sampler: DistributedSampler) -> Iterator[torch.Tensor]:
     epoch = 0
     while True:
         sampler.set_epoch(epoch)
@@ -111,10 +126,10 @@ def endless(loader: DataLoader, sampler: DistributedSampler) -> Iterator[torch.T
         epoch += 1
 
 
-def lightning(experiment: Experiment, store: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
+def train_lightning(experiment: Experiment, dataset: ClipDataset, rank: int, workers: int, steps: int) -> list[float]:
     import lightning  # type: ignore[import-not-found]
 
-    ended_s: list[float] = []
+    end_times_s: list[float] = []
 
     class Module(lightning.LightningModule):
         def __init__(self):
@@ -125,12 +140,12 @@ def lightning(experiment: Experiment, store: ClipDataset, rank: int, workers: in
             return cvae_loss(self.network, clips, experiment.model.latent)
 
         def on_train_batch_end(self, *_: Any) -> None:
-            ended_s.append(time.perf_counter())
+            end_times_s.append(time.perf_counter())
 
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.Adam(self.parameters(), lr=1e-4)
 
-    trainer = lightning.Trainer(
+    lightning_trainer = lightning.Trainer(
         accelerator="cpu",
         devices=workers,
         strategy="ddp" if workers > 1 else "auto",
@@ -140,85 +155,106 @@ def lightning(experiment: Experiment, store: ClipDataset, rank: int, workers: in
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(Module(), DataLoader(Clips(store), BATCH // workers, shuffle=True, num_workers=1, drop_last=True))
-    return np.diff(ended_s).tolist()
+    loader = DataLoader(TrainingClips(dataset), BATCH_SIZE // workers, shuffle=True, num_workers=1, drop_last=True)
+    lightning_trainer.fit(Module(), loader)
+    return np.diff(end_times_s).tolist()
 
 
-def timed(steps: Iterator[Callable[[], Any]]) -> list[float]:
-    taken_s = []
+TRAIN_FUNCTIONS: dict[str, Callable[..., list[float]]] = {
+    "bare": train_bare,
+    "DataLoader": train_script,
+    "Lightning": train_lightning,
+}
+
+
+def measure_steps_s(steps: Iterable[Callable[[], Any]]) -> list[float]:
+    durations_s = []
     for step in steps:
-        began_s = time.perf_counter()
+        start_s = time.perf_counter()
         step()
-        taken_s.append(time.perf_counter() - began_s)
-    return taken_s
+        durations_s.append(time.perf_counter() - start_s)
+    return durations_s
 
 
-def of_processes(way: Callable, experiment: Experiment, store: ClipDataset, workers: int, steps: int) -> float:
-    """Seconds a step, of processes of its own; those of `bare` keep their memory, as ours do."""
-    port = free_port()
+def measure_in_processes(method: str, experiment: Experiment, dataset: ClipDataset, steps: int) -> Measurement:
+    """Trains in new processes, one per worker. `bare` uses the same malloc settings as giffy_ray's workers."""
+    workers = experiment.cluster.workers
     with tempfile.TemporaryDirectory() as folder:
-        words = (way.__name__, to_yaml(experiment), store.location, workers, steps, port, folder)
-        with mock.patch.dict(os.environ, resources.MALLOC_ENV if way is bare else {}):
-            torch.multiprocessing.spawn(_process, args=words, nprocs=workers)  # type: ignore[attr-defined]
-        return float(np.loadtxt(f"{folder}/seconds"))
+        arguments = (method, to_yaml(experiment), dataset.location, workers, steps, free_port(), folder)
+        with mock.patch.dict(os.environ, resources.MALLOC_ENV if method == "bare" else {}):
+            torch.multiprocessing.spawn(_run_worker, args=arguments, nprocs=workers)  # type: ignore[attr-defined]
+        return Measurement(float(np.loadtxt(f"{folder}/step_s")))
 
 
-def _process(rank: int, way: str, yaml: str, store: str, workers: int, steps: int, port: int, folder: str) -> None:
+def _run_worker(
+    rank: int, method: str, yaml: str, dataset_location: str, workers: int, steps: int, port: int, folder: str
+) -> None:
     torch.set_num_threads(1)
-    # As torchrun does it, which Lightning looks for.
+    # Lightning reads the variables of torchrun.
     os.environ |= {"LOCAL_RANK": str(rank), "RANK": str(rank), "WORLD_SIZE": str(workers), "MASTER_PORT": str(port)}
     os.environ |= {"LOCAL_WORLD_SIZE": str(workers), "MASTER_ADDR": "127.0.0.1", "TORCHELASTIC_RUN_ID": "benchmark"}
-    if workers > 1 and way != "lightning":
+    if workers > 1 and method != "Lightning":
         dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=workers)
-    taken_s = globals()[way](from_yaml(yaml), ClipDataset(store), rank, workers, steps)
+    train = TRAIN_FUNCTIONS[method]
+    durations_s = train(from_yaml(yaml), ClipDataset(dataset_location), rank, workers, steps)
     if rank == 0:
-        np.savetxt(f"{folder}/seconds", [np.mean(taken_s[len(taken_s) // 3 :])])
+        np.savetxt(f"{folder}/step_s", [np.mean(durations_s[len(durations_s) // 3 :])])
 
 
-def ours(experiment: Experiment, store: ClipDataset, workers: int, steps: int) -> tuple[float, float]:
-    """Seconds a step of the last two thirds, and the share of it that waits for data."""
-    reports: list[Any] = []
-    a_third = -(-steps // 3) * BATCH // CLIPS or 1
-    name = f"run-{time.time_ns()}"
-    changes = {"name": name, "train.epochs": 3 * a_third, "train.validate_every": a_third}
-    with relay_metrics(reports.append) as relay:
-        experiment = override(experiment, changes)
-        trainer.train(experiment, store, resources_for(experiment), callbacks=[relay])
-    last = [report for report in reports if "epoch" in report][1:]
-    waits = [report["speed/data_wait_fraction"] for report in last]
-    return statistics.mean(report["speed/step_ms"] for report in last) / 1000, statistics.mean(waits)
+def measure_giffy_ray(experiment: Experiment, dataset: ClipDataset, steps: int) -> Measurement:
+    """Measures the last two thirds of a training of at least `steps` steps."""
+    epochs_per_third = -(-steps // 3) * BATCH_SIZE // CLIPS or 1
+    overrides = {
+        "name": f"run-{time.time_ns()}",
+        "train.epochs": 3 * epochs_per_third,
+        "train.validate_every": epochs_per_third,
+    }
+    experiment = override(experiment, overrides)
+    reports: list[Mapping[str, Any]] = []
+    with relay_metrics(reports.append) as callback:
+        trainer.train(experiment, dataset, resources_for(experiment), callbacks=[callback])
+    epoch_reports = [report for report in reports if "epoch" in report][1:]
+    return Measurement(
+        statistics.mean(report["speed/step_ms"] for report in epoch_reports) / 1000,
+        statistics.mean(report["speed/data_wait_fraction"] for report in epoch_reports),
+    )
 
 
-def one_round(experiment: Experiment, store: ClipDataset, steps: int) -> dict[tuple[str, int], float]:
-    """Seconds a step by way and number of workers, and the shares of ours that wait for data."""
-    ways = {"bare": bare, "DataLoader": plain, **({"Lightning": lightning} if _has_lightning() else {})}
-    seconds = {}
-    for workers in (1, 2):
-        here = override(experiment, {"cluster.workers": workers})
-        for name, way in ways.items():
-            seconds[name, workers] = of_processes(way, here, store, workers, steps)
-        seconds["ours", workers], seconds["ours, waiting", workers] = ours(here, store, workers, steps)
-        print({name: f"{1000 * value:.0f} ms" for (name, count), value in seconds.items() if count == workers})
-    return seconds
+def run_round(experiment: Experiment, dataset: ClipDataset, steps: int) -> Measurements:
+    measurements = {}
+    for workers in WORKER_COUNTS:
+        worker_experiment = override(experiment, {"cluster.workers": workers})
+        for method in TRAIN_FUNCTIONS:
+            if method != "Lightning" or importlib.util.find_spec("lightning"):
+                measurements[method, workers] = measure_in_processes(method, worker_experiment, dataset, steps)
+        measurements["giffy_ray", workers] = measure_giffy_ray(worker_experiment, dataset, steps)
+        step_times = [
+            f"{method} {1000 * measurement.step_s:.0f} ms"
+            for (method, count), measurement in measurements.items()
+            if count == workers
+        ]
+        print(f"{workers} worker(s): {', '.join(step_times)}", flush=True)
+    return measurements
 
 
-def _has_lightning() -> bool:
-    return importlib.util.find_spec("lightning") is not None
-
-
-def table_of(rounds: list[dict[tuple[str, int], float]]) -> Table:
-    table = Table(title="a step of training; of the bare steps, with the spread over rounds", title_justify="left")
-    for heading in ("way", "workers", "ms", "of bare", "waits for data"):
-        table.add_column(heading, justify="left" if heading == "way" else "right")
-    for name, workers in rounds[0]:
-        if name.endswith("waiting"):
-            continue
-        ratios = sorted(seconds[name, workers] / seconds["bare", workers] for seconds in rounds)
-        milliseconds = 1000 * statistics.median(seconds[name, workers] for seconds in rounds)
-        waits = [seconds[f"{name}, waiting", workers] for seconds in rounds] if name == "ours" else []
+def format_table(rounds: list[Measurements]) -> Table:
+    table = Table(title="one training step, relative to bare steps, with the spread over rounds", title_justify="left")
+    for heading in ("method", "workers", "ms", "of bare", "waits for data"):
+        table.add_column(heading, justify="left" if heading == "method" else "right")
+    for method, workers in rounds[0]:
+        steps_s = [measurements[method, workers].step_s for measurements in rounds]
+        bare_steps_s = [measurements["bare", workers].step_s for measurements in rounds]
+        ratios = sorted(step_s / bare_s for step_s, bare_s in zip(steps_s, bare_steps_s, strict=True))
         spread = f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
-        wait = f"{statistics.median(waits):.1%}" if waits else ""
-        table.add_row(name, str(workers), f"{milliseconds:.0f}", "" if name == "bare" else spread, wait)
+        fractions = [measurements[method, workers].data_wait_fraction for measurements in rounds]
+        known_fractions = [fraction for fraction in fractions if fraction is not None]
+        table.add_row(
+            method,
+            str(workers),
+            f"{1000 * statistics.median(steps_s):.0f}",
+            "" if method == "bare" else spread,
+            f"{statistics.median(known_fractions):.1%}" if known_fractions else "",
+        )
     return table
 
 
@@ -226,18 +262,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=40)
-    words = parser.parse_args()
-    # Each process computes with one thread, ours too: so many threads and cores have both ways.
+    arguments = parser.parse_args()
+    # Every process of every method computes with one thread, so all methods have the same number of threads.
     os.environ |= DEFAULT_NICENESS_ENV
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     with tempfile.TemporaryDirectory() as folder:
-        changes = {"storage": folder, "train.global_batch_size": BATCH, "data.synthetic.training_clips": CLIPS // 2}
-        experiment = override(
-            load(ROOT / "jobs/experiments/small/cvae.yaml"), changes | {"data.synthetic.validation_clips": 2}
-        )
-        store = prepare(experiment)
-        rounds = [one_round(experiment, store, words.steps) for _ in range(words.rounds)]
-    Console(width=100).print(table_of(rounds))
+        overrides = {
+            "storage": folder,
+            "train.global_batch_size": BATCH_SIZE,
+            "data.synthetic.training_clips": CLIPS // 2,
+            "data.synthetic.validation_clips": 2,
+        }
+        experiment = override(load(ROOT / "jobs/experiments/small/cvae.yaml"), overrides)
+        dataset = prepare(experiment)
+        rounds = [run_round(experiment, dataset, arguments.steps) for _ in range(arguments.rounds)]
+    Console(width=100).print(format_table(rounds))
 
 
 if __name__ == "__main__":

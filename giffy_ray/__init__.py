@@ -1,12 +1,16 @@
-"""giffy_ray makes the video between two images.
+"""giffy_ray generates the video between two images, and trains and tunes the models that do so.
 
-The way of a sample:
+The path of a training sample:
 
-    folder of videos ──catalog──> rows: id, path, category, split
-    row ──decode (Ray Data tasks)──> Clip, uint8 [30, 64, 64, 3] ──store──> decoded once, memory-mapped
-    position in the sample stream ──stream (Ray Data)──> uint8 batch on each worker
-    batch ──learner.update (Ray Train, DDP)──> losses ──tracking──> MLflow
-    start, end, noise ──learner.generate──> made clip ──evaluate──> metrics by clip id ──render──> pictures
+    videos --data.catalog--> catalog: id, path, category, split
+    video --data.decode (Ray Data tasks)--> clip, uint8 [30, 64, 64, 3] --data.shards--> memory-mapped cache
+    sample index --data.sampler, data.loader (Ray Data)--> batch, uint8 [batch, 30, 64, 64, 3], on each worker
+    batch --Learner.update (Ray Train, DDP)--> losses --tracking--> MLflow
 
-Ray Tune with Optuna (tune) runs that training many times. Importing this package imports neither torch nor ray.
+The path of a generated clip:
+
+    start, end, noise --Learner.generate--> clip, uint8 --evaluation--> metrics per clip id, tables, pictures, HTML
+
+`tuning` repeats the training with Ray Tune and Optuna, and `workflows` combines all of this for the jobs. Importing the
+package imports neither torch nor Ray.
 """

@@ -1,88 +1,295 @@
-"""What is shown at the end of a job: tables, CSV, pictures, a page; on the terminal, in the storage, in MLflow."""
+"""The work of the jobs: prepare a dataset, train and evaluate, tune.
+
+Call `giffy_ray.cluster.resources.connect` first: all functions but the checks and `prune_storage` need a Ray cluster.
+Functions import torch, Ray and MLflow themselves, so that a job reports a mistake in its experiment within a second.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import ray
-import ray.train
-from rich.console import Console
+from giffy_ray.config import ConfigError, Experiment, override, to_minimal_yaml
+from giffy_ray.core.storage import join, write_text
 
-from giffy_ray.cluster.resources import WorkerResources
-from giffy_ray.config import Experiment
-from giffy_ray.core import run_lock
-from giffy_ray.data import prune
-from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.evaluation.report import TrainedModel, check_evaluation, log_data_set, show_results
-from giffy_ray.evaluation.tables import (
-    WIDTH,
-    count_of,
-    removals_table,
-)
-from giffy_ray.inference import registration
-from giffy_ray.tracking.tracker import Tracker, open_run
-from giffy_ray.training import checkpoints
-from giffy_ray.training.progress_callback import format_epoch, relay_metrics
-from giffy_ray.training.trainer import train
+if TYPE_CHECKING:
+    from giffy_ray.cluster.placement import WorkerResources
+    from giffy_ray.data.clip_dataset import ClipDataset
+    from giffy_ray.models.sampling import TrainedModel
+    from giffy_ray.tracking.tracker import Tracker
 
+PREPARE_FLAGS = {
+    "prune": "remove from `storage` what this experiment's videos do not need",
+    "dry_run": "with --prune: only list what would be removed",
+}
+TUNE_FLAGS = {"compare_published": "evaluate the published model `between` too"}
+_PUBLISHED_MODEL = Path(__file__).resolve().parent.parent / "published" / "between"
 _log = logging.getLogger(__name__)
 
 
-def prune_storage(experiment: Experiment, dry_run: bool) -> None:
-    """Removes from the storage what the experiment's videos do not need, and prints what; `dry_run`: only prints it."""
-    found = prune.plan(experiment)
-    Console(width=WIDTH).print(removals_table(found.removals, experiment.storage, dry_run))
-    for reason in found.kept:
+def render_dataset(experiment: Experiment) -> None:
+    """Renders the built-in dataset and prints its location.
+
+    Raises:
+        ConfigError: `data.root` names other videos.
+    """
+    if experiment.data.root is not None:
+        raise ConfigError(
+            f"data.root: the built-in dataset is rendered only with data.root=null (value {experiment.data.root!r})"
+        )
+    from giffy_ray.cluster import resources
+    from giffy_ray.data.prepare import load_catalog
+
+    resources.check_folders(experiment)
+    start_s = time.perf_counter()
+    catalog = load_catalog(experiment)
+    elapsed_s = time.perf_counter() - start_s
+    videos = len(catalog.videos)
+    print(f"{videos} videos in {elapsed_s:.0f} s ({60 * videos / elapsed_s:.0f} a minute): {catalog.root}")
+
+
+def prepare_dataset(experiment: Experiment, *, prune: bool = False, dry_run: bool = False) -> None:
+    """Decodes a dataset, verifies what is cached, and prints and draws what it contains.
+
+    Videos that were rejected for a possibly transient reason are decoded again.
+
+    Args:
+        experiment: The experiment; its `data` and `clip` sections define the dataset.
+        prune: Decode nothing; remove from `storage` what the experiment's videos do not need.
+        dry_run: With `prune`: only list what would be removed.
+
+    Raises:
+        ConfigError: The videos cannot be read, or too many are rejected.
+    """
+    if dry_run and not prune:
+        raise ConfigError("--dry-run: has an effect only with --prune; use --prune --dry-run")
+    if prune:
+        prune_storage(experiment, dry_run)
+        return
+    from giffy_ray.cluster import resources
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.evaluation.report import report_dataset
+
+    resources.check_folders(experiment)
+    report_dataset(prepare(experiment, again=True))
+
+
+def prune_storage(experiment: Experiment, dry_run: bool = False) -> None:
+    """Removes from `storage` what the experiment's videos do not need, and prints a table of it.
+
+    Args:
+        experiment: The experiment whose videos stay.
+        dry_run: Only print the table.
+    """
+    from rich.console import Console
+
+    from giffy_ray.data import prune
+    from giffy_ray.evaluation.tables import TABLE_WIDTH, removals_table
+
+    plan = prune.plan(experiment)
+    Console(width=TABLE_WIDTH).print(removals_table(plan.removals, experiment.storage, dry_run))
+    for reason in plan.kept_reasons:
         print(f"kept: {reason}")
     if not dry_run:
-        for removal in found.removals:
+        for removal in plan.removals:
             removal.remove()
 
 
-def train_and_show(
-    experiment: Experiment, store: ClipDataset, share: WorkerResources, parent: Tracker | None = None
-) -> None:
-    """Trains, then shows the trained model beside linear interpolation on the validation clips, and registers it.
+def check_training(experiment: Experiment) -> None:
+    """Checks what `train_and_evaluate` can check without a cluster and clips.
 
-    It is the checkpoint with the best validation in both cases. Everything goes to the training's own MLflow run, and
-    to `parent`, the search that it belongs to, which goes on.
+    Raises:
+        ConfigError: The training or its evaluation cannot run.
     """
-    check_evaluation(experiment, store)
-    clips, asked = len(store.split_indices("training")), experiment.cluster
-    workers = (
-        str(asked.max_workers)
-        if asked.min_workers == asked.max_workers
-        else f"{asked.min_workers} to {asked.max_workers}"
-    )
-    held_out = len(store.split_indices("validation"))
-    validated = count_of(min(held_out, experiment.train.validate_clips), held_out)
+    from giffy_ray.evaluation.report import check_evaluation
+    from giffy_ray.training.trainer import check_experiment
+
+    check_experiment(experiment)
+    check_evaluation(experiment)
+
+
+def train_and_evaluate(
+    experiment: Experiment,
+    *,
+    dataset: ClipDataset | None = None,
+    worker_resources: WorkerResources | None = None,
+    parent: Tracker | None = None,
+    compare_with: Sequence[TrainedModel] = (),
+) -> None:
+    """Trains a model or resumes its run, evaluates the best checkpoint against the baselines, and registers it.
+
+    Args:
+        experiment: The training; its name identifies the run.
+        dataset: The clips. None prepares the experiment's dataset.
+        worker_resources: CPUs and GPUs of each worker. None divides the cluster.
+        parent: MLflow run of the search that the training belongs to. It logs the evaluation too and stays open.
+        compare_with: More models to evaluate.
+
+    Raises:
+        ConfigError: The training or its evaluation cannot run. Nothing has started.
+        ray.train.TrainingFailedError: The workers failed more than `cluster.max_failures` times.
+        SystemExit: The training stopped after a signal and saved a checkpoint.
+    """
+    from giffy_ray.cluster import resources
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.evaluation.report import check_evaluation
+    from giffy_ray.tracking.tracker import check_tracking
+
+    if worker_resources is None:
+        worker_resources = resources.resources_for(experiment)
+    if dataset is None:
+        check_tracking(experiment)
+        dataset = prepare(experiment)
+    check_evaluation(experiment, dataset)
+    _print_training_summary(experiment, dataset)
+    _train(experiment, dataset, worker_resources, parent)
+    _evaluate_and_register(experiment, dataset, parent, compare_with)
+
+
+def _print_training_summary(experiment: Experiment, dataset: ClipDataset) -> None:
+    from giffy_ray.evaluation.tables import format_count
+
+    cluster = experiment.cluster
+    workers = str(cluster.max_workers)
+    if cluster.min_workers < cluster.max_workers:
+        workers = f"{cluster.min_workers} to {cluster.max_workers}"
+    clips = len(dataset.split_indices("training"))
+    held_out = len(dataset.split_indices("validation"))
+    validated = format_count(min(held_out, experiment.train.validate_clips), held_out)
     print(f"training {experiment.name}: {clips} clips, {workers} workers; validation: {validated} clips", flush=True)
 
-    def show(metrics: Mapping[str, Any]) -> None:
-        if "epoch" in metrics:  # and not only a checkpoint
+
+def _train(
+    experiment: Experiment, dataset: ClipDataset, worker_resources: WorkerResources, parent: Tracker | None
+) -> None:
+    """Trains and prints a line per validation. Marks the MLflow run as failed if Ray Train gives up."""
+    from ray.train import TrainingFailedError
+
+    from giffy_ray.training.progress_callback import format_epoch, relay_metrics
+    from giffy_ray.training.trainer import train
+
+    def print_epoch(metrics: Mapping[str, Any]) -> None:
+        if "epoch" in metrics:  # not for a checkpoint without validation
             print(format_epoch(metrics, experiment.train.epochs), flush=True)
 
     try:
-        with relay_metrics(show) as relay:
-            train(experiment, store, share, parent.place if parent else None, [relay])
-    except ray.train.TrainingFailedError:
-        try:
-            with (
-                run_lock.run_lock(experiment.run_dir),
-                open_run(experiment) as tracker,
-            ):  # workers that were killed have not said so
-                tracker.finish("FAILED")
-        except Exception as failure:  # must not hide why the training failed
-            _log.warning("MLflow was not told that %r has failed (%r)", experiment.name, failure)
+        with relay_metrics(print_epoch) as callback:
+            train(experiment, dataset, worker_resources, parent.run_dir if parent else None, [callback])
+    except TrainingFailedError:
+        _mark_failed(experiment)
         raise
-    with run_lock.run_lock(experiment.run_dir):  # the training's is over, and another one would write to the same run
-        checkpoint = checkpoints.select(experiment)
-        print(f"evaluating {checkpoints.describe(checkpoint)}", flush=True)
-        trained = TrainedModel(experiment.model.kind, *checkpoints.load(checkpoint))
+
+
+def _mark_failed(experiment: Experiment) -> None:
+    """Sets the status of the MLflow run, because killed workers could not."""
+    from giffy_ray.core.run_lock import run_lock
+    from giffy_ray.tracking.tracker import open_run
+
+    try:
+        with run_lock(experiment.run_dir), open_run(experiment) as tracker:
+            tracker.finish("FAILED")
+    except Exception as failure:  # must not hide why the training failed
+        _log.warning("could not mark run %r as FAILED in MLflow (%r)", experiment.name, failure)
+
+
+def _evaluate_and_register(
+    experiment: Experiment, dataset: ClipDataset, parent: Tracker | None, compare_with: Sequence[TrainedModel]
+) -> None:
+    from giffy_ray.core.run_lock import run_lock
+    from giffy_ray.evaluation.report import log_dataset_report, report_evaluation
+    from giffy_ray.inference import registration
+    from giffy_ray.models.sampling import TrainedModel
+    from giffy_ray.tracking.tracker import open_run
+    from giffy_ray.training import checkpoint_format, checkpoint_selection
+
+    # The training has released its lock; another one must not write to the same run.
+    with run_lock(experiment.run_dir):
+        checkpoint = checkpoint_selection.select_checkpoint(experiment)
+        print(f"evaluating {checkpoint_selection.describe_checkpoint(checkpoint)}", flush=True)
+        trained = TrainedModel(experiment.model.kind, *checkpoint_format.load_learner(checkpoint))
         with open_run(experiment) as tracker:
+            trackers = [tracker]
             if parent is None:
-                log_data_set(store, [tracker])
-            show_results(experiment, [trained], store, [tracker, *([parent] if parent else [])])
+                log_dataset_report(dataset, trackers)
+            else:
+                trackers.append(parent)
+            report_evaluation(experiment, [trained, *compare_with], dataset, trackers)
         registration.try_register(experiment)
+
+
+def check_tuning(experiment: Experiment) -> None:
+    """Checks what `tune` can check without a cluster and clips.
+
+    Raises:
+        ConfigError: The search, a trial, the training of the best trial or its evaluation cannot run.
+    """
+    from giffy_ray.evaluation.report import check_evaluation
+    from giffy_ray.tuning import tuner
+
+    tuner.check_search(experiment)
+    tuner.check_trainings(experiment)
+    check_evaluation(experiment)
+
+
+def tune(experiment: Experiment, *, compare_published: bool = False) -> None:
+    """Searches hyperparameters or resumes the search, then trains and evaluates the best configuration.
+
+    Writes the best configuration to `best.yaml` in the search's folder. MLflow shows its training below the search.
+
+    Args:
+        experiment: The experiment; its `search` section defines the search.
+        compare_published: Evaluate the published model `between` too.
+
+    Raises:
+        ConfigError: The search or its evaluation cannot run. Nothing has started.
+        RuntimeError: No trial completed successfully.
+    """
+    from giffy_ray.cluster import resources
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.evaluation.report import check_evaluation, log_dataset_report
+    from giffy_ray.tracking.tracker import check_tracking, open_run
+    from giffy_ray.tuning import tuner
+    from giffy_ray.tuning.report import show_search
+
+    study_experiment = tuner.resolve_study(experiment)
+    check_tracking(study_experiment)
+    worker_resources = resources.resources_for(study_experiment)
+    trial_resources = resources.trial_resources_for(study_experiment)
+    points = tuner.initial_points(study_experiment)  # rejects an invalid space before anything is decoded
+    dataset = prepare(study_experiment)
+    check_evaluation(experiment, dataset)
+    compare_with = [_load_published_model(experiment, dataset)] if compare_published else []
+
+    with tuner.lock_study(study_experiment, dataset) as lock, open_run(study_experiment) as parent:
+        log_dataset_report(dataset, [parent])
+        trials = tuner.max_trials(study_experiment)
+        print(
+            f"searching {study_experiment.name}: {trials} trials, {trial_resources.max_concurrent} at a time",
+            flush=True,
+        )
+        study = tuner.run_trials(study_experiment, dataset, trial_resources, parent.run_dir, points, lock, parent)
+        parent.close_children()
+        show_search(study_experiment, study, dataset, parent)
+
+        best = tuner.refit_experiment(experiment, study_experiment, study)
+        best_file = join(study_experiment.storage, study_experiment.name, "best.yaml")
+        write_text(best_file, to_minimal_yaml(best))
+        parent.log_text(to_minimal_yaml(best), "best.yaml")
+        print(f"the best trial is {study.best[0].name}: {best_file}")
+        train_and_evaluate(
+            best, dataset=dataset, worker_resources=worker_resources, parent=parent, compare_with=compare_with
+        )
+
+
+def _load_published_model(experiment: Experiment, dataset: ClipDataset) -> TrainedModel:
+    """Loads the published `between`, which generates clips of the dataset's size and length."""
+    from giffy_ray.inference.loading import load_trained_models
+
+    if not _PUBLISHED_MODEL.is_dir():
+        raise ConfigError(f"--compare-published: needs {_PUBLISHED_MODEL}, which only a checkout of the project has")
+    comparison = override(experiment, {"evaluate.runs": (str(_PUBLISHED_MODEL),)})
+    (model,) = load_trained_models(comparison, dataset.clip)
+    return model._replace(name="published between")  # the trained model may be a `between` too

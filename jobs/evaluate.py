@@ -1,13 +1,17 @@
-"""Compares trained runs with baselines: python jobs/evaluate.py EXPERIMENT.yaml | name=RUN [evaluate.runs=[a, b]]
+"""Compares trained runs with the baselines: python jobs/evaluate.py EXPERIMENT.yaml | name=RUN [evaluate.runs=[a, b]]
 
-Without evaluate.runs it is the run of the experiment's `storage` and `name`; of each run the checkpoint with the
-best validation is used, or the newest where none was validated.
-Without an experiment file, the run `name` is evaluated as it was trained; where there is no such run, evaluate.runs are
-evaluated as the demo is, and the results go to the folder `name`.
-Models make clips of the size and length that they were trained on; `between` makes those of the experiment.
-What is given with a slash, such as published/between or s3://bucket/checkpoint, is where a checkpoint lies. Writes
-evaluation.csv, one row per method and clip, evaluation.html, in which all clips play side by side, a contact sheet and
-an animation into the experiment's folder and into an MLflow run of its own, NAME-evaluation, under that of the run.
+By default, evaluates the run that `storage` and `name` of the experiment identify. evaluate.runs lists other runs. An
+entry with a slash is the location of a checkpoint, such as published/between or s3://bucket/checkpoint, or a registered
+model, such as models:/giffy_ray@champion. Each run is represented by its checkpoint with the best validation, or by its
+latest if none was validated.
+
+Without an experiment file, name=RUN evaluates that run with its own experiment. If there is no such run, the job
+evaluates evaluate.runs on the demo's clips and `name` is the folder of the results.
+
+`between` generates clips of the experiment's size and length; all other models need those that they were trained with.
+
+Writes evaluation.csv (one row per method and clip), evaluation.html (all clips side by side), a contact sheet and an
+animation to the experiment's folder. The MLflow run NAME-evaluation, a child of the evaluated run, holds them too.
 """
 
 from collections.abc import Sequence
@@ -19,19 +23,19 @@ from giffy_ray.core.storage import join, read_text
 
 
 def main(experiment: Experiment) -> None:
-    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    # Deferred imports: torch and Ray load only after the experiment is validated.
     from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.evaluation.report import show_results
-    from giffy_ray.inference.loading import trained_runs
+    from giffy_ray.evaluation.report import report_evaluation
+    from giffy_ray.inference.loading import load_trained_models
     from giffy_ray.tracking.tracker import check_tracking, open_evaluation
 
     resources.resources_for(experiment)
     check_tracking(experiment)
-    runs = trained_runs(experiment, experiment.clip)
-    store = prepare(experiment)
+    runs = load_trained_models(experiment, experiment.clip)
+    dataset = prepare(experiment)
     with open_evaluation(experiment) as tracker:
-        show_results(experiment, runs, store, [tracker])
+        report_evaluation(experiment, runs, dataset, [tracker])
 
 
 def check(experiment: Experiment) -> None:
@@ -40,20 +44,21 @@ def check(experiment: Experiment) -> None:
     check_evaluation(experiment)
 
 
-def without_file(experiment: Experiment, words: Sequence[str]) -> Experiment:
-    """The experiment of the run `name`, with the overrides, or `experiment` where there is no such run.
+def without_file(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Returns the experiment of the run `name` with the overrides applied, or `experiment` if there is no such run.
 
-    Raises ConfigError where nothing says what to evaluate: results would replace those of a run that nobody named.
+    Raises:
+        ConfigError: The overrides set no name, so the results would replace those of the default run.
     """
-    if not any(word.startswith("name=") for word in words):
+    if not any(assignment.startswith("name=") for assignment in overrides):
         raise ConfigError(
-            "say what to evaluate: an experiment file, name=RUN for a run as it was trained, or evaluate.runs=[a, b] "
-            "with name=NAME for the results; see --help"
+            "nothing to evaluate: give an experiment file, name=RUN to evaluate a run with its own experiment, or "
+            "evaluate.runs=[a, b] with name=NAME for the results; see --help"
         )
     text = read_text(join(experiment.storage, experiment.name, "experiment.yaml"))
     if text is None:
         return experiment
-    return override(from_yaml(text, words), {"storage": experiment.storage})
+    return override(from_yaml(text, overrides), {"storage": experiment.storage})
 
 
 if __name__ == "__main__":

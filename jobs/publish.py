@@ -1,8 +1,8 @@
-"""Takes out of a run what makes clips: python jobs/publish.py [EXPERIMENT.yaml] [name=... storage=...]
+"""Exports a run's trained model: python jobs/publish.py [EXPERIMENT.yaml] [name=... storage=...]
 
-Of the checkpoint with the best validation, or of the newest where none was validated: the weights, and of the
-experiment the fields that make clips (clip, model, train.seed). The folder that is written, published/NAME in a
-local `storage`, is a checkpoint that evaluate.runs and train.init_from take.
+Exports the checkpoint with the best validation, or the newest if none was validated. The export holds the weights and
+the config fields that determine the generated clips (clip, model, train.seed). It is written to published/NAME in a
+local `storage`. evaluate.runs and train.init_from accept this folder.
 """
 
 import functools
@@ -15,14 +15,18 @@ from giffy_ray.core.storage import is_local
 
 def main(experiment: Experiment) -> None:
     if not is_local(experiment.storage):
-        raise ConfigError(f"storage: publishing writes into a local folder (value {experiment.storage!r})")
-    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
-    from giffy_ray.training import checkpoints
+        raise ConfigError(
+            f"storage: publishing needs a local folder; download the run first (value {experiment.storage!r})"
+        )
+    # Imported here because torch is slow to import: mistakes in the experiment are reported before.
+    from giffy_ray.training import checkpoint_format, checkpoint_selection
 
     folder = Path(experiment.storage, "published", experiment.name)
-    choose = functools.partial(checkpoints.select, experiment)  # a training may be running
-    location, _ = checkpoints.read_chosen(choose, lambda chosen: checkpoints.export_weights(chosen, folder))
-    print(f"publishing {checkpoints.describe(location)}")
+    select = functools.partial(checkpoint_selection.select_checkpoint, experiment)
+    checkpoint_dir, _ = checkpoint_selection.select_and_read(
+        select, lambda selected: checkpoint_format.export_weights(selected, folder)
+    )
+    print(f"published {checkpoint_selection.describe_checkpoint(checkpoint_dir)}")
     print(folder)
 
 

@@ -1,8 +1,8 @@
 """Registers a run's best model in MLflow: python jobs/register.py [EXPERIMENT.yaml] [name=... storage=...]
 
-Every training does so at its end; this is for when the registry was away, or for another name (tracking.model=...).
-Of the checkpoint with the best validation. It becomes models:/giffy_ray@champion where it is better, on the same clips,
-than the one that is.
+Every training registers its model when it ends. Run this job if the registry was unavailable then, or to register the
+model under another name (tracking.model=...). It registers the checkpoint with the best validation, which becomes
+models:/giffy_ray@champion if it scores better than the current champion on the same clips.
 """
 
 from pathlib import Path
@@ -12,7 +12,7 @@ from giffy_ray.config import Experiment
 
 
 def main(experiment: Experiment) -> None:
-    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    # Imported here because torch is slow to import: mistakes in the experiment are reported before.
     from giffy_ray.inference import registration
 
     print(registration.register(experiment))

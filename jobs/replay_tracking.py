@@ -1,7 +1,7 @@
-"""Sends MLflow what it did not take or refused: python jobs/replay_tracking.py [EXPERIMENT.yaml] [name=...]
+"""Sends undelivered events to MLflow: python jobs/replay_tracking.py [EXPERIMENT.yaml] [name=RUN]
 
-Of the run of that name, and of all runs below its folder: the trials of a search. What was refused is sent again, for
-when the cause is fixed. Exit code 1 while MLflow does not have all of it. Refused while a job writes to the run.
+Sends the events of a run, and of the trials below it, that MLflow has not received or has refused; fix the cause of
+refusals first. Exits with 1 if MLflow still does not have all of them. Fails while a job writes to the run.
 """
 
 import sys
@@ -12,13 +12,13 @@ from giffy_ray.config import Experiment
 
 
 def main(experiment: Experiment) -> None:
-    # Imported here, with torch and Ray: a mistake in the experiment is told before that.
+    # Deferred imports: they load only after the experiment is validated.
     from giffy_ray.core import run_lock
     from giffy_ray.tracking import tracker
 
-    with run_lock.run_lock(experiment.run_dir):  # a run that is still trained sends its own
-        left = tracker.replay(experiment)
-    if left:
+    with run_lock.run_lock(experiment.run_dir):  # a running job sends its own events
+        undelivered = tracker.replay(experiment)
+    if undelivered:
         sys.exit(1)
 
 

@@ -1,13 +1,13 @@
 """Trains a conditional GAN: python jobs/train_cgan.py [EXPERIMENT.yaml] [section.field=value ...]
 
-Started again with the same name=..., a run goes on from its last checkpoint.
+The same as jobs/train.py, with cgan-demo.yaml as the default experiment.
 """
 
 from pathlib import Path
 
-from train_cvae import check, main  # every model is trained by the same job
+from giffy_ray import cli, workflows
 
-from giffy_ray import cli
+_DEFAULT = Path(__file__).parent / "experiments" / "cgan-demo.yaml"
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)
+    cli.run(workflows.train_and_evaluate, __doc__, _DEFAULT, check=workflows.check_training)

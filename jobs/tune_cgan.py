@@ -1,13 +1,13 @@
-"""Searches for a better CGAN, then trains it: python jobs/tune_cgan.py [EXPERIMENT.yaml] [section.field=value ...]
+"""Tunes a conditional GAN: python jobs/tune_cgan.py [EXPERIMENT.yaml] [section.field=value ...]
 
-As tune_cvae.py does.
+The same as jobs/tune.py, with cgan-demo.yaml as the default experiment.
 """
 
 from pathlib import Path
 
-from tune_cvae import check, main  # every model is searched by the same job
+from giffy_ray import cli, workflows
 
-from giffy_ray import cli
+_DEFAULT = Path(__file__).parent / "experiments" / "cgan-demo.yaml"
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, Path(__file__).parent / "experiments" / "cgan-demo.yaml", check=check)
+    cli.run(workflows.tune, __doc__, _DEFAULT, check=workflows.check_tuning, flags=workflows.TUNE_FLAGS)

@@ -1,4 +1,4 @@
-"""What tests share: real mp4 files made on the spot, a tiny experiment, a Ray head of their own, a search on it."""
+"""Shared fixtures: generated video files, a tiny experiment, an isolated Ray head and S3 server, a completed search."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import pytest
 import torch
 from jaxtyping import install_import_hook
 
-# Shapes and dtypes in annotations are checked here and never in workers. Before anything imports these modules.
+# Checks annotated shapes and dtypes in this process; workers do not. Must run before these modules are imported.
 _LEARNERS = [f"training.learners.{name}" for name in ("between", "cvae", "gan", "discriminators", "optimized_module")]
 _CHECKED = ["core.tensor_types", "models", "evaluation.metrics", "evaluation.perceptual_metrics"]
 install_import_hook(
@@ -27,11 +27,11 @@ install_import_hook(
     "beartype.beartype",
 )
 
-# How long an example takes depends on what else the machine does.
-hypothesis.settings.register_profile("any machine", deadline=None)
-hypothesis.settings.load_profile("any machine")
+# The duration of an example depends on the load of the machine.
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
-# Ray reads this when it is imported. A token of our own keeps others out of the Ray that tests start in this process.
+# Ray reads this on import. The token keeps other users out of the Ray cluster that tests start in this process.
 os.environ["RAY_AUTH_MODE"] = "token"
 os.environ["RAY_AUTH_TOKEN_PATH"] = f"{tempfile.mkdtemp(prefix='giffy_ray-')}/token"
 with open(os.environ["RAY_AUTH_TOKEN_PATH"], "x") as _file:
@@ -59,13 +59,13 @@ TINY = {
 
 @pytest.fixture
 def tiny() -> Experiment:
-    """A CVAE of a few thousand parameters on clips of 6 frames of 16x16."""
+    """A CVAE with a few thousand parameters on clips of 6 frames of 16x16."""
     return override(Experiment(), TINY)
 
 
 @contextmanager
 def in_float64() -> Iterator[None]:
-    """What processors round differently in float32 grows with each step, to percents with a GAN."""
+    """Makes float64 the default dtype. CPUs round float32 differently, and a GAN amplifies that to percents."""
     torch.set_default_dtype(torch.float64)
     try:
         yield
@@ -75,13 +75,13 @@ def in_float64() -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def head() -> Iterator[Head]:
-    with local_head(cpus=2) as running:
-        yield running
+    with local_head(cpus=2) as local:
+        yield local
 
 
 @pytest.fixture(scope="session")
 def bucket() -> Iterator[str]:
-    """The address of a bucket on an S3 server of our own, on loopback; this process and its Ray know where it is."""
+    """The URI of a bucket on a local S3 server. The environment points this process and its Ray cluster to it."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -102,7 +102,7 @@ def bucket() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def local_ray(bucket: str) -> Iterator[None]:
-    """A Ray that this process has joined, with two CPUs and about the smallest object store there is."""
+    """A Ray cluster in this process, with two CPUs and about the smallest possible object store."""
     import ray
 
     with tempfile.TemporaryDirectory(prefix="giffy_ray-", ignore_cleanup_errors=True) as folder:
@@ -119,30 +119,30 @@ def local_ray(bucket: str) -> Iterator[None]:
 
 
 def grey_levels(frames: int) -> np.ndarray:
-    """uint8 [frames]: a level for every source frame, far enough apart to be told from each other after encoding."""
+    """uint8 [frames]: one grey level per source frame, distinct enough to survive encoding."""
     return (np.arange(frames) * 37 % 200 + 28).astype(np.uint8)
 
 
 def encode(frames: np.ndarray, fps: float, kind: str = "mp4", codec: str = "libx264", **options: str) -> bytes:
-    """uint8 [time, height, width, 3] -> the bytes of a video file, with x264's default GOP and B-frames."""
-    out = io.BytesIO()
-    with av.open(out, "w", format=kind) as container:
+    """Encodes uint8 [time, height, width, 3] as a video file, with x264's default GOP and B-frames."""
+    file = io.BytesIO()
+    with av.open(file, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=int(fps), options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], "yuv420p"
         for frame in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
         container.mux(stream.encode())
-    return out.getvalue()
+    return file.getvalue()
 
 
 def grey_video(frames: int = 90, fps: float = 30, height: int = 64, width: int = 64, kind: str = "mp4") -> bytes:
-    """A video whose frame i is all of grey level `grey_levels(frames)[i]`."""
+    """Encodes a video whose frame i has the uniform grey level `grey_levels(frames)[i]`."""
     levels = grey_levels(frames)[:, None, None, None]
     return encode(np.broadcast_to(levels, (frames, height, width, 3)).copy(), fps, kind)
 
 
 def moving_video(seed: int, frames: int, fps: float, height: int = 48, width: int = 64, kind: str = "mp4") -> bytes:
-    """A smooth picture that moves sideways: something to learn from."""
+    """Encodes coarse random blocks that move sideways, as training data."""
     random = np.random.default_rng(seed)
     coarse = random.integers(0, 255, (4, 8, 3)).astype(np.uint8)
     picture = np.kron(coarse, np.ones((height // 4, width // 8, 1), np.uint8))
@@ -152,22 +152,26 @@ def moving_video(seed: int, frames: int, fps: float, height: int = 48, width: in
 BROKEN = {"dogs/empty.mp4": b"", "dogs/text.mp4": b"not a video", "cats/cut.mp4": moving_video(99, 60, 30)[:1500]}
 
 
-def submit(head: Head, *words: str, copied: bool = True) -> str:
-    """Runs a job as a user does and returns what it printed; it must end well.
+def submit(head: Head, *arguments: str, upload: bool = True) -> str:
+    """Submits a job to the head, asserts that it succeeds, and returns its output.
 
-    `copied`: with --working-dir; else where the head was started, which is in the checkout.
+    Args:
+        head: The Ray head.
+        arguments: The job file and its arguments.
+        upload: Run in a copy of the checkout (--working-dir) instead of the checkout itself, where the head started.
     """
-    command = ["ray", "job", "submit", *(["--working-dir", str(ROOT)] if copied else []), "--", "python", *words]
-    done = subprocess.run(
+    working_dir = ["--working-dir", str(ROOT)] if upload else []
+    command = ["ray", "job", "submit", *working_dir, "--", "python", *arguments]
+    completed = subprocess.run(
         command, env=head.environment, cwd=ROOT, capture_output=True, text=True, timeout=500, check=False
     )
-    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    return done.stdout
+    assert completed.returncode == 0, completed.stdout[-6000:] + completed.stderr[-2000:]
+    return completed.stdout
 
 
 @pytest.fixture(scope="session")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Class folders of mixed sizes, lengths, rates and containers, three of the files broken."""
+    """Class folders with videos of mixed sizes, lengths, frame rates and containers, and three broken files."""
     root = tmp_path_factory.mktemp("videos")
     kinds = [(60, 30, 48, 64, "mp4"), (25, 25, 64, 48, "mov"), (9, 15, 96, 128, "matroska"), (200, 60, 48, 48, "mp4")]
     for number in range(20):
@@ -186,6 +190,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tuned(head: Head, videos: Path, storage: Path) -> str:
-    words = ["search.trials=2", f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}"]
-    return submit(head, "jobs/tune_cvae.py", EXPERIMENT, *words)
+def tune_output(head: Head, videos: Path, storage: Path) -> str:
+    """Output of a completed search in `storage`."""
+    overrides = ["search.trials=2", f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}"]
+    return submit(head, "jobs/tune.py", EXPERIMENT, *overrides, "--compare-published")

@@ -1,4 +1,4 @@
-"""jobs/train_cvae.py for test_chaos.py: a checkpoint takes `SAVE_S`, and rank 0 lists its steps in `steps.txt`."""
+"""jobs/train.py for test_chaos.py, with slow checkpoints and steps. Rank 0 lists its steps in `steps.txt`."""
 
 import time
 from pathlib import Path
@@ -14,35 +14,40 @@ from giffy_ray.data.prepare import prepare
 from giffy_ray.training import trainer
 from giffy_ray.training.checkpoints import Snapshot
 from giffy_ray.training.throughput import ThroughputMonitor
-from giffy_ray.training.train_loop import train_loop
+from giffy_ray.training.train_loop import train_loop_per_worker
 
-SAVE_S, STEP_S = 5.0, 0.05  # longer than Ray's 3 s between SIGTERM and SIGKILL; long enough to count steps
+CHECKPOINT_S = 5.0  # longer than Ray's 3 s between SIGTERM and SIGKILL
+STEP_S = 0.05  # long enough to count steps
 
 
-def slow_loop(settings: dict[str, Any]) -> None:
-    """Runs in a worker, which receives this function by value. A line: step, number of workers, node of rank 0."""
-    save, add = Snapshot.save, ThroughputMonitor.add
-    steps = Path(from_yaml(settings["experiment"].get_secret_value()).storage, "steps.txt")
+def slow_train_loop_per_worker(settings: dict[str, Any]) -> None:
+    """Runs in a worker, which receives this function by value.
 
-    def save_slowly(self: Snapshot, *settings: Any) -> None:
-        time.sleep(SAVE_S)
-        save(self, *settings)
+    Writes a line for each step: its number, the number of workers, and the node of rank 0.
+    """
+    save, add_step = Snapshot.save, ThroughputMonitor.add_step
+    steps_file = Path(from_yaml(settings["experiment"].get_secret_value()).storage, "steps.txt")
 
-    def add_and_list(self: ThroughputMonitor, step: int, *rest: Any) -> None:
+    def save_slowly(self: Snapshot, *args: Any) -> None:
+        time.sleep(CHECKPOINT_S)
+        save(self, *args)
+
+    def add_step_slowly(self: ThroughputMonitor, step: int, *args: Any) -> None:
         time.sleep(STEP_S)
         if distributed.rank() == 0:
-            with steps.open("a") as file:
+            with steps_file.open("a") as file:
                 file.write(f"{step} {distributed.world_size()} {ray.get_runtime_context().get_node_id()}\n")
-        add(self, step, *rest)
+        add_step(self, step, *args)
 
-    Snapshot.save, ThroughputMonitor.add = save_slowly, add_and_list  # type: ignore[method-assign]
-    train_loop(settings)
+    Snapshot.save = save_slowly  # type: ignore[method-assign]
+    ThroughputMonitor.add_step = add_step_slowly  # type: ignore[method-assign]
+    train_loop_per_worker(settings)
 
 
 def main(experiment: Experiment) -> None:
-    share, store = resources.resources_for(experiment), prepare(experiment)
-    trainer.train_loop = slow_loop
-    trainer.train(experiment, store, share)
+    worker_resources, dataset = resources.resources_for(experiment), prepare(experiment)
+    trainer.train_loop_per_worker = slow_train_loop_per_worker
+    trainer.train(experiment, dataset, worker_resources)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,7 @@
-"""What a user types: tables of command lines, exit codes and messages. Jobs are stubs, and no Ray is started."""
+"""The command line: arguments, exit codes and messages. Jobs are stubs, and Ray does not start."""
 
 import os
 import re
-import runpy
 import signal
 import socket
 import subprocess
@@ -16,7 +15,7 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
-from giffy_ray import cli
+from giffy_ray import cli, workflows
 from giffy_ray.cluster import local, resources
 from giffy_ray.config import ConfigError, Experiment, load, override, to_yaml
 from giffy_ray.core.storage import write_text
@@ -28,7 +27,7 @@ OWN_VIDEOS = str(DEMO.parent / "own-videos.yaml")
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     (tmp_path / "a.yaml").write_text("name: a\n")
@@ -38,24 +37,24 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
-def type_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs a job with these words; returns the exit code and what stderr got."""
+def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
+    """Runs a job with command-line arguments; returns its exit code and stderr."""
     monkeypatch.setattr(resources, "connect", lambda: None)
 
-    def type_in(job: Callable[[Experiment], None], *words: str, **settings) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["jobs/stub.py", *words])
+    def run_cli(job: Callable[[Experiment], None], *arguments: str, **settings) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["jobs/stub.py", *arguments])
         code = 0
         try:
             cli.run(job, "What it does.", DEMO, **settings)
-        except SystemExit as ended:
-            code = ended.code  # type: ignore[assignment]
+        except SystemExit as system_exit:
+            code = system_exit.code  # type: ignore[assignment]
         return code, capsys.readouterr().err
 
-    return type_in
+    return run_cli
 
 
 @pytest.mark.parametrize(
-    ("words", "name"),
+    ("arguments", "name"),
     [
         ([], "demo"),
         (["a.yaml"], "a"),
@@ -66,18 +65,20 @@ def type_in(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         (["--resume=must", "name=2024-01-02"], "2024-01-02"),
     ],
 )
-def test_the_job_gets_the_experiment(type_in, place: Path, words: list[str], name: str):
-    got: list[Experiment] = []
-    code, said = type_in(got.append, *words)
-    assert (code, said) == (0, "")
-    assert got[0].name == name
-    assert got[0].storage == f"{place}/runs"
-    assert got[0].search.resume == ("never" if "never" in words else "must" if "--resume=must" in words else "auto")
-    assert got[0].speed.profile == ("--profile" in words)
+def test_a_job_receives_the_experiment(run_cli, working_dir: Path, arguments: list[str], name: str):
+    received: list[Experiment] = []
+    code, stderr = run_cli(received.append, *arguments)
+    assert (code, stderr) == (0, "")
+    (experiment,) = received
+    assert experiment.name == name
+    assert experiment.storage == f"{working_dir}/runs"
+    resume = "never" if "never" in arguments else "must" if "--resume=must" in arguments else "auto"
+    assert experiment.search.resume == resume
+    assert experiment.speed.profile == ("--profile" in arguments)
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
         (["--foo"], "unrecognized arguments: --foo"),
         (["--resum", "never"], "unrecognized arguments: --resum"),
@@ -92,69 +93,72 @@ def test_the_job_gets_the_experiment(type_in, place: Path, words: list[str], nam
         (["optim.lrr=1"], "optim.lrr: no such field (value 1); did you mean 'optim.lr'?"),
         (["data.root="], "data.root: is empty"),
         (["data.root=nowhere"], "data.root: no such folder or list (.csv, .parquet) of videos (value 'nowhere')"),
-        (["own.yaml"], "data.root: this experiment needs a value of your own; give data.root=/path/to/videos"),
-        ([OWN_VIDEOS], "data.root: this experiment needs a value of your own; give data.root=/path/to/videos"),
-        (["storage=file"], "storage: cannot be written: it is no folder"),
+        (["own.yaml"], "data.root: is required by this experiment; set data.root=/path/to/videos"),
+        ([OWN_VIDEOS], "data.root: is required by this experiment; set data.root=/path/to/videos"),
+        (["storage=file"], "storage: cannot be written: not a folder"),
         (["storage=file/runs"], "storage: cannot be written: Not a directory"),
         (["storage=/proc/runs"], "storage: cannot be written: No such file or directory (value '/proc/runs')"),
         (["storage=https://host/x"], "storage: https:// is not supported"),
         (["storage=s3://key:hush@bucket/x"], "storage: the address appears in logs"),
-        (["tracking.uri=127.0.0.1:5000"], "give http://127.0.0.1:5000"),
+        (["tracking.uri=127.0.0.1:5000"], "use http://127.0.0.1:5000"),
     ],
 )
-def test_a_mistake_is_one_message_and_code_2(type_in, words: list[str], message: str):
-    def never(_: Experiment) -> None:
-        raise AssertionError("the job was begun")
+def test_a_mistake_prints_one_message_and_exits_with_2(run_cli, arguments: list[str], message: str):
+    def fail(_: Experiment) -> None:
+        raise AssertionError("the job started")
 
-    code, said = type_in(never, *words)
+    code, stderr = run_cli(fail, *arguments)
     assert code == 2
-    assert message in said
-    assert "Traceback" not in said
-    assert "hush" not in said
-    (line,) = [line for line in said.splitlines() if not line.startswith(("usage: ", " "))]
+    assert message in stderr
+    assert "Traceback" not in stderr
+    assert "hush" not in stderr
+    (line,) = [line for line in stderr.splitlines() if not line.startswith(("usage: ", " "))]
     assert line.startswith("stub.py: ")
 
 
-@pytest.mark.parametrize(("words", "given"), [([], set()), (["--dry-run", "a.yaml", "--prune"], {"prune", "dry_run"})])
-def test_a_job_gets_its_own_options_by_name(type_in, words: list[str], given: set[str]):
-    got = {}
+@pytest.mark.parametrize(
+    ("arguments", "expected"), [([], set()), (["--dry-run", "a.yaml", "--prune"], {"prune", "dry_run"})]
+)
+def test_a_job_receives_its_flags_as_keyword_arguments(run_cli, arguments: list[str], expected: set[str]):
+    received = {}
     flags = {"prune": "remove", "dry_run": "list"}
-    assert type_in(lambda experiment, **named: got.update(named), *words, flags=flags) == (0, "")
-    assert got == {name: name in given for name in flags}
+    assert run_cli(lambda experiment, **values: received.update(values), *arguments, flags=flags) == (0, "")
+    assert received == {name: name in expected for name in flags}
 
 
-def test_an_option_of_another_job_is_refused(type_in):
-    code, err = type_in(lambda experiment: None, "--prune")
-    assert code == 2 and "unrecognized arguments: --prune" in err
+def test_a_flag_of_another_job_is_rejected(run_cli):
+    code, stderr = run_cli(lambda experiment: None, "--prune")
+    assert code == 2
+    assert "unrecognized arguments: --prune" in stderr
 
 
-def test_a_dry_run_is_one_of_pruning():
-    with pytest.raises(ConfigError, match="give --prune --dry-run"):
-        runpy.run_path(str(ROOT / "jobs" / "prepare.py"))["main"](Experiment(), dry_run=True)
+def test_a_dry_run_requires_prune():
+    with pytest.raises(ConfigError, match="use --prune --dry-run"):
+        workflows.prepare_dataset(Experiment(), dry_run=True)
 
 
-def test_pruning_prints_what_it_removes(place: Path, capsys: pytest.CaptureFixture[str]):
-    folder = place / "runs" / "stores" / "0123456789abcdef"
+def test_pruning_prints_what_it_removes(working_dir: Path, capsys: pytest.CaptureFixture[str]):
+    folder = working_dir / "runs" / "stores" / "0123456789abcdef"
     folder.mkdir(parents=True)
     (folder / "recipe.json").write_text('{"version": 2}')
-    main = runpy.run_path(str(ROOT / "jobs" / "prepare.py"))["main"]
-    experiment = override(Experiment(), {"storage": str(place / "runs")})
+    experiment = override(Experiment(), {"storage": str(working_dir / "runs")})
     printed = []
     for dry_run in (True, False):
-        main(experiment, prune=True, dry_run=dry_run)
+        workflows.prepare_dataset(experiment, prune=True, dry_run=dry_run)
         printed.append(" ".join(capsys.readouterr().out.split()))
         assert folder.exists() == dry_run
-    assert "would be removed from" in printed[0] and "removing from" in printed[1]
+    assert "would be removed from" in printed[0]
+    assert "removing from" in printed[1]
     for text in printed:
-        assert re.search(r"store 0123456789abcdef │ 1 │ 14 │ version 2 of decoding; it is 3 now", text)
+        assert re.search(r"store 0123456789abcdef │ 1 │ 14 │ decoder version 2, the current version is 3", text)
 
 
-def test_a_job_without_data_needs_no_root(type_in):
-    assert type_in(lambda _: None, "own.yaml", needs_data=False) == (0, "")
+def test_a_job_without_data_does_not_require_a_root(run_cli):
+    assert run_cli(lambda _: None, "own.yaml", needs_data=False) == (0, "")
 
 
-def failed_training() -> Exception:
-    """As Ray Train raises it: of two workers one found a mistake, wrapped twice."""
+def training_error() -> Exception:
+    """The exception that Ray Train raises if one of two workers fails, with two wrappers."""
     from ray.train import WorkerGroupError
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
@@ -162,7 +166,7 @@ def failed_training() -> Exception:
     return WorkerGroupError("[Rank 1]\nTraceback ...", {1: UserExceptionWithTraceback(inner, "Traceback ...\nmore")})
 
 
-def failed_task(error: Exception) -> Exception:
+def task_error(error: Exception) -> Exception:
     return RayTaskError("decode", "Traceback ...\nmore", error).as_instanceof_cause()
 
 
@@ -170,44 +174,44 @@ def failed_task(error: Exception) -> Exception:
     ("error", "code", "message"),
     [
         (PermissionError(13, "Permission denied", "/x"), 1, "PermissionError: [Errno 13] Permission denied: '/x'"),
-        (RuntimeError("a\n\n  b"), 1, "RuntimeError: a b (test_command.py:"),
-        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division (test_command.py:"),
+        (RuntimeError("a\n\n  b"), 1, "RuntimeError: a b (test_cli.py:"),
+        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division (test_cli.py:"),
         (OSError("no s3://key:hush@bucket"), 1, "OSError: no s3://***@bucket"),
-        (failed_training(), 1, "ValueError: a loss is not finite"),
-        (failed_task(KeyError("x")), 1, "KeyError: 'x'"),
-        (failed_task(ConfigError("optim.lr: is wrong")), 2, "stub.py: optim.lr: is wrong"),
+        (training_error(), 1, "ValueError: a loss is not finite"),
+        (task_error(KeyError("x")), 1, "KeyError: 'x'"),
+        (task_error(ConfigError("optim.lr: is wrong")), 2, "stub.py: optim.lr: is wrong"),
         (TrainingFailedError("Training failed"), 1, "TrainingFailedError: Training failed"),
         (KeyboardInterrupt(), 130, "stub.py: interrupted"),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
-def test_an_error_is_one_line_and_its_traceback_is_kept(
-    type_in, monkeypatch: pytest.MonkeyPatch, place: Path, error: BaseException, code: int, message: str
+def test_an_error_prints_one_line_and_saves_its_traceback(
+    run_cli, monkeypatch: pytest.MonkeyPatch, working_dir: Path, error: BaseException, code: int, message: str
 ):
-    monkeypatch.setattr("tempfile.tempdir", str(place))
+    monkeypatch.setattr("tempfile.tempdir", str(working_dir))
 
     def fail(_: Experiment) -> None:
         raise error
 
-    ended, said = type_in(fail)
-    assert ended == code
-    assert message in said
-    assert "Traceback" not in said
-    kept = list(place.glob("giffy_ray-stub-*.log"))
-    assert len(kept) == (code == 1)
-    for path in kept:
-        assert f"the traceback is in {path}" in said
+    exit_code, stderr = run_cli(fail)
+    assert exit_code == code
+    assert message in stderr
+    assert "Traceback" not in stderr
+    saved = list(working_dir.glob("giffy_ray-stub-*.log"))
+    assert len(saved) == (code == 1)
+    for path in saved:
+        assert f"the traceback is in {path}" in stderr
         text = path.read_text()
         assert text.startswith("Traceback")
         assert "in fail" in text
         assert "hush" not in text
         assert path.stat().st_mode & 0o077 == 0
     if code != 130:
-        assert "in fail" in type_in(fail, "--debug")[1]
+        assert "in fail" in run_cli(fail, "--debug")[1]
 
 
-def test_a_code_that_the_job_ends_with_is_its_own(type_in):
-    assert type_in(lambda _: sys.exit(143))[0] == 143
+def test_the_exit_code_of_a_job_is_kept(run_cli):
+    assert run_cli(lambda _: sys.exit(143))[0] == 143
 
 
 @pytest.mark.parametrize(
@@ -221,27 +225,27 @@ def test_a_code_that_the_job_ends_with_is_its_own(type_in):
         ("127.0.0.1:SILENT", "no Ray answers at"),
     ],
 )
-def test_an_address_without_a_ray_is_refused_at_once(address: str, message: str, monkeypatch: pytest.MonkeyPatch):
+def test_an_address_without_ray_is_rejected_at_once(address: str, message: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
-    monkeypatch.setattr(resources, "_ANSWER_S", 2)
+    monkeypatch.setattr(resources, "_CONNECT_TIMEOUT_S", 2)
     with socket.create_server(("127.0.0.1", 0)) as silent, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         ports = {"CLOSED": closed.getsockname()[1], "SILENT": silent.getsockname()[1]}
-        for word, port in ports.items():
-            address = address.replace(word, str(port))
+        for placeholder, port in ports.items():
+            address = address.replace(placeholder, str(port))
         monkeypatch.setenv("RAY_ADDRESS", address)
-        # On a machine with one address, Ray resolves loopback to it, where nobody listens either.
-        began_s = time.monotonic()
+        # On a machine with a single address, Ray resolves loopback to it; nothing listens there either.
+        start_s = time.monotonic()
         with pytest.raises(ConfigError, match=message) as raised:
             resources.connect()
-    assert time.monotonic() - began_s < 15
+    assert time.monotonic() - start_s < 15
     assert "hush" not in str(raised.value)
     assert "\n" not in str(raised.value)
 
 
-def test_a_cluster_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch):
-    """`ray start` leaves its address in a file, which outlives it."""
+def test_a_stale_cluster_address_is_reported(monkeypatch: pytest.MonkeyPatch):
+    """`ray start` writes its address to a file that outlives it."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **_: pytest.fail("Ray was started"))
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -254,7 +258,7 @@ def test_a_cluster_that_is_gone_is_told(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
-def test_a_folder_too_long_for_sockets_is_told_before_ray_starts(variable: str, monkeypatch: pytest.MonkeyPatch):
+def test_a_folder_too_long_for_sockets_is_rejected_before_ray_starts(variable: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     started: list[dict] = []
     monkeypatch.setattr(ray, "init", lambda **settings: started.append(settings))
@@ -268,16 +272,16 @@ def test_a_folder_too_long_for_sockets_is_told_before_ray_starts(variable: str, 
     assert started
 
 
-def test_the_longest_folder_is_the_one_that_the_system_takes(tmp_path: Path):
-    """The name of Ray's longest socket in the longest folder that is accepted is the longest that can be bound."""
+def test_the_longest_accepted_folder_is_the_longest_that_can_be_bound(tmp_path: Path):
+    """In the longest accepted folder, the name of Ray's longest socket is the longest that can be bound."""
     pid = str(os.getpid())
-    most = local._LONGEST_SOCKET_BYTES - local._SESSION_BYTES - len(pid)
-    local.refuse_long_folder("x" * most, len(pid))
+    most = local._MAX_SOCKET_BYTES - local._SESSION_BYTES - len(pid)
+    local.check_temp_dir_length("x" * most, len(pid))
     with pytest.raises(ConfigError):
-        local.refuse_long_folder("x" * (most + 1), len(pid))
+        local.check_temp_dir_length("x" * (most + 1), len(pid))
     below = f"/session_2025-01-31_23-59-59_123456_{pid}/sockets/dash_TaskEventsHead"
     for length, fits in ((most, True), (most + 1, False)):
-        name = f"\0{'x' * (length - 1)}{below}"  # abstract: of the same length, without a folder
+        name = f"\0{'x' * (length - 1)}{below}"  # an abstract socket of the same length needs no folder
         with socket.socket(socket.AF_UNIX) as bound:
             if fits:
                 bound.bind(name)
@@ -286,61 +290,61 @@ def test_the_longest_folder_is_the_one_that_the_system_takes(tmp_path: Path):
                     bound.bind(name + "x")
 
 
-def run_job(name: str, *words: str) -> subprocess.CompletedProcess[str]:
+def run_job(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": "http://127.0.0.1:1"}
-    job = [sys.executable, str(ROOT / "jobs" / name), *words]
+    job = [sys.executable, str(ROOT / "jobs" / name), *arguments]
     return subprocess.run(job, env=environment, capture_output=True, text=True, timeout=120, check=False)
 
 
 @pytest.mark.parametrize("name", JOBS)
-def test_every_job_says_what_it_does_without_ray(name: str):
-    done = run_job(name, "--help")
-    assert (done.returncode, done.stderr) == (0, "")
-    assert f"jobs/{name}" in done.stdout
-    assert "--debug" in done.stdout
+def test_every_job_prints_its_help_without_ray(name: str):
+    completed = run_job(name, "--help")
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert f"jobs/{name}" in completed.stdout
+    assert "--debug" in completed.stdout
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("arguments", "message"),
     [
-        ([], "say what to evaluate"),
-        (["evaluate.runs=[published/between]"], "say what to evaluate"),
+        ([], "nothing to evaluate"),
+        (["evaluate.runs=[published/between]"], "nothing to evaluate"),
         (["name=mine", "optim.lrr=1"], "optim.lrr: no such field"),
-        (["name=mine", "evaluate.runs=[a]"], "RAY_ADDRESS: http:// is a dashboard"),  # all else was right
+        (["name=mine", "evaluate.runs=[a]"], "RAY_ADDRESS: http:// is a dashboard"),  # the last check before Ray starts
     ],
 )
-def test_an_evaluation_is_told_what_to_evaluate(place: Path, words: list[str], message: str):
-    done = run_job("evaluate.py", f"storage={place}/runs", *words)
-    assert done.returncode == 2
-    assert message in done.stderr
-    assert "Traceback" not in done.stderr
-    assert not (place / "runs" / "demo").exists()
+def test_an_evaluation_requires_something_to_evaluate(working_dir: Path, arguments: list[str], message: str):
+    completed = run_job("evaluate.py", f"storage={working_dir}/runs", *arguments)
+    assert completed.returncode == 2
+    assert message in completed.stderr
+    assert "Traceback" not in completed.stderr
+    assert not (working_dir / "runs" / "demo").exists()
 
 
-def test_a_run_is_evaluated_as_it_was_trained(place: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_run_is_evaluated_with_its_own_experiment(working_dir: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.syspath_prepend(str(ROOT / "jobs"))
     import evaluate
 
-    trained = load(ROOT / "tests" / "tiny.yaml", [f"storage={place}", "name=mine", "train.epochs=7"])
-    write_text(f"{place}/mine/experiment.yaml", to_yaml(trained))
-    words = ["name=mine", f"storage={place}", "evaluate.samples=2"]
-    got = evaluate.without_file(load(DEMO, words), words)
-    assert (got.clip, got.train.epochs, got.evaluate.samples) == (trained.clip, 7, 2)
+    trained = load(ROOT / "tests" / "tiny.yaml", [f"storage={working_dir}", "name=mine", "train.epochs=7"])
+    write_text(f"{working_dir}/mine/experiment.yaml", to_yaml(trained))
+    overrides = ["name=mine", f"storage={working_dir}", "evaluate.samples=2"]
+    experiment = evaluate.without_file(load(DEMO, overrides), overrides)
+    assert (experiment.clip, experiment.train.epochs, experiment.evaluate.samples) == (trained.clip, 7, 2)
     assert evaluate.without_file(load(DEMO, ["name=new"]), ["name=new"]).clip == load(DEMO).clip
 
 
-def test_an_interrupt_while_a_job_starts_shows_no_traceback(place: Path):
-    (place / "slow.py").write_text(
-        "import time\nfrom giffy_ray import cluster, command\n"
-        "cluster.connect = lambda: (print('begun', flush=True), time.sleep(60))\n"
-        f"command.run(print, None, {str(DEMO)!r}, needs_data=False)\n"
+def test_an_interrupt_during_the_start_prints_no_traceback(working_dir: Path):
+    (working_dir / "slow.py").write_text(
+        "import time\nfrom giffy_ray import cli\nfrom giffy_ray.cluster import resources\n"
+        "resources.connect = lambda: (print('started', flush=True), time.sleep(60))\n"
+        f"cli.run(print, None, {str(DEMO)!r}, needs_data=False)\n"
     )
     job = [sys.executable, "slow.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     with subprocess.Popen(job, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout and process.stderr
-        assert process.stdout.readline() == "begun\n"
+        assert process.stdout.readline() == "started\n"
         process.send_signal(signal.SIGINT)
-        said = process.stderr.read()
+        stderr = process.stderr.read()
     assert process.returncode == 130
-    assert said == "slow.py: interrupted\n"
+    assert stderr == "slow.py: interrupted\n"

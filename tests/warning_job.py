@@ -14,22 +14,25 @@ from giffy_ray.core.messages import redact_output
 from giffy_ray.tuning.tuner import withhold_credentials
 
 
-def warn(who: str) -> None:
-    print(f"{who} prints", file=sys.stderr)
-    logging.getLogger("ray.data").warning("%s has noise", who)
-    log = logging.getLogger("giffy_ray.training.checkpoints")
-    log.info("%s informs", who)
-    log.warning("%s warns of s3://me:%s@bucket\nand goes on", who, os.environ.get("AWS_SECRET_ACCESS_KEY", "nothing"))
+def warn(source: str) -> None:
+    print(f"{source} prints", file=sys.stderr)
+    logging.getLogger("ray.data").warning("%s has noise", source)
+    log = logging.getLogger("giffy_ray.training.checkpoint_selection")
+    log.info("%s informs", source)
+    log.warning(
+        "%s warns of s3://me:%s@bucket\nand continues", source, os.environ.get("AWS_SECRET_ACCESS_KEY", "nothing")
+    )
     log.warning("all warn")
 
 
 def main() -> None:
     redact_output()
-    os.environ["AWS_SECRET_ACCESS_KEY"] = "-".join(["of", "the", "driver"])  # not in this file as it is
+    # Joined, so that this file, which Ray stores, does not contain the value itself.
+    os.environ["AWS_SECRET_ACCESS_KEY"] = "-".join(["of", "the", "driver"])
     resources.connect()
     ray.get(ray.remote(warn).options(num_cpus=0).remote("a task"))
-    known = ray.remote(lambda: os.environ.get("AWS_SECRET_ACCESS_KEY")).options(num_cpus=0).remote()
-    print("passed on:", ray.get(known) == os.environ["AWS_SECRET_ACCESS_KEY"])
+    future = ray.remote(lambda: os.environ.get("AWS_SECRET_ACCESS_KEY")).options(num_cpus=0).remote()
+    print("forwarded:", ray.get(future) == os.environ["AWS_SECRET_ACCESS_KEY"])
     warn("the driver")
     withhold_credentials()
     tune.Tuner(

@@ -1,1 +1,1 @@
-"""Ray: what a cluster has, and a local head."""
+"""Ray clusters: connecting, dividing their resources, and a local head."""

@@ -1,7 +1,7 @@
-"""A Ray head of one's own: for the demo and the tests, beside whatever other Rays the machine runs.
+"""A private Ray head on this machine, for the demo and the tests. Other Ray clusters may run next to it.
 
-Dashboard and jobs API are on free ports, and a token of its own keeps others out. It ends with the process that
-asked for it, however that ends: it lives as long as its standard input is open.
+The dashboard and the jobs API use free ports, and a token keeps other users out. The head ends with the process that
+started it, even if that is killed: it runs as long as its standard input is open.
 """
 
 from __future__ import annotations
@@ -23,47 +23,63 @@ import tenacity
 
 from giffy_ray.config import ConfigError
 
-# Only tables and positions pass through it; clips are read from memory maps.
+# Holds only tables and indices; clips are read from memory maps.
 _OBJECT_STORE_BYTES = 256 * 2**20
-# For a Ray that is started with it: by default each worker stands back behind everything else on its machine (nice 15),
-# and where all cores train, each waking of Ray's own processes then costs a step more than it has to.
+# For `ray start`. By default Ray runs workers at nice 15, so that any other process delays them. If all cores train,
+# even a wake-up of Ray's own processes slows a step.
 DEFAULT_NICENESS_ENV = {"RAY_worker_niceness": "0"}
-# How long `ray job stop` waits for a job to write its last checkpoint before it kills it; Ray's default is 3 s. The
-# process on the head that supervises the job reads it, with the environment of `ray start`.
+# For `ray start --head`, which passes it to the supervisors of jobs: how long `ray job stop` lets a job write its last
+# checkpoint before it kills the job. Ray's default is 3 s.
 JOB_STOP_WAIT_ENV = {"RAY_JOB_STOP_WAIT_TIME_S": "600"}
 
-
-# Sockets of Unix have names of at most 107 bytes. Ray's longest is
+# The path of a Unix socket has at most 107 bytes. Ray's longest is
 # FOLDER/session_2025-01-31_23-59-59_123456_PID/sockets/dash_TaskEventsHead.
-_LONGEST_SOCKET_BYTES = 107
+_MAX_SOCKET_BYTES = 107
 _SESSION_BYTES = len("/session_2025-01-31_23-59-59_123456_/sockets/dash_TaskEventsHead")
 
 
-def refuse_long_folder(folder: str, pid_digits: int = 7) -> None:
-    """Raises ConfigError where the names of Ray's sockets below its `folder` are too long for the system."""
-    most = _LONGEST_SOCKET_BYTES - _SESSION_BYTES - pid_digits
-    if len(os.fsencode(folder)) > most:
+def check_temp_dir_length(folder: str, pid_digits: int = 7) -> None:
+    """Raises ConfigError if the paths of Ray's sockets below `folder` would be too long for the system.
+
+    Args:
+        folder: Ray's temporary folder.
+        pid_digits: Digits of the process id that Ray appends.
+    """
+    max_bytes = _MAX_SOCKET_BYTES - _SESSION_BYTES - pid_digits
+    if len(os.fsencode(folder)) > max_bytes:
         raise ConfigError(
-            f"TMPDIR: Ray's folder {folder} is too long for the sockets below it: at most {most} bytes; set "
+            f"TMPDIR: Ray's folder {folder} is too long for the sockets below it: at most {max_bytes} bytes; set "
             f"RAY_TMPDIR=/tmp, or TMPDIR to a shorter path"
         )
 
 
 @dataclass(frozen=True)
 class Head:
-    dashboard: str  # also the address of the jobs API
-    environment: dict[str, str]  # of a process that is to submit jobs to it, or to join it
+    """A running Ray head.
+
+    Attributes:
+        dashboard: Address of the dashboard and of the jobs API.
+        environment: For processes that submit jobs to the head, or join it.
+    """
+
+    dashboard: str
+    environment: dict[str, str]
 
 
 @contextmanager
 def local_head(cpus: int | None = None) -> Iterator[Head]:
-    """A head with `cpus` CPUs (none: all of the machine's). Its logs are kept only where the block raises.
+    """Runs a head. Its logs are kept only if the block raises.
 
-    Raises ConfigError where TMPDIR, below which it keeps its sockets, is too long.
+    Args:
+        cpus: CPUs of the head. None: all of the machine.
+
+    Raises:
+        ConfigError: TMPDIR is too long for the head's sockets.
+        RuntimeError: The head did not start.
     """
     folder = Path(tempfile.mkdtemp(prefix="giffy_ray-"))
     try:
-        refuse_long_folder(str(folder))
+        check_temp_dir_length(str(folder))
     except ConfigError:
         folder.rmdir()
         raise
@@ -76,7 +92,7 @@ def local_head(cpus: int | None = None) -> Iterator[Head]:
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
             "RAY_USAGE_STATS_ENABLED": "0",
-            # Jobs find this environment's python and ray, whether it was activated or not.
+            # So that jobs find python and ray of this environment even if it is not activated.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "PYTHONUNBUFFERED": "1",
             **DEFAULT_NICENESS_ENV,
@@ -110,7 +126,7 @@ def _main(folder: str, cpus: int) -> None:
     port = free_port()
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block", "--disable-usage-stats"]
     command += [f"--temp-dir={folder}", f"--num-cpus={cpus}", f"--object-store-memory={_OBJECT_STORE_BYTES}"]
-    # All of them free ones: on its usual ports, the jobs API of a machine's second Ray does not work.
+    # Free ports throughout: on the default ports, the jobs API of a second Ray on the machine does not work.
     command += ["--port=0", "--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"]
     command += [f"--dashboard-port={port}"]
     with subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr) as ray:
@@ -127,7 +143,7 @@ def _wait_for_jobs(dashboard: str, ray: subprocess.Popen) -> None:
     from ray.job_submission import JobSubmissionClient
 
     if ray.poll() is not None:
-        raise SystemExit(f"`ray start` ended with {ray.returncode}")
+        raise SystemExit(f"`ray start` failed with exit code {ray.returncode}")
     JobSubmissionClient(dashboard).list_jobs()
 
 

@@ -1,4 +1,4 @@
-"""Small tensors on their way to a GPU and back, while neither it nor the CPU waits."""
+"""Copies small tensors between CPU and GPU without blocking either of them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 
 def to_device_async(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`. A GPU fetches it when it comes to it; from other memory than pinned, we wait."""
+    """Copies a CPU tensor to `device` asynchronously, through pinned memory."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class AsyncHostCopy:
-    """The values of a tensor, on their way to the CPU from now on.
+    """Starts copying a tensor to the CPU.
 
-    Asking for them waits for what the GPU was told to do before, and, unlike `tensor.tolist()`, for nothing later.
+    Unlike `tensor.tolist()`, `wait()` waits only for the work that was queued on the GPU before the copy.
     """
 
     def __init__(self, tensor: Tensor):
-        self._here = tensor.detach().to("cpu", non_blocking=True)  # in pinned memory
-        self._arrived = torch.cuda.Event() if tensor.is_cuda else None
-        if self._arrived:
-            self._arrived.record()
+        self._host_tensor = tensor.detach().to("cpu", non_blocking=True)  # in pinned memory
+        self._copied = torch.cuda.Event() if tensor.is_cuda else None
+        if self._copied:
+            self._copied.record()
 
     def wait(self) -> list[float]:
-        """All of them, in one row."""
-        if self._arrived:
-            self._arrived.synchronize()
-        return self._here.flatten().tolist()
+        """Waits for the copy and returns all values in one flat list."""
+        if self._copied:
+            self._copied.synchronize()
+        return self._host_tensor.flatten().tolist()

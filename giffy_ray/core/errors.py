@@ -2,4 +2,4 @@
 
 
 class ConfigError(ValueError):
-    """A field that does not exist or a value that it cannot take; the message names both."""
+    """An unknown config field or an invalid value. The message names the field and shows the value."""

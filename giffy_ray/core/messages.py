@@ -1,7 +1,7 @@
-"""What reaches the user's terminal: warnings of all processes of a job, and no credentials.
+"""Console output of a job: warnings from all of its processes, without credentials.
 
-Ray shows a driver either every line that any process of its job prints, or none. Here workers mark what the logger
-`giffy_ray` says, and the driver shows the marked lines alone.
+Ray shows a driver either every line that any process of its job prints, or none. Here workers mark the warnings of the
+logger `giffy_ray`, and the driver shows only the marked lines.
 """
 
 from __future__ import annotations
@@ -18,11 +18,10 @@ from typing import Any, TextIO
 
 from giffy_ray.core.storage import redact_credentials
 
-# Environment variables of the driver that all processes of its job get, by how their names begin: credentials, and
-# where servers are.
-_PASSED_ON = ("MLFLOW_", "AWS_", "GOOGLE_")
+# Prefixes of the driver's environment variables that all processes of its job receive: credentials and servers.
+_FORWARDED_PREFIXES = ("MLFLOW_", "AWS_", "GOOGLE_")
 _MARK = "[giffy_ray] "
-_LAST_S = 0.5  # Ray looks for new lines ten times a second
+_FINAL_WAIT_S = 0.5  # Ray polls the workers' output ten times a second
 
 
 class RedactedStream:
@@ -40,56 +39,51 @@ class RedactedStream:
 
 
 def redact_output() -> None:
-    """From now on stdout and stderr are without credentials: tables, warnings, and tracebacks of what ends us."""
+    """Removes credentials from everything that this process prints from now on, tracebacks included."""
     for name in ("stdout", "stderr"):
         if not isinstance(getattr(sys, name), RedactedStream):
             setattr(sys, name, RedactedStream(getattr(sys, name)))
 
 
 class MarkedHandler(logging.StreamHandler):
-    """Writes a record to stderr as one line that `show_worker_messages` finds, however many lines it has."""
+    """Writes each record to stderr as one line, which `show_worker_messages` recognizes."""
 
     def __init__(self) -> None:
         super().__init__()
         self.setLevel(logging.WARNING)
 
     def format(self, record: logging.LogRecord) -> str:
-        return _marked(super().format(record))
-
-
-def _marked(text: str) -> str:
-    return _MARK + json.dumps(redact_credentials(text))
+        return _mark(super().format(record))
 
 
 def mark_warnings() -> None:
-    """In a worker: has `MarkedHandler` write what the logger `giffy_ray` says, and nobody else."""
+    """Makes `MarkedHandler` the only handler of the logger `giffy_ray` in a worker."""
     logger = logging.getLogger("giffy_ray")
     logger.handlers = [MarkedHandler()]
-    logger.propagate = False  # Ray Train's own handlers would write it to their files, credentials and all
+    logger.propagate = False  # Ray Train's own handlers would write credentials to their files
 
 
-def say(text: str) -> None:
-    """Prints, also from a worker."""
+def print_message(text: str) -> None:
+    """Prints to the driver's console, also from a worker."""
     if any(isinstance(handler, MarkedHandler) for handler in logging.getLogger("giffy_ray").handlers):
-        sys.stderr.write(_marked(text) + "\n")  # Ray Train replaces print in its workers
+        sys.stderr.write(_mark(text) + "\n")  # Ray Train replaces print in its workers
         sys.stderr.flush()
     else:
         print(text, flush=True)
 
 
-def worker_setup(environment: Mapping[str, str]) -> Callable[[], None]:
-    """Ray's `worker_process_setup_hook`: every process of the job calls it when it starts.
+def make_worker_setup_hook(environment: Mapping[str, str]) -> Callable[[], None]:
+    """Returns Ray's `worker_process_setup_hook`, which every process of the job calls when it starts.
 
-    It carries the variables to pass on. Ray stores it in its own table: in a `runtime_env`, values would be shown on
-    the dashboard and written to Ray's logs.
+    The hook carries the variables to forward. Ray keeps it in an internal table, whereas it would show variables of a
+    `runtime_env` on the dashboard and write them to its logs.
     """
-    passed_on = {name: value for name, value in environment.items() if name.startswith(_PASSED_ON)}
+    forwarded = {name: value for name, value in environment.items() if name.startswith(_FORWARDED_PREFIXES)}
 
     def prepare_giffy_ray_worker() -> None:
-        os.environ.update(passed_on)
-        with contextlib.suppress(
-            ImportError
-        ):  # else Ray starts processes for ever, and no task can say what is missing
+        os.environ.update(forwarded)
+        # If the hook failed, Ray would restart the process forever, and no task could report the missing package.
+        with contextlib.suppress(ImportError):
             from giffy_ray.core.messages import mark_warnings
 
             mark_warnings()
@@ -98,32 +92,38 @@ def worker_setup(environment: Mapping[str, str]) -> Callable[[], None]:
 
 
 def show_worker_messages() -> None:
-    """To be called after `ray.init(log_to_driver=True)`: prints what workers marked, each text once, and drops the rest
-    of what they print. At the end this process waits a moment for the last of it."""
-    from ray._private.ray_logging import global_worker_stdstream_dispatcher  # no public way to choose what is shown
+    """Prints the workers' marked lines, each text once, and drops the rest of their output.
+
+    Call it after `ray.init(log_to_driver=True)`. At exit, the process waits a moment for the last lines.
+    """
+    from ray._private.ray_logging import global_worker_stdstream_dispatcher  # Ray has no public filter
 
     shown = set[str]()
-    atexit.register(time.sleep, _LAST_S)
+    atexit.register(time.sleep, _FINAL_WAIT_S)
 
     def show(batch: Mapping[str, Any]) -> None:
-        for text in messages_in(batch["lines"]):
+        for text in parse_messages(batch["lines"]):
             if text not in shown:
                 shown.add(text)
-                with contextlib.suppress(OSError):  # nobody may read it any more
+                with contextlib.suppress(OSError):  # the reader of a pipe may be gone
                     print(text, file=sys.stderr, flush=True)
 
     global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
     global_worker_stdstream_dispatcher.add_handler("ray_print_logs", show)  # Ray removes it by this name
 
 
-def messages_in(lines: list[str]) -> list[str]:
-    """The texts that `MarkedHandler` wrote among the lines of a process."""
-    found = []
+def parse_messages(lines: list[str]) -> list[str]:
+    """Returns the texts that `MarkedHandler` wrote among the lines of a process."""
+    messages = []
     for line in lines:
         _, mark, text = line.partition(_MARK)
         if mark:
             try:
-                found.append(str(json.loads(text)))
+                messages.append(str(json.loads(text)))
             except ValueError:  # another thread wrote into the same line
-                found.append(text)
-    return found
+                messages.append(text)
+    return messages
+
+
+def _mark(text: str) -> str:
+    return _MARK + json.dumps(redact_credentials(text))

@@ -1,4 +1,4 @@
-"""How far things are, told to whoever waits: a bar on a terminal, lines in a job's log."""
+"""Progress display: a bar on a terminal, periodic lines in a log."""
 
 from __future__ import annotations
 
@@ -7,31 +7,38 @@ import time
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-_LINE_EVERY_S = 5.0
+_LINE_INTERVAL_S = 5.0
 
 
-class Bar:
-    """Counts `total` things up. Where the output is no terminal, a line now and then stands for the bar."""
+class ProgressBar:
+    """Counts up to `total`. Prints a line every few seconds if stdout is not a terminal.
+
+    Args:
+        title: Name of the work.
+        total: Number of items.
+        unit: Plural name of an item, shown in the lines.
+    """
 
     def __init__(self, title: str, total: int, unit: str):
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self._told_s = time.monotonic()
+        self.title, self.total, self.unit = title, total, unit
+        self.completed = 0
+        self._last_line_s = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         self._progress = Progress(*columns) if sys.stdout.isatty() else None
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         if self._progress:
             self._progress.start()
             self._task = self._progress.add_task(self.title, total=self.total)
         return self
 
     def advance(self, count: int) -> None:
-        self.done += count
+        self.completed += count
         if self._progress:
             self._progress.advance(self._task, count)
-        elif self.done == self.total or time.monotonic() - self._told_s > _LINE_EVERY_S:
-            self._told_s = time.monotonic()
-            print(f"{self.title}: {self.done}/{self.total} {self.unit}", flush=True)
+        elif self.completed == self.total or time.monotonic() - self._last_line_s > _LINE_INTERVAL_S:
+            self._last_line_s = time.monotonic()
+            print(f"{self.title}: {self.completed}/{self.total} {self.unit}", flush=True)
 
     def __exit__(self, *_: object) -> None:
         if self._progress:

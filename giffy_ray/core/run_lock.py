@@ -1,9 +1,10 @@
-"""The lease on a run's folder: one process at a time trains a run.
+"""Run lock: only one process at a time trains a run.
 
-`lease.json` names the process that holds the run, which writes it again every few seconds; a lease that has not been
-written for `EXPIRES_S` seconds is free. Every write depends on what its writer last read, so nobody overwrites a new
-holder, however long it was paused in between: a file lock guards the comparison on a local file system, and S3 makes
-it itself (If-Match, If-None-Match). Other object stores compare less strictly: what was written is read again.
+The lock is a lease in the run's folder. `lease.json` names the holder, which rewrites it every few seconds. A lease
+that has not been renewed for `EXPIRES_S` seconds is free. Every write is conditional on what its writer last read, so a
+process that was paused never overwrites a new holder. A local file system compares under a file lock; S3 compares in
+the request (If-Match, If-None-Match). Storage without such requests is compared before each write. Except on a local
+file system, an acquired lock is read again after a moment, in case two writers succeeded.
 """
 
 from __future__ import annotations
@@ -27,251 +28,272 @@ from giffy_ray.core.errors import ConfigError
 from giffy_ray.core.storage import filesystem_of, is_local, join, read_text, write_text
 
 EXPIRES_S = 30.0
-_ABANDONED_S = 3600.0  # by the clocks of two machines, which may differ by minutes
-_RENEW_S = 5.0
-_SETTLE_S = 0.5
-_PATIENCE_S = 5.0  # with a request to S3
-# What has to be equal before a process number means anything here. Host names alone do not tell machines apart, and
-# containers of one machine see processes of their own.
-_MACHINE = ("host", "boot_id", "pid_namespace")
-_GONE = -1  # the start time of a process that has ended and was not waited for
+_ABANDONED_S = 3600.0  # compared across the clocks of two machines, which may differ by minutes
+_RENEW_S = 5.0  # between renewals
+_SETTLE_S = 0.5  # between reads while waiting, and before a write that is not exclusive is read again
+_S3_TIMEOUT_S = 5.0
+# These must be equal before a process id is meaningful here. A host name alone does not identify a machine, and each
+# container has its own process ids.
+_MACHINE_FIELDS = ("host", "boot_id", "pid_namespace")
+_ZOMBIE_TICKS = -1  # start time of a process that has ended but was not waited for
 _log = logging.getLogger(__name__)
 
 
 class RunLockLost(Exception):
-    """The run belongs to another process, or may by now. The message names the run and says why."""
+    """Another process holds the run's lock, or may hold it by now. The message names the run and the reason."""
 
 
 @contextmanager
 def run_lock(run_dir: str) -> Iterator[RunLock]:
-    """Holds the lease of the run in `run_dir` inside the block. Waits for a lease that may have expired.
+    """Holds the lock of a run inside the block. First waits for a lease that may have expired.
 
-    Raises ConfigError where another process holds it. LeaseLost is raised at the end of a block in which it was lost;
-    an error that the block raises is not replaced, and says so in a note.
+    Args:
+        run_dir: Local path or URI of the run's folder.
+
+    Raises:
+        ConfigError: Another process holds the lock.
+        RunLockLost: At the end of the block, if the lock was lost inside. An error raised by the block is not
+            replaced; the loss is added to it as a note.
     """
-    lease = RunLock(run_dir)
-    lease.acquire()
+    lock = RunLock(run_dir)
+    lock.acquire()
     try:
         try:
-            yield lease
+            yield lock
         finally:
-            lease.release()
+            lock.release()
     except Exception as error:
-        if lease.lost and not isinstance(error, RunLockLost):
-            error.add_note(lease.lost)
+        if lock.lost_reason and not isinstance(error, RunLockLost):
+            error.add_note(lock.lost_reason)
         raise
-    lease.check()
+    lock.check()
 
 
 class RunLock:
-    """A lease that a thread of this process renews. `holder` identifies it in the file."""
+    """The lock of a run, which a thread of this process renews. `holder` identifies it in the file."""
 
     def __init__(self, run_dir: str):
         self.holder = uuid.uuid4().hex
-        self._name, self._location = name_of(run_dir), location_of(run_dir)
-        self._file = _file_at(self._location)
-        self._own = {"holder": self.holder, **_this_process()}
-        self._lost, self._failure, self._deadline_s = "", "", float("inf")
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._renew, name=f"lease of {self._name}", daemon=True)
+        self._run_name = _run_name(run_dir)
+        self._path = lock_path(run_dir)
+        self._file = _open_lock_file(self._path)
+        self._entry = {"holder": self.holder, **_describe_this_process()}
+        self._lost_reason = ""
+        self._last_error = ""
+        self._deadline_s = float("inf")
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._renew_until_stopped, name=f"lock of {self._run_name}", daemon=True)
 
     @property
-    def lost(self) -> str:
-        """Why the run is no longer ours; an empty string while it is."""
-        if not self._lost and not self._ended.is_set() and time.monotonic() > self._deadline_s:
-            why = f"it could not be renewed for {EXPIRES_S:.0f} s" + (f" ({self._failure})" if self._failure else "")
-            self._lose(why)
-        return self._lost
+    def lost_reason(self) -> str:
+        """Why the lock is lost; empty while this process holds it."""
+        if not self._lost_reason and not self._stopped.is_set() and time.monotonic() > self._deadline_s:
+            details = f" ({self._last_error})" if self._last_error else ""
+            self._set_lost(f"it could not be renewed for {EXPIRES_S:.0f} s{details}")
+        return self._lost_reason
 
     def check(self) -> None:
-        """Raises LeaseLost."""
-        if self.lost:
-            raise RunLockLost(self.lost)
+        """Raises RunLockLost if the lock is lost."""
+        if self.lost_reason:
+            raise RunLockLost(self.lost_reason)
 
     def acquire(self) -> None:
-        """Raises ConfigError where another process holds the lease, or gets it first."""
+        """Acquires the lock. Raises ConfigError if another process holds it or is faster."""
         while True:
-            seen, began_s = self._wait_until_free(), time.monotonic()
+            previous = self._wait_until_free()
+            began_s = time.monotonic()
             try:
-                self._file.write(self._text(), seen)
-            except _Changed:
-                pass  # by another process; or by ourselves, where a client sends a request again that had succeeded
+                self._file.write(self._serialize(), previous)
+            except _WriteConflict:
+                pass  # with another process, or with ourselves if the client repeated a request that had succeeded
             except Timeout as error:
                 raise ConfigError(
-                    f"name: a process that was paused while it changed the lease of {self._name!r} keeps "
-                    f"{error.lock_file} locked; continue or end that process"
+                    f"name: {error.lock_file} stays locked, because a process was paused while it changed the lock of "
+                    f"run {self._run_name!r}; continue or end that process (value {self._run_name!r})"
                 ) from error
             if not self._file.is_exclusive:
                 time.sleep(_SETTLE_S)
-            now = self._file.read()
-            if _parsed(now.text).get("holder") == self.holder:
+            current = self._file.read()
+            if _parse(current.text).get("holder") == self.holder:
                 break
-            if now.text is not None:
-                raise self._taken(now.text)
+            if current.text is not None:
+                raise self._held_error(current.text)
         self._deadline_s = began_s + EXPIRES_S
         self._thread.start()
 
     def release(self) -> None:
-        """Deletes the lease where it is still ours. A failure is logged: the lease then expires by itself."""
-        already_lost = self.lost  # by the clock, which does not count from here on
-        self._ended.set()
+        """Deletes the lease if this process still holds it. A failure is only logged: the lease then expires."""
+        already_lost = self.lost_reason  # checked now, because the deadline no longer counts once stopped
+        self._stopped.set()
         self._thread.join()
         try:
-            seen = self._file.read()
-            if _parsed(seen.text).get("holder") == self.holder:
-                self._file.write(None, seen)
+            current = self._file.read()
+            if _parse(current.text).get("holder") == self.holder:
+                self._file.write(None, current)
             elif not already_lost:
-                self._lose(_why_not_ours(seen.text))
-        except Exception as failure:
-            _log.warning("%s: could not be deleted (%r); it expires in %.0f s", self._location, failure, EXPIRES_S)
+                self._set_lost(_describe_loss(current.text))
+        except Exception as error:
+            _log.warning("%s: could not be deleted (%r); it expires in %.0f s", self._path, error, EXPIRES_S)
 
-    def _wait_until_free(self) -> _Seen:
-        """What the file holds that may be replaced.
+    def _wait_until_free(self) -> _FileVersion:
+        """Returns the version of the file that may be replaced. Raises ConfigError if it is being renewed.
 
-        Clocks of machines differ, so what counts is whether the file changes while we look.
+        The clocks of machines differ, so only a change of the file counts as a renewal.
         """
         first = self._file.read()
-        if first.text is None or _is_gone(_parsed(first.text)):
+        if first.text is None or _has_ended(_parse(first.text)):
             return first
-        print(f"waiting up to {EXPIRES_S:.0f} s to see whether {self._name!r} is still being trained", flush=True)
+        print(f"waiting up to {EXPIRES_S:.0f} s to see whether {self._run_name!r} is still being trained", flush=True)
         deadline_s = time.monotonic() + EXPIRES_S
         while time.monotonic() < deadline_s:
             time.sleep(_SETTLE_S)
-            seen = self._file.read()
-            if seen.text is None:
-                return seen
-            if seen.text != first.text:
-                raise self._taken(seen.text)
+            current = self._file.read()
+            if current.text is None:
+                return current
+            if current.text != first.text:
+                raise self._held_error(current.text)
         return first
 
-    def _renew(self) -> None:
-        while not self._ended.wait(_RENEW_S) and not self.lost:
+    def _renew_until_stopped(self) -> None:
+        while not self._stopped.wait(_RENEW_S) and not self.lost_reason:
             try:
-                self._renew_once()
-                if self._failure:
-                    _log.warning("%s: is renewed again", self._location)
-                self._failure = ""
-            except Exception as failure:  # a storage that is away for a moment; what counts is the deadline
-                if not self._failure:
-                    _log.warning("%s: could not be renewed (%r); trying again", self._location, failure)
-                self._failure = repr(failure)
+                self._renew()
+                if self._last_error:
+                    _log.warning("%s: renewed again", self._path)
+                self._last_error = ""
+            except Exception as error:  # the storage may be unavailable for a moment; only the deadline counts
+                if not self._last_error:
+                    _log.warning("%s: could not be renewed (%r); trying again", self._path, error)
+                self._last_error = repr(error)
 
-    def _renew_once(self) -> None:
+    def _renew(self) -> None:
         began_s = time.monotonic()
-        seen = self._file.read()
-        if _parsed(seen.text).get("holder") != self.holder:
-            self._lose(_why_not_ours(seen.text))
+        current = self._file.read()
+        if _parse(current.text).get("holder") != self.holder:
+            self._set_lost(_describe_loss(current.text))
             return
-        if self.lost:  # we were paused, or reading took too long
+        if self.lost_reason:  # the process was paused, or reading took too long
             return
-        self._file.write(self._text(), seen)
+        self._file.write(self._serialize(), current)
         self._deadline_s = began_s + EXPIRES_S
 
-    def _lose(self, why: str) -> None:
-        self._lost = f"the lease of the run {self._name!r} is lost ({self._location}): {why}"
-        _log.error(self._lost)
+    def _set_lost(self, reason: str) -> None:
+        self._lost_reason = _lost_message(self._run_name, self._path, reason)
+        _log.error(self._lost_reason)
 
-    def _text(self) -> str:
-        return json.dumps(self._own | {"renewed_s": time.time()})
+    def _serialize(self) -> str:
+        return json.dumps(self._entry | {"renewed_s": time.time()})
 
-    def _taken(self, text: str) -> ConfigError:
-        theirs = _parsed(text)
+    def _held_error(self, text: str) -> ConfigError:
+        holder = _parse(text)
         return ConfigError(
-            f"name: the run {self._name!r} is being trained by process {theirs.get('pid')} on {theirs.get('host')} "
-            f"({self._location}); give another name=..., or end that process"
+            f"name: the run {self._run_name!r} is being trained by process {holder.get('pid')} on "
+            f"{holder.get('host')} ({self._path}); choose another name=... or end that process "
+            f"(value {self._run_name!r})"
         )
 
 
 class RunLockWatcher:
-    """Follows the lease of `holder` from any process that reads the storage, such as a worker of its training."""
+    """Watches the lock of `holder` from any process that can read the storage, such as a worker of its training."""
 
     def __init__(self, run_dir: str, holder: str):
-        self.location, self.holder, self._name = location_of(run_dir), holder, name_of(run_dir)
-        self._text, self._changed_s = "", time.monotonic()
+        self.path = lock_path(run_dir)
+        self.holder = holder
+        self._run_name = _run_name(run_dir)
+        self._text = ""
+        self._changed_s = time.monotonic()
 
-    def look(self) -> str:
-        """Why the run is no longer the holder's; an empty string while it is. Raises what reading raises."""
-        text, now_s = read_text(self.location, "replace"), time.monotonic()
-        why = ""
-        if _parsed(text).get("holder") != self.holder:
-            why = _why_not_ours(text)
+    def poll(self) -> str:
+        """Reads the lease and returns why the lock is lost; empty while `holder` has it. Raises storage errors."""
+        text = read_text(self.path, "replace")
+        now_s = time.monotonic()
+        reason = ""
+        if _parse(text).get("holder") != self.holder:
+            reason = _describe_loss(text)
         elif text != self._text:
-            self._text, self._changed_s = text or "", now_s
+            self._text = text or ""
+            self._changed_s = now_s
         elif now_s - self._changed_s > EXPIRES_S:
-            why = f"it was not renewed for {EXPIRES_S:.0f} s; the process that started the training hangs, or has ended"
-        return why and f"the lease of the run {self._name!r} is lost ({self.location}): {why}"
+            reason = (
+                f"it was not renewed for {EXPIRES_S:.0f} s; the process that started the training hangs or has ended"
+            )
+        return reason and _lost_message(self._run_name, self.path, reason)
 
     def check(self) -> None:
-        """Raises LeaseLost. To be called before what only the holder may do, such as completing a checkpoint."""
-        if lost := self.look():
-            raise RunLockLost(lost)
+        """Raises RunLockLost if the lock is lost. Call it before what only the holder may do."""
+        if lost_reason := self.poll():
+            raise RunLockLost(lost_reason)
 
 
-def is_live(location: str) -> bool:
-    """Whether a process may hold the lease at `location`, without the half minute that it takes to be sure.
+def is_live(path: str) -> bool:
+    """Returns whether a process may hold the lease at `path`, without waiting for it to expire.
 
-    It does not where it certainly has ended, or where the lease says that nobody has renewed it for an hour.
+    False only if the holder has certainly ended, or has not renewed the lease for an hour by its own clock.
     """
-    text = read_text(location)
+    text = read_text(path)
     if text is None:
         return False
-    found = _parsed(text)
-    renewed_s = found.get("renewed_s")
+    lease = _parse(text)
+    renewed_s = lease.get("renewed_s")
     abandoned = isinstance(renewed_s, int | float) and time.time() - renewed_s > _ABANDONED_S
-    return not abandoned and not _is_gone(found)
+    return not abandoned and not _has_ended(lease)
 
 
-def location_of(run_dir: str) -> str:
+def lock_path(run_dir: str) -> str:
+    """Returns the path or URI of a run's lease file."""
     return join(run_dir, "lease.json")
 
 
-def name_of(run_dir: str) -> str:
+def _run_name(run_dir: str) -> str:
     return run_dir.rstrip("/").rpartition("/")[2]
 
 
 @dataclass(frozen=True)
-class _Seen:
-    text: str | None  # none: there is no file
-    version: str = ""  # S3's ETag of it
+class _FileVersion:
+    """Content of the lease file at one moment."""
+
+    text: str | None  # None: the file does not exist
+    etag: str = ""  # on S3 only
 
 
-class _Changed(Exception):
-    """The file is not as it was read."""
+class _WriteConflict(Exception):
+    """The file is no longer as it was read."""
 
 
-class _File(Protocol):
-    is_exclusive: bool  # whether of two writers that read the same, one certainly fails
+class _LockFile(Protocol):
+    is_exclusive: bool  # whether of two writers with the same expected version, one certainly fails
 
-    def read(self) -> _Seen: ...
+    def read(self) -> _FileVersion: ...
 
-    def write(self, text: str | None, seen: _Seen) -> None:
-        """Replaces what was seen; none deletes it. Raises _Changed where it is not what is there."""
+    def write(self, text: str | None, expected: _FileVersion) -> None:
+        """Replaces the expected version; None deletes the file. Raises _WriteConflict if the file differs from it."""
         ...
 
 
-class _LocalFile:
+class _LocalLockFile:
     is_exclusive = True
 
     def __init__(self, location: str):
-        self._location, self._path = location, Path(filesystem_of(location)[1])
+        self._location = location
+        self._path = Path(filesystem_of(location)[1])
 
-    def read(self) -> _Seen:
-        return _Seen(read_text(self._location, "replace"))
+    def read(self) -> _FileVersion:
+        return _FileVersion(read_text(self._location, "replace"))
 
-    def write(self, text: str | None, seen: _Seen) -> None:
+    def write(self, text: str | None, expected: _FileVersion) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # The kernel frees the lock when its process ends. A process that is paused inside keeps others out.
         with FileLock(f"{self._path}.lock", timeout=EXPIRES_S / 2, poll_interval=0.01):
-            if self.read() != seen:
-                raise _Changed
+            if self.read() != expected:
+                raise _WriteConflict
             if text is None:
                 self._path.unlink()
             else:
                 write_text(self._location, text)
 
 
-class _S3Object:
-    # Some servers that speak S3 ignore the conditions, and some refuse requests that have any.
+class _S3LockFile:
+    # Some S3-compatible servers ignore the conditions, and some reject requests with conditions.
     is_exclusive = False
 
     def __init__(self, location: str):
@@ -279,54 +301,55 @@ class _S3Object:
         from botocore.config import Config
 
         self._bucket, _, self._key = location.partition("://")[2].partition("/")
-        # By default a request is tried for minutes, and the lease expires meanwhile.
-        patience = Config(connect_timeout=_PATIENCE_S, read_timeout=_PATIENCE_S, retries={"total_max_attempts": 2})
-        self._client: Any = boto3.Session().client("s3", config=patience)
-        self._has_conditions = True
+        # boto3 retries for minutes by default, in which the lease would expire.
+        config = Config(connect_timeout=_S3_TIMEOUT_S, read_timeout=_S3_TIMEOUT_S, retries={"total_max_attempts": 2})
+        self._client: Any = boto3.Session().client("s3", config=config)
+        self._supports_conditions = True
 
-    def read(self) -> _Seen:
+    def read(self) -> _FileVersion:
         try:
-            found = self._client.get_object(Bucket=self._bucket, Key=self._key)
+            response = self._client.get_object(Bucket=self._bucket, Key=self._key)
         except self._client.exceptions.NoSuchKey:
-            return _Seen(None)
-        return _Seen(found["Body"].read().decode(errors="replace"), found["ETag"])
+            return _FileVersion(None)
+        return _FileVersion(response["Body"].read().decode(errors="replace"), response["ETag"])
 
-    def write(self, text: str | None, seen: _Seen) -> None:
+    def write(self, text: str | None, expected: _FileVersion) -> None:
         from botocore.exceptions import ClientError
 
-        where = {"Bucket": self._bucket, "Key": self._key}
-        if self._has_conditions:
-            where |= {"IfNoneMatch": "*"} if seen.text is None else {"IfMatch": seen.version}
-        elif self.read() != seen:
-            raise _Changed
+        request = {"Bucket": self._bucket, "Key": self._key}
+        if self._supports_conditions:
+            request |= {"IfNoneMatch": "*"} if expected.text is None else {"IfMatch": expected.etag}
+        elif self.read() != expected:
+            raise _WriteConflict
         try:
             if text is None:
-                self._client.delete_object(**where)
+                self._client.delete_object(**request)
             else:
-                self._client.put_object(Body=text.encode(), **where)
+                self._client.put_object(Body=text.encode(), **request)
         except ClientError as error:
-            if error.response["Error"]["Code"] in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
-                raise _Changed from error
-            if error.response["Error"]["Code"] != "NotImplemented" or not self._has_conditions:
+            code = error.response["Error"]["Code"]
+            if code in ("PreconditionFailed", "ConditionalRequestConflict", "NoSuchKey"):
+                raise _WriteConflict from error
+            if code != "NotImplemented" or not self._supports_conditions:
                 raise
-            self._has_conditions = False
-            self.write(text, seen)
+            self._supports_conditions = False
+            self.write(text, expected)
 
 
-class _PlainFile:
-    """On a storage for which there is no conditional write here."""
+class _UnconditionalLockFile:
+    """For a storage without a conditional write: compares before the write."""
 
     is_exclusive = False
 
     def __init__(self, location: str):
         self._location = location
 
-    def read(self) -> _Seen:
-        return _Seen(read_text(self._location, "replace"))
+    def read(self) -> _FileVersion:
+        return _FileVersion(read_text(self._location, "replace"))
 
-    def write(self, text: str | None, seen: _Seen) -> None:
-        if self.read() != seen:
-            raise _Changed
+    def write(self, text: str | None, expected: _FileVersion) -> None:
+        if self.read() != expected:
+            raise _WriteConflict
         if text is None:
             filesystem, path = filesystem_of(self._location)
             filesystem.delete_file(path)
@@ -334,14 +357,14 @@ class _PlainFile:
             write_text(self._location, text)
 
 
-def _file_at(location: str) -> _File:
+def _open_lock_file(location: str) -> _LockFile:
     if is_local(location):
-        return _LocalFile(location)
-    return _S3Object(location) if location.startswith("s3://") else _PlainFile(location)
+        return _LocalLockFile(location)
+    return _S3LockFile(location) if location.startswith("s3://") else _UnconditionalLockFile(location)
 
 
-def _parsed(text: str | None) -> dict[str, Any]:
-    """What a lease says; nothing where it cannot be read."""
+def _parse(text: str | None) -> dict[str, Any]:
+    """Returns the content of a lease; empty if it is missing or invalid."""
     try:
         lease = json.loads(text or "{}")
     except (ValueError, RecursionError):
@@ -349,58 +372,63 @@ def _parsed(text: str | None) -> dict[str, Any]:
     return lease if isinstance(lease, dict) else {}
 
 
-def _why_not_ours(text: str | None) -> str:
+def _lost_message(run_name: str, path: str, reason: str) -> str:
+    return f"the lock of the run {run_name!r} is lost ({path}): {reason}"
+
+
+def _describe_loss(text: str | None) -> str:
     if text is None:
         return "its file was deleted"
-    theirs = _parsed(text)
-    return f"process {theirs.get('pid')} on {theirs.get('host')} has taken the run"
+    holder = _parse(text)
+    return f"process {holder.get('pid')} on {holder.get('host')} has taken over the run"
 
 
-def _this_process() -> dict[str, Any]:
+def _describe_this_process() -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
-        "boot_id": _boot_id(),
-        "pid_namespace": _pid_namespace(),
+        "boot_id": _read_boot_id(),
+        "pid_namespace": _read_pid_namespace(),
         "pid": os.getpid(),
-        "started_ticks": _started_ticks(os.getpid()),
+        "started_ticks": _read_start_ticks(os.getpid()),
     }
 
 
-def _is_gone(lease: dict[str, Any]) -> bool:
-    """Whether its holder certainly was a process of this machine that has ended."""
-    here, pid = _this_process(), lease.get("pid")
-    if any(here[name] is None or lease.get(name) != here[name] for name in _MACHINE):
+def _has_ended(lease: dict[str, Any]) -> bool:
+    """Returns whether the holder certainly was a process of this machine that has ended."""
+    this_process = _describe_this_process()
+    if any(this_process[name] is None or lease.get(name) != this_process[name] for name in _MACHINE_FIELDS):
         return False
+    pid = lease.get("pid")
     if not isinstance(pid, int) or not 0 < pid < 2**31:
         return False
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # there is one, of another user
+    except PermissionError:  # it exists and belongs to another user
         pass
-    ticks = _started_ticks(pid)
+    ticks = _read_start_ticks(pid)
     return ticks is not None and ticks != lease.get("started_ticks")
 
 
-def _boot_id() -> str | None:
+def _read_boot_id() -> str | None:
     try:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return None
 
 
-def _pid_namespace() -> int | None:
+def _read_pid_namespace() -> int | None:
     try:
         return os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         return None
 
 
-def _started_ticks(pid: int) -> int | None:
-    """When a process was started, in clock ticks since the machine was; none where that cannot be read."""
+def _read_start_ticks(pid: int) -> int | None:
+    """Returns when a process started, in clock ticks since boot; None if that cannot be read."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
-        return _GONE if fields[0] in ("Z", "X") else int(fields[19])
+        return _ZOMBIE_TICKS if fields[0] in ("Z", "X") else int(fields[19])
     except (OSError, ValueError, IndexError):
         return None

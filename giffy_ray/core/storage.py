@@ -1,4 +1,4 @@
-"""Where things are written: a local folder or an address such as s3://bucket/folder, through pyarrow.fs alike."""
+"""File access to local folders and buckets (s3://bucket/folder), both through pyarrow.fs."""
 
 from __future__ import annotations
 
@@ -14,67 +14,69 @@ from urllib.parse import unquote
 
 from pyarrow import fs
 
-# User and password of an address: up to the last @ of its host. A password may also hold what it should not, such as /:
-# where there is no port after a colon, it is hidden up to the last @ of the word, or of the next address.
-_USER_INFO = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))(?:(?!://)\S)*)@")
-# A value of a query whose name says that it is a credential (sig, X-Amz-Signature, access_key, sslpassword, ...), or of
-# a list of settings (password=... host=...).
+# User and password of an address: everything up to the last @ of its host. A password may contain characters that it
+# should escape, such as /: if no port follows the colon, the match extends to the last @ before a space.
+_USER_INFO = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))\S*)@")
+# A query value whose name suggests a credential (sig, X-Amz-Signature, access_key, sslpassword, ...), or one in a list
+# of settings (password=... host=...).
 _NAME, _VALUE = r"""[^\s=&;?#'"]*""", r"""[^\s&;#'"<>]+?(?=[])},.:]*(?:[\s&;#'"<>]|$))"""
 _CREDENTIAL = re.compile(
     rf"([?&;#]{_NAME}(?:pass|pwd|token|secret|sig|cred|(?<!viewStateShare)key|auth|jwt|sas|session|odbc_connect){_NAME}="
     rf"|(?:^|\s){_NAME}(?:password|passwd|pwd|secret|token){_NAME}=){_VALUE}",
     re.IGNORECASE,
 )
-PARTIAL = ".partial"  # how the name of a file ends that is still being written
-_KNOWN = "a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
-# Of these a text with a single slash, or none, is taken for a misspelt address rather than for a local path.
+PARTIAL_SUFFIX = ".partial"  # of the name of a file that is being written
+_EXPECTED = "a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
+# Text that begins with one of these and a colon, but without //, is a misspelt address rather than a local path.
 _SCHEMES = re.compile(r"s3[an]?|gc?s|file|https?|s?ftp|hdfs|viewfs|abfss?|az|wasbs?|dbfs")
-_OPTIONS = re.compile(r"\?\w+=[^/?]*.*$", re.S)  # as pyarrow's own addresses end
-_PROBE_S = 30  # for a bucket to answer
+_OPTIONS = re.compile(r"\?\w+=[^/?]*.*$", re.S)  # at the end of pyarrow's own addresses
+_PROBE_TIMEOUT_S = 30
 
 
 class SecretInAddress(ValueError):
-    """An address that may hold a password. Messages must not show it."""
+    """The address may contain a password, so messages must not show it."""
 
 
-def checked_location(location: str) -> str:
-    """A local path, or the address of a folder, in the one spelling that we use; ~ is the home folder.
+def normalize_location(location: str) -> str:
+    """Returns the canonical spelling of a local path or of the address of a folder, with ~ expanded.
 
-    Decided by the text alone: pyarrow's clients for some schemes use the network when they are made. Raises
-    ValueError, SecretInAddress.
+    Checks the text alone: pyarrow's clients for some schemes connect when they are created.
+
+    Raises:
+        ValueError: The location is empty, malformed, or has an unsupported scheme.
+        SecretInAddress: It may contain a password.
     """
     if not location.strip() or "\0" in location:
-        raise ValueError("is empty" if "\0" not in location else "a path cannot hold a null character")
+        raise ValueError("is empty" if "\0" not in location else "a path cannot contain a null character")
     scheme, separator, rest = location.partition(":")
     scheme = scheme.lower()
     if "://" not in location:
         if separator and _SCHEMES.fullmatch(scheme):
-            raise ValueError(f"an address begins with {scheme}://; expected {_KNOWN}")
+            raise ValueError(f"an address begins with {scheme}://; expected {_EXPECTED}")
         return expand_home(location)
     if not rest.startswith("//"):
-        raise ValueError(f"'://' is for addresses only; expected {_KNOWN}")
+        raise ValueError(f"'://' is only allowed in addresses; expected {_EXPECTED}")
     if scheme not in ("s3", "gs", "file"):
-        raise (SecretInAddress if "@" in rest else ValueError)(f"{scheme}:// is not supported; expected {_KNOWN}")
-    return _checked_file(rest[2:]) if scheme == "file" else _checked_bucket(scheme, rest[2:])
+        raise (SecretInAddress if "@" in rest else ValueError)(f"{scheme}:// is not supported; expected {_EXPECTED}")
+    return _normalize_file(rest[2:]) if scheme == "file" else _normalize_bucket(scheme, rest[2:])
 
 
-def _checked_file(rest: str) -> str:
+def _normalize_file(rest: str) -> str:
     host, _, path = rest.partition("/")
     if host not in ("", "localhost") or not path:
-        raise ValueError(f"expected file:///FOLDER; or {_KNOWN}")
+        raise ValueError(f"expected file:///FOLDER; or {_EXPECTED}")
     return f"/{unquote(path)}"
 
 
-def _checked_bucket(scheme: str, rest: str) -> str:
+def _normalize_bucket(scheme: str, rest: str) -> str:
     bucket, slash, path = rest.partition("/")
     if "@" in bucket or ":" in bucket:
-        instead = (
-            "credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and another server as AWS_ENDPOINT_URL"
-            if scheme == "s3"
-            else "credentials as GOOGLE_APPLICATION_CREDENTIALS"
-        )
+        if scheme == "s3":
+            hint = "credentials as AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, and another server as AWS_ENDPOINT_URL"
+        else:
+            hint = "credentials as GOOGLE_APPLICATION_CREDENTIALS"
         raise SecretInAddress(
-            f"the address appears in logs, so it may only name a bucket, as in {scheme}://BUCKET/FOLDER; give {instead}"
+            f"the address appears in logs, so it may only name a bucket, as in {scheme}://BUCKET/FOLDER; give {hint}"
         )
     if _OPTIONS.search(rest):
         raise ValueError(
@@ -82,35 +84,35 @@ def _checked_bucket(scheme: str, rest: str) -> str:
             "AWS_REGION instead of region"
         )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", bucket):
-        raise ValueError(f"{bucket!r} is not the name of a bucket; expected {scheme}://BUCKET/FOLDER")
+        raise ValueError(f"{bucket!r} is not a bucket name; expected {scheme}://BUCKET/FOLDER")
     return f"{scheme}://{bucket}{slash}{path}"
 
 
 def expand_home(path: str) -> str:
-    """`path` with ~ or ~user at its beginning replaced. Raises ValueError where there is no such home folder."""
+    """Expands ~ or ~user at the start of `path`. Raises ValueError if there is no such home folder."""
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
-        raise ValueError(f"there is no home folder {path.partition('/')[0]}; write ./{path} for a path of that name")
+        raise ValueError(f"there is no home folder {path.partition('/')[0]}; write ./{path} if that is the name")
     return expanded
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
-    """(filesystem, path on it) of a local path, relative or not, or of an address. Raises ValueError."""
-    location = checked_location(location)
+    """Returns the filesystem of a local path or an address, and the absolute path on it. Raises ValueError."""
+    location = normalize_location(location)
     scheme, separator, rest = location.partition("://")
     if separator:
-        return _bucket(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
+        return _open_bucket(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
     return fs.LocalFileSystem(), str(Path(location).absolute())
 
 
 @functools.lru_cache
-def _bucket(address: str) -> fs.FileSystem:
-    """Asked once for each bucket, as pyarrow asks the network where it is."""
+def _open_bucket(address: str) -> fs.FileSystem:
+    """Cached, because pyarrow looks up the bucket's region over the network."""
     return fs.FileSystem.from_uri(address)[0]
 
 
 def is_local(location: str) -> bool:
-    """Told by its spelling alone: asking for a bucket's filesystem would ask the network where the bucket is."""
+    """Checks the text alone: creating a bucket's filesystem would access the network."""
     return "://" not in location or location.startswith("file://")
 
 
@@ -119,26 +121,28 @@ def join(location: str, *names: str) -> str:
 
 
 def redact_credentials(text: str) -> str:
-    """Without the credentials in its addresses: what stands before the @, and values of a query such as token=..."""
+    """Replaces credentials in addresses by ***: user and password, and query values such as token=..."""
     return _CREDENTIAL.sub(r"\1***", _USER_INFO.sub(r"\1***@", text))
 
 
 def resolve_path(location: str) -> str:
-    """A location that means the same in every process: addresses as they are, local paths made absolute.
+    """Returns a location that is valid in every process: addresses unchanged, local paths made absolute.
 
-    `ray job submit --working-dir` runs a job in a copy of the folder that Ray deletes later; what is relative goes
-    below ~/giffy_ray there.
+    `ray job submit --working-dir` runs a job in a copy of the folder, which Ray deletes later. There, relative paths
+    are below ~/giffy_ray.
     """
     if "://" in location:
         return location
-    path, here = Path(expand_home(location)), Path.cwd()
+    path = Path(expand_home(location))
     if not path.is_absolute():
-        path = (Path.home() / "giffy_ray" if "runtime_resources" in here.parts else here) / path
+        is_ray_copy = "runtime_resources" in Path.cwd().parts
+        base = Path.home() / "giffy_ray" if is_ray_copy else Path.cwd()
+        path = base / path
     return str(path)
 
 
 def read_text(location: str, errors: str = "strict") -> str | None:
-    """The text of a file, or none where there is no such file. `errors`: as of bytes.decode."""
+    """Returns the text of a file, or None if it does not exist. `errors` is that of bytes.decode."""
     filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).type != fs.FileType.File:
         return None
@@ -158,7 +162,7 @@ def read_bytes(location: str) -> bytes:
 
 
 def delete_file(location: str) -> None:
-    """Deletes a file, if there is one."""
+    """Deletes a file if it exists."""
     filesystem, path = filesystem_of(location)
     if filesystem.get_file_info(path).type == fs.FileType.File:
         filesystem.delete_file(path)
@@ -169,27 +173,27 @@ def write_text(location: str, text: str) -> None:
 
 
 def write_bytes(location: str, content: bytes) -> None:
-    """Writes a file, making the folders above it. Readers see it whole or not at all, whatever happens to us."""
+    """Writes a file atomically, and creates its parent folders."""
     filesystem, path = filesystem_of(location)
-    written = path
-    # Object stores know no folders and show an object when it is complete; a local file is written beside its place.
+    output_path = path
+    # An object store shows an object only when it is complete. A local file is written under another name and moved.
     if is_local(location):
         filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        written = f"{path}.{uuid.uuid4().hex}{PARTIAL}"
+        output_path = f"{path}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
     try:
-        with filesystem.open_output_stream(written) as stream:
+        with filesystem.open_output_stream(output_path) as stream:
             stream.write(content)
-        if written != path:
-            filesystem.move(written, path)
+        if output_path != path:
+            filesystem.move(output_path, path)
     except BaseException:
-        if written != path:
-            with suppress(OSError):  # a full disk need not hold what is of no use
-                filesystem.delete_file(written)
+        if output_path != path:
+            with suppress(OSError):  # frees the space of a partial file, for example on a full disk
+                filesystem.delete_file(output_path)
         raise
 
 
-def write_if_different(location: str, content: bytes) -> None:
-    """`write_bytes`, unless the file is there with this content: it then keeps its place and its time of change."""
+def write_if_changed(location: str, content: bytes) -> None:
+    """Writes a file atomically, unless it has this content already; then its modification time stays."""
     try:
         if read_bytes(location) == content:
             return
@@ -199,53 +203,53 @@ def write_if_different(location: str, content: bytes) -> None:
 
 
 def check_writable(location: str) -> None:
-    """Writes a file into the folder, which is made if need be, and removes it. Raises OSError.
+    """Creates the folder if needed, and writes and removes a file in it. Raises OSError.
 
-    A bucket is tried by a process of its own: pyarrow repeats what fails for minutes, and cannot be interrupted.
+    A bucket is tested in a separate process: pyarrow retries failures for minutes, and cannot be interrupted.
     """
     _probe("write", location)
 
 
 def check_readable(location: str) -> None:
-    """Raises FileNotFoundError where there is no such file or folder, OSError where it cannot be read."""
+    """Raises FileNotFoundError if there is no such file or folder, and OSError if it cannot be read."""
     _probe("read", location)
 
 
 def _probe(verb: str, location: str) -> None:
     if is_local(location):
-        _probe_here(verb, location)
+        _probe_in_process(verb, location)
         return
-    # As a file: the package is not imported, and need not be installed.
+    # Runs this file rather than the module, which would import the whole package.
     command = [sys.executable, __file__, verb, location]
     try:
-        done = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_S, check=False
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=_PROBE_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:
-        raise TimeoutError(f"{location} did not answer within {_PROBE_S} s") from None
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with {done.returncode}"]
+        raise TimeoutError(f"{location} did not answer within {_PROBE_TIMEOUT_S} s") from None
+    if result.returncode:
+        lines = result.stderr.strip().splitlines() or [f"the probe failed with exit code {result.returncode}"]
         raise OSError(lines[-1])
 
 
-def _probe_here(verb: str, location: str) -> None:
+def _probe_in_process(verb: str, location: str) -> None:
     filesystem, path = filesystem_of(location)
     if verb == "read":
         if filesystem.get_file_info(path).type == fs.FileType.NotFound:
-            raise FileNotFoundError("there is no such file or folder")
+            raise FileNotFoundError("no such file or folder")
         return
-    name = f"{path}/.{uuid.uuid4().hex}{PARTIAL}"
+    probe_path = f"{path}/.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
     if isinstance(filesystem, fs.LocalFileSystem):
         if Path(path).exists() and not Path(path).is_dir():
-            raise NotADirectoryError("it is no folder")
+            raise NotADirectoryError("not a folder")
         Path(path).mkdir(parents=True, exist_ok=True)
-    with filesystem.open_output_stream(name) as stream:
-        stream.write(b"can be written")
-    filesystem.delete_file(name)
+    with filesystem.open_output_stream(probe_path) as stream:
+        stream.write(b"writable")
+    filesystem.delete_file(probe_path)
 
 
 if __name__ == "__main__":
     try:
-        _probe_here(*sys.argv[1:])
+        _probe_in_process(*sys.argv[1:])
     except Exception as error:
         sys.exit(str(error).replace("\n", " "))

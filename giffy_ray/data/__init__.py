@@ -1,1 +1,1 @@
-"""From a folder of videos to batches of clips; `prepare` is the whole way but the last step."""
+"""Data pipeline, from a folder of videos to batches of clips; `prepare` runs everything up to batching."""

@@ -1,16 +1,18 @@
-"""The clips of one data set, by row: memory-mapped out of the shards that decoding left.
+"""The clips of one dataset, accessed by index and memory-mapped from shards.
 
-    <storage>/stores/<key of the recipe>/
+    <storage>/stores/<key of the decode config>/
         sets/<key of its content>/
-            rows.arrow          id, category, split, source, path and what `shards` knows: one row a clip, sorted by id;
-                                an uncompressed Arrow IPC file, so that processes map it instead of reading it
-            rejects.parquet     id, path, category, split, reason, detail: the videos that gave no clip
-            set.json            name, root, fingerprint and counts; written last, so a set without it is not finished
-        catalogs/<key of the videos>    the key of the set that these videos gave: the only file that ever changes
+            rows.arrow          id, category, split, source, path and the columns of `shards.ROW_SCHEMA`: one row per
+                                clip, sorted by id; an uncompressed Arrow IPC file, which processes map
+            rejects.parquet     id, path, category, split, reason, detail of the rejected videos
+            set.json            name, root, fingerprint and counts; written last, so its absence marks an unfinished set
+        catalogs/<key of the videos>    pointer: the key of the set for these videos; the only file that ever changes
 
-Several sets share the shards of a store: all of a folder, one category of it, the folder as it was last week. A set
-never changes: where a video that was rejected decodes later, the same videos have another set, and a training that
-reads the first one is not disturbed.
+Several sets share the shards of a store: a whole folder, one category of it, last week's state of the folder. A set is
+immutable. If a rejected video decodes later, its dataset gets another set, and trainings that read the first one are
+not affected.
+
+In this module `store_location` and `set_location` are paths or URIs.
 """
 
 from __future__ import annotations
@@ -34,119 +36,139 @@ import pyarrow.parquet as pq
 from filelock import FileLock
 
 from giffy_ray.config import ConfigError, LimitsConfig
-from giffy_ray.core.storage import filesystem_of, is_local, join, read_bytes, read_text, write_if_different, write_text
+from giffy_ray.core.storage import filesystem_of, is_local, join, read_bytes, read_text, write_if_changed, write_text
 from giffy_ray.data.catalog import Catalog, Video
-from giffy_ray.data.decode import RejectedVideo, nearest_frames
+from giffy_ray.data.decode import RejectedVideo, nearest_frame_indices
 from giffy_ray.data.node_cache import NodeCache
-from giffy_ray.data.sandbox import sandbox_for
-from giffy_ray.data.shards import DecodeConfig, read_video, shard_path
+from giffy_ray.data.sandbox import get_sandbox
+from giffy_ray.data.shards import DecodeConfig, get_shard_path, read_video
 
-_FORMAT = 2  # of the files of a set; sets of another format are written again, from the same shards
+_FORMAT = 2  # of a set's files; sets of other formats are rewritten from the same shards
 _VIDEO_SCHEMA = pa.schema(
     {name: pa.string() for name in ("identity", "id", "path", "category", "split", "source")}
     | {"size_bytes": pa.int64()}
 )
-_REPEATED = ("category", "split", "codec", "shard")  # columns with few values, each of which is stored once
-_BATCH_ROWS = 2**20  # of an IPC file: Arrow's strings hold at most 2 GiB a batch
-_READ_ROWS = 2**14  # turned into Python objects at a time
-_ROWS = "rows.arrow"
-_SET_FILES = (_ROWS, "rejects.parquet", "set.json")
+_DICTIONARY_COLUMNS = ("category", "split", "codec", "shard")  # few distinct values, each stored once
+_BATCH_ROWS = 2**20  # per IPC batch: Arrow's strings hold at most 2 GiB per batch
+_READ_ROWS = 2**14  # converted to Python objects at a time
+_ROWS_FILE = "rows.arrow"
+_SET_FILES = (_ROWS_FILE, "rejects.parquet", "set.json")
 _REJECT_COLUMNS = ["id", "path", "category", "split", "reason", "detail"]
-_MAPPED_SHARDS = 256  # at a time: each takes one of the files that a process may have open
+_MAX_MAPPED_SHARDS = 256  # per process: each takes one file descriptor
 
 
-def set_location(location: str, catalog: Catalog) -> str | None:
-    """Where the finished set of these videos is in the store at `location`; none where there is none."""
-    return _set_of(location, _pointer(location, catalog))
+def find_set(store_location: str, catalog: Catalog) -> str | None:
+    """Returns the location of the finished set for the videos of `catalog`, or None."""
+    return _follow_pointer(store_location, _pointer_location(store_location, catalog))
 
 
-def _set_of(location: str, pointer: str) -> str | None:
+def _follow_pointer(store_location: str, pointer: str) -> str | None:
     try:
         key = read_text(pointer)
-        place = join(location, "sets", key) if key and key.isalnum() else None
-        return place if place and read_text(join(place, "set.json")) is not None else None
-    except UnicodeDecodeError:  # a file that was damaged
+        set_location = join(store_location, "sets", key) if key and key.isalnum() else None
+        is_finished = set_location and read_text(join(set_location, "set.json")) is not None
+        return set_location if is_finished else None
+    except UnicodeDecodeError:  # a damaged file
         return None
 
 
-def choose_set(location: str, catalog: Catalog, place: str, replace: bool = False) -> str:
-    """Makes the set at `place` the one of these videos, unless they have one already. Returns the location of theirs.
+def choose_set(store_location: str, catalog: Catalog, set_location: str, replace: bool = False) -> str:
+    """Makes a set the current one for its videos, unless they already have one.
 
-    So all jobs that prepare the same videos at once go on with the same set. With `replace` the set at `place` takes
-    over from the one before. On object stores there is no lock: two jobs that come here within the same milliseconds
-    go on with a set of their own each.
+    All jobs that prepare the same videos concurrently therefore use the same set. Object stores have no lock: two jobs
+    that call this within the same milliseconds each use their own set.
+
+    Args:
+        store_location: The store that contains the set.
+        catalog: The videos of the set.
+        set_location: The set.
+        replace: Replace the current set.
+
+    Returns:
+        Location of the set to use.
     """
-    pointer = _pointer(location, catalog)
+    pointer = _pointer_location(store_location, catalog)
     if is_local(pointer):
         Path(filesystem_of(pointer)[1]).parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{filesystem_of(pointer)[1]}.lock") if is_local(pointer) else nullcontext():
-        present = None if replace else _set_of(location, pointer)
-        if present is None:
-            write_text(pointer, place.rpartition("/")[2])
-        return present or place
+        current = None if replace else _follow_pointer(store_location, pointer)
+        if current is None:
+            write_text(pointer, set_location.rpartition("/")[2])
+        return current or set_location
 
 
-def _pointer(location: str, catalog: Catalog) -> str:
+def _pointer_location(store_location: str, catalog: Catalog) -> str:
     digest = hashlib.sha256(f"{_FORMAT}\0{catalog.name}".encode())
     for video in catalog.videos:
         digest.update(f"\0{video.id}\0{video.split}\0{video.category}\0{video.source}\0{video.identity}".encode())
-    return join(location, "catalogs", digest.hexdigest()[:16])
+    return join(store_location, "catalogs", digest.hexdigest()[:16])
 
 
-def write_set(location: str, catalog: Catalog, index: pa.Table, limits: LimitsConfig) -> str:
-    """Writes the set of a catalog whose videos are all in the index. Returns its location.
+def write_set(store_location: str, catalog: Catalog, index: pa.Table, limits: LimitsConfig) -> str:
+    """Writes the set of a catalog.
 
-    Rows in are clips and rejects: a video that is neither is a RuntimeError.
+    Args:
+        store_location: The store that contains the shards.
+        catalog: The videos.
+        index: One row of `shards.ROW_SCHEMA` per identity; other videos are allowed.
+        limits: Limits to decode with if the store holds no frames.
+
+    Returns:
+        Location of the set.
+
+    Raises:
+        RuntimeError: A video of the catalog is not in the index.
     """
-    videos = _table_of(catalog.videos)
-    places = pc.index_in(videos["identity"], value_set=index["identity"])  # type: ignore[attr-defined]
-    known = videos.filter(places.is_valid())
-    for name, column in zip(index.column_names, index.take(places.drop_null()).columns, strict=True):
+    videos = _make_video_table(catalog.videos)
+    positions = pc.index_in(videos["identity"], value_set=index["identity"])  # type: ignore[attr-defined]
+    joined = videos.filter(positions.is_valid())
+    for name, column in zip(index.column_names, index.take(positions.drop_null()).columns, strict=True):
         if name != "identity":
-            known = known.append_column(name, column)
-    joined = known.sort_by("id")
+            joined = joined.append_column(name, column)
+    joined = joined.sort_by("id")
     rows = joined.filter(joined["reason"].is_null())
     rejects = joined.filter(joined["reason"].is_valid()).select(_REJECT_COLUMNS)
     if len(rows) + len(rejects) != len(catalog.videos):
         raise RuntimeError(
-            f"{location}: {len(rows)} clips and {len(rejects)} rejects do not account for the "
+            f"{store_location}: {len(rows)} clips and {len(rejects)} rejects do not account for the "
             f"{len(catalog.videos)} videos of {catalog.name}"
         )
     rows = rows.drop_columns(["reason", "detail"])
-    mapped = _ipc_file(rows)
-    facts = {
+    ipc_file = _to_ipc_file(rows)
+    set_info = {
         "name": catalog.name,
         "root": catalog.root,
         "videos": catalog.fingerprint,
-        "fingerprint": fingerprint_of(rows),
+        "fingerprint": compute_fingerprint(rows),
         "clips": len(rows),
         "rejects": len(rejects),
         "frames": pc.sum(rows["frames"]).as_py() or 0,  # type: ignore[attr-defined]
-        "rows_bytes": mapped.size,
-        "rows_sha256": hashlib.sha256(mapped).hexdigest(),
+        "rows_bytes": ipc_file.size,
+        "rows_sha256": hashlib.sha256(ipc_file).hexdigest(),
         "limits": dataclasses.asdict(limits),
     }
     files = {
-        _ROWS: mapped.to_pybytes(),
-        "rejects.parquet": _parquet(rejects),
-        "set.json": json.dumps(facts, indent=2).encode(),
+        _ROWS_FILE: ipc_file.to_pybytes(),
+        "rejects.parquet": _to_parquet_file(rejects),
+        "set.json": json.dumps(set_info, indent=2).encode(),
     }
-    place = join(location, "sets", _key_of(list(files.values())))
+    set_location = join(store_location, "sets", _compute_set_key(list(files.values())))
     for name, content in files.items():
-        write_if_different(join(place, name), content)
-    return place
+        write_if_changed(join(set_location, name), content)
+    return set_location
 
 
-def _table_of(videos: Sequence[Video]) -> pa.Table:
-    """By column: a dictionary for each row would take ten times the memory."""
-    columns = [[getattr(video, name) for video in videos] for name in _VIDEO_SCHEMA.names]
-    return pa.table(
-        [pa.array(column, kind) for column, kind in zip(columns, _VIDEO_SCHEMA.types, strict=True)], _VIDEO_SCHEMA
-    )
+def _make_video_table(videos: Sequence[Video]) -> pa.Table:
+    """Builds the table by columns: one dictionary per row would take ten times the memory."""
+    columns = []
+    for field in _VIDEO_SCHEMA:
+        values = [getattr(video, field.name) for video in videos]
+        columns.append(pa.array(values, field.type))
+    return pa.table(columns, _VIDEO_SCHEMA)
 
 
-def _ipc_file(rows: pa.Table) -> pa.Buffer:
-    for name in _REPEATED:
+def _to_ipc_file(rows: pa.Table) -> pa.Buffer:
+    for name in _DICTIONARY_COLUMNS:
         rows = rows.set_column(rows.column_names.index(name), name, rows[name].dictionary_encode())
     rows = rows.combine_chunks().unify_dictionaries()  # an IPC file has one dictionary for all batches of a column
     content = pa.BufferOutputStream()
@@ -155,33 +177,37 @@ def _ipc_file(rows: pa.Table) -> pa.Buffer:
     return content.getvalue()
 
 
-def is_whole(place: str) -> bool:
-    """Whether a set is what was written: a power cut may leave files empty that were there already."""
+def is_intact(set_location: str) -> bool:
+    """Whether a set's files match its key. A power failure can leave empty files behind."""
     try:
-        return place.rpartition("/")[2] == _key_of([read_bytes(join(place, name)) for name in _SET_FILES])
+        contents = [read_bytes(join(set_location, name)) for name in _SET_FILES]
     except FileNotFoundError:
         return False
+    return set_location.rpartition("/")[2] == _compute_set_key(contents)
 
 
-def _key_of(contents: list[bytes]) -> str:
+def _compute_set_key(contents: list[bytes]) -> str:
     digest = hashlib.sha256()
     for content in contents:
         digest.update(hashlib.sha256(content).digest())
     return digest.hexdigest()[:16]
 
 
-def _parquet(table: pa.Table) -> bytes:
+def _to_parquet_file(table: pa.Table) -> bytes:
     content = pa.BufferOutputStream()
     pq.write_table(table, content)
     return content.getvalue().to_pybytes()
 
 
-def read_set(location: str) -> pa.Table:
-    """The rows of a finished set, one a clip, mapped from a file on this node. Raises FileNotFoundError, RuntimeError.
+def read_set(set_location: str) -> pa.Table:
+    """Maps the rows of a finished set, one per clip. Downloads a remote file once per node.
 
-    On s3:// and gs:// the first process of a node that asks for it copies the file.
+    Raises:
+        FileNotFoundError: The set does not exist.
+        RuntimeError: The set is damaged.
     """
-    path = filesystem_of(join(location, _ROWS))[1] if is_local(location) else str(_rows_on_this_node(location))
+    is_remote = not is_local(set_location)
+    path = str(_download_rows(set_location)) if is_remote else filesystem_of(join(set_location, _ROWS_FILE))[1]
     try:
         return pa.ipc.open_file(pa.memory_map(path)).read_all()
     except FileNotFoundError as error:
@@ -190,16 +216,16 @@ def read_set(location: str) -> pa.Table:
         raise RuntimeError(f"{path}: {error}; run jobs/prepare.py with the same experiment") from error
 
 
-def _rows_on_this_node(location: str) -> Path:
-    """A copy of the rows of a remote set that all processes of this node share."""
-    store, _, key = location.rsplit("/", 2)
-    copy = _node_folder() / "sets" / store.rpartition("/")[2] / f"{key}.arrow"
+def _download_rows(set_location: str) -> Path:
+    """Returns the node's copy of the rows of a remote set, shared by its processes."""
+    store_location, _, key = set_location.rsplit("/", 2)
+    copy = _node_folder() / "sets" / store_location.rpartition("/")[2] / f"{key}.arrow"
     if copy.exists():
         return copy
-    filesystem, remote = filesystem_of(join(location, _ROWS))
-    sha256 = json.loads(_text(join(location, "set.json")))["rows_sha256"]
-    if not node_cache(None).download(copy, filesystem, remote, sha256):
-        raise ConfigError(f"{copy.parent}: the disk is full; free some of it, or set TMPDIR to a larger one")
+    filesystem, remote = filesystem_of(join(set_location, _ROWS_FILE))
+    sha256 = json.loads(_read_existing_text(join(set_location, "set.json")))["rows_sha256"]
+    if not open_node_cache(None).download(copy, filesystem, remote, sha256):
+        raise ConfigError(f"{copy.parent}: the disk is full; free some space or set TMPDIR to a larger disk")
     return copy
 
 
@@ -208,9 +234,9 @@ def _node_folder() -> Path:
 
 
 class Column(Sequence[Any]):
-    """The values of an Arrow column as a sequence. An item becomes a Python object only when it is asked for.
+    """An Arrow column as a sequence. Converts items to Python objects on access.
 
-    Slices are lists. Equal to any sequence, such as a list, of the same values.
+    Slices are lists. A column is equal to any sequence of the same values, such as a list.
     """
 
     def __init__(self, values: pa.ChunkedArray):
@@ -235,151 +261,205 @@ class Column(Sequence[Any]):
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Sequence) or isinstance(other, str):
             return NotImplemented
-        return len(self) == len(other) and all(one == two for one, two in zip(self, other, strict=True))
+        return len(self) == len(other) and all(left == right for left, right in zip(self, other, strict=True))
 
-    __hash__ = None  # type: ignore[assignment]  # like a list's
+    __hash__ = None  # type: ignore[assignment]  # like a list
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """[len]: objects, of which equal ones of a column with few values are the same."""
+        """Returns object [len]. Equal items of a dictionary-encoded column are the same object."""
         return np.asarray(self._values.to_numpy(zero_copy_only=False), dtype)
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self[:3]))
-        return f"Column([{shown}{', ...' if len(self) > 3 else ''}], {len(self)} values)"
+        first_items = ", ".join(map(repr, self[:3]))
+        return f"Column([{first_items}{', ...' if len(self) > 3 else ''}], {len(self)} values)"
 
 
 class ClipDataset:
-    """Random access to the clips of a finished set. Shards on s3:// or gs:// come to this node's disk on first use.
+    """Random access to the clips of a finished set.
 
-    Opening it maps its columns: it takes the same time and memory however many clips there are.
+    Opening a dataset maps its columns: time and memory do not depend on the number of clips. Shards on s3:// or gs://
+    are downloaded to the node's disk on first use. A pickled dataset is its location only.
 
-    `node_cache_gb`: the most that these copies may take on a node, as `data.node_cache_gb`.
+    Args:
+        location: Path or URI of a finished set.
+        node_cache_gb: Maximum size of a node's copies of remote shards, as `data.node_cache_gb`.
+
+    Attributes:
+        location: Path or URI of the set.
+        name: Name of the dataset.
+        root: Where its videos were when it was prepared.
+        fingerprint: 16 hex digits, see `compute_fingerprint`.
+        decode_config: What the store holds of each video.
+        clip: Length, frame rate and size of the clips.
+        ids: str [clips], sorted: paths of the videos below `root`.
+        categories: str [clips].
+        sources: str [clips]: the video that each clip was cut from.
+        metadata: Arrow table, one row per clip: codec, source_width, source_height (pixels), source_fps, seconds, hdr,
+            padded (repeated frames at the end), frames (number of stored frames).
+        size_bytes: Size of all stored frames, 0 if none are stored.
+
+    Raises:
+        FileNotFoundError: There is no finished set at `location`.
+        RuntimeError: The set is damaged.
     """
 
     def __init__(self, location: str, node_cache_gb: float | None = None):
-        self.location, self.node_cache_gb = location, node_cache_gb
-        self._store = location.rsplit("/", 2)[0]
-        about = json.loads(_text(join(location, "set.json")))
-        self.name: str = about["name"]  # of the data set
-        self.root: str = about["root"]  # where its videos were when it was prepared
-        self.fingerprint: str = about["fingerprint"]  # see `fingerprint_of`
-        self._limits = LimitsConfig(**about["limits"])
-        self._reject_count: int = about["rejects"]
-        self.recipe = DecodeConfig.from_json(_text(join(self._store, "recipe.json")))
-        self.clip = self.recipe.clip
+        self.location = location
+        self.node_cache_gb = node_cache_gb
+        self._store_location = location.rsplit("/", 2)[0]
+        set_info = json.loads(_read_existing_text(join(location, "set.json")))
+        self.name: str = set_info["name"]
+        self.root: str = set_info["root"]
+        self.fingerprint: str = set_info["fingerprint"]
+        self._limits = LimitsConfig(**set_info["limits"])
+        self._reject_count: int = set_info["rejects"]
+        self.decode_config = DecodeConfig.from_json(_read_existing_text(join(self._store_location, "recipe.json")))
+        self.clip = self.decode_config.clip
         rows = read_set(location)
         self.ids = Column(rows["id"])
         self._categories = rows["category"]
         self.categories = Column(self._categories)
-        self.sources = Column(rows["source"])  # what each clip was cut from
-        self.facts: pa.Table = rows.select(
+        self.sources = Column(rows["source"])
+        self.metadata: pa.Table = rows.select(
             ["codec", "source_width", "source_height", "source_fps", "seconds", "hdr", "padded", "frames"]
         )
-        self._splits, self._paths, self._times_s = rows["split"], rows["path"], rows["times_s"]
-        self._shards, self._firsts, self._frames = rows["shard"], rows["first"], rows["frames"]
-        self.bytes = about["frames"] * self.clip.height * self.clip.width * 3 if self.recipe.cache else 0
-        self._mapped = functools.lru_cache(maxsize=_MAPPED_SHARDS)(self._map)
+        self._splits = rows["split"]
+        self._paths = rows["path"]
+        self._times_s = rows["times_s"]
+        self._shards = rows["shard"]
+        self._first_frames = rows["first"]
+        self._frame_counts = rows["frames"]
+        frame_bytes = self.clip.height * self.clip.width * 3
+        self.size_bytes = set_info["frames"] * frame_bytes if self.decode_config.cache else 0
+        self._map_shard = functools.lru_cache(maxsize=_MAX_MAPPED_SHARDS)(self._map_shard_uncached)
 
     def __reduce__(self):
-        return ClipDataset, (self.location, self.node_cache_gb)  # what is mapped stays in its process
+        return ClipDataset, (self.location, self.node_cache_gb)  # maps stay in their process
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def split_indices(self, split: str) -> np.ndarray:
-        """int64: the rows of the clips of a split, in order of their ids."""
-        # By the numbers of the dictionary, so that no text is compared.
-        chosen = [part.indices.to_numpy() == part.dictionary.index(split).as_py() for part in self._splits.chunks]
-        return np.flatnonzero(np.concatenate([np.empty(0, bool), *chosen]))
+        """Returns the indices of the clips of a split: int64 [clips of the split], ascending."""
+        # Compares dictionary codes instead of strings.
+        masks = [part.indices.to_numpy() == part.dictionary.index(split).as_py() for part in self._splits.chunks]
+        return np.flatnonzero(np.concatenate([np.empty(0, bool), *masks]))
 
-    def frames_of(self, row: int) -> tuple[np.ndarray, np.ndarray]:
-        """All frames that are kept of a video: uint8 [frames, height, width, 3], not to be written to; float64
-        [frames]: the times they are shown at, in seconds after the first.
+    def get_frames(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Returns all stored frames of a video. Decodes the video if the store holds no frames.
 
-        Where no frames are kept the video is decoded; one that was good before and is not now is a RuntimeError.
+        Args:
+            index: Index of the clip.
+
+        Returns:
+            frames: uint8 [frames, height, width, 3], read-only.
+            times_s: float64 [frames], presentation times in seconds after the first frame.
+
+        Raises:
+            RuntimeError: The shard is damaged, or the video can no longer be decoded.
         """
-        if not self.recipe.cache:
-            return self._decoded(row)
-        shard, first, frames = (column[row].as_py() for column in (self._shards, self._firsts, self._frames))
-        pixels = self._mapped(shard)[first : first + frames]
-        if len(pixels) != frames:
-            path = shard_path(self._store, shard)
-            raise RuntimeError(f"{path}: it was cut off; run jobs/prepare.py, which decodes its videos again")
-        return pixels, self._times_of(row)
+        if not self.decode_config.cache:
+            return self._decode(index)
+        shard = self._shards[index].as_py()
+        first = self._first_frames[index].as_py()
+        frame_count = self._frame_counts[index].as_py()
+        frames = self._map_shard(shard)[first : first + frame_count]
+        if len(frames) != frame_count:
+            path = get_shard_path(self._store_location, shard)
+            raise RuntimeError(f"{path}: truncated; run jobs/prepare.py, which decodes its videos again")
+        return frames, self._get_times_s(index)
 
-    def get_clips(self, rows: np.ndarray) -> np.ndarray:
-        """Copies clips out: uint8 [len(rows), frames, height, width, 3]."""
-        clips = np.empty((len(rows), self.clip.frames, self.clip.height, self.clip.width, 3), np.uint8)
-        for place, row in enumerate(rows):
-            frames, times_s = self.frames_of(int(row))
-            clips[place] = frames[nearest_frames(times_s, self.clip)] if self.recipe.keep_all_frames else frames
+    def get_clips(self, indices: np.ndarray) -> np.ndarray:
+        """Copies clips into memory.
+
+        Args:
+            indices: int [n], in any order, may repeat.
+
+        Returns:
+            uint8 [n, frames, height, width, 3].
+
+        Raises:
+            RuntimeError: As `get_frames`.
+        """
+        clips = np.empty((len(indices), self.clip.frames, self.clip.height, self.clip.width, 3), np.uint8)
+        for position, index in enumerate(indices):
+            frames, times_s = self.get_frames(int(index))
+            if self.decode_config.keep_all_frames:
+                frames = frames[nearest_frame_indices(times_s, self.clip)]
+            clips[position] = frames
         return clips
 
-    def counts(self) -> dict[str, int]:
-        """How many clips there are of each split, and rejects."""
-        return {**_counted(self._splits), "rejects": self._reject_count}
+    def count_by_split(self) -> dict[str, int]:
+        """Returns the number of clips of each split, and of all rejects as `rejects`."""
+        return {**_count_values(self._splits), "rejects": self._reject_count}
 
-    def category_counts(self) -> Counter[tuple[str, str]]:
-        """How many clips there are of each category in each split: (category, split) -> clips."""
+    def count_by_category(self) -> Counter[tuple[str, str]]:
+        """Returns the number of clips of each (category, split)."""
         pairs = pa.table({"category": self._categories, "split": self._splits})
-        counted = pairs.group_by(["category", "split"], use_threads=False).aggregate([([], "count_all")])
-        return Counter({(row["category"], row["split"]): row["count_all"] for row in counted.to_pylist()})
+        groups = pairs.group_by(["category", "split"], use_threads=False).aggregate([([], "count_all")])
+        return Counter({(group["category"], group["split"]): group["count_all"] for group in groups.to_pylist()})
 
     @property
     def rejects(self) -> Sequence[dict[str, Any]]:
-        """The videos that gave no clip, in order of their ids: id, path, category, split, reason, detail."""
-        return Column(pa.chunked_array(self._rejects.to_struct_array()))
+        """The rejected videos, sorted by id: dictionaries of id, path, category, split, reason and detail."""
+        return Column(pa.chunked_array(self._reject_table.to_struct_array()))
 
     @functools.cached_property
-    def _rejects(self) -> pa.Table:
-        """Read on first use: workers do without it."""
-        return _table(join(self.location, "rejects.parquet"))
+    def _reject_table(self) -> pa.Table:
+        """Read on first use, because workers do not need it."""
+        return pq.read_table(pa.BufferReader(read_bytes(join(self.location, "rejects.parquet"))))
 
-    def reject_counts(self) -> Counter[str]:
-        return _counted(self._rejects["reason"])
+    def count_rejects_by_reason(self) -> Counter[str]:
+        """Returns the number of rejected videos for each reason."""
+        return _count_values(self._reject_table["reason"])
 
-    def _times_of(self, row: int) -> np.ndarray:
-        if self.recipe.keep_all_frames:
-            return self._times_s[row].values.to_numpy()
+    def _get_times_s(self, index: int) -> np.ndarray:
+        if self.decode_config.keep_all_frames:
+            return self._times_s[index].values.to_numpy()
         return np.arange(self.clip.frames) / self.clip.fps
 
-    def _map(self, shard: str) -> np.ndarray:
-        path = shard_path(self._store, shard)
-        copy = None if is_local(path) else self._on_this_node(shard)
+    def _map_shard_uncached(self, shard: str) -> np.ndarray:
+        """Maps a shard: uint8 [frames, height, width, 3], read-only."""
+        path = get_shard_path(self._store_location, shard)
+        copy = None if is_local(path) else self._map_node_copy(shard)
         try:
             content = np.memmap(filesystem_of(path)[1], np.uint8, "r") if copy is None else copy
             return content.reshape(-1, self.clip.height, self.clip.width, 3)
-        except (OSError, ValueError) as error:  # ValueError: it is empty, or ends within a frame
+        except (OSError, ValueError) as error:  # ValueError: it is empty or ends within a frame
             raise RuntimeError(f"{path}: {error}; run jobs/prepare.py, which decodes its videos again") from error
 
     @functools.cached_property
     def _node_cache(self) -> NodeCache:
-        return node_cache(self.node_cache_gb, release=self._mapped.cache_clear)
+        return open_node_cache(self.node_cache_gb, release=self._map_shard.cache_clear)
 
-    def _on_this_node(self, shard: str) -> np.ndarray:
-        """uint8 [bytes] of a remote shard, out of a copy that all processes of this node share."""
-        filesystem, path = filesystem_of(shard_path(self._store, shard))
-        return self._node_cache.map(f"{self.recipe.key}/{shard}.u8", filesystem, path, sha256=shard)
+    def _map_node_copy(self, shard: str) -> np.ndarray:
+        """Maps this node's copy of a remote shard: uint8 [bytes], read-only."""
+        filesystem, path = filesystem_of(get_shard_path(self._store_location, shard))
+        return self._node_cache.map(f"{self.decode_config.key}/{shard}.u8", filesystem, path, sha256=shard)
 
-    def _decoded(self, row: int) -> tuple[np.ndarray, np.ndarray]:
+    def _decode(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         filesystem, _ = filesystem_of(self.root)
-        path = self._paths[row].as_py()
+        path = self._paths[index].as_py()
         try:
             video = read_video(filesystem, path, self._limits)
-            sampled = sandbox_for(self.clip, self._limits, self.recipe.decoder).sample(video)
+            sampled = get_sandbox(self.clip, self._limits, self.decode_config.decoder).sample(video)
         except RejectedVideo as rejected:
-            raise RuntimeError(f"{path}: gave a clip when the data set was prepared, and now: {rejected}") from rejected
+            raise RuntimeError(
+                f"{path}: gave a clip when the dataset was prepared, but is now rejected: {rejected}; "
+                "run jobs/prepare.py with the same experiment"
+            ) from rejected
         return sampled.clip, sampled.times_s
 
 
-def node_cache(limit_gb: float | None, release: Callable[[], None] = lambda: None) -> NodeCache:
-    """Of this node, for shards that lie on s3:// or gs://. `release` drops the maps of this process."""
+def open_node_cache(limit_gb: float | None, release: Callable[[], None] = lambda: None) -> NodeCache:
+    """Opens this node's cache of remote shards. `release` must drop the maps of this process."""
     return NodeCache(_node_folder() / "shards", None if limit_gb is None else limit_gb * 1e9, release)
 
 
-def fingerprint_of(rows: pa.Table) -> str:
-    """Changes with the clips that there are, their pixels, their videos and their splits; not with where they lie, nor
-    with what else is kept of the videos.
+def compute_fingerprint(rows: pa.Table) -> str:
+    """Hashes the ids, splits, file sizes and pixels of clips to 16 hex digits.
+
+    Does not depend on the location of the videos or on which further frames are stored.
     """
     digest = hashlib.sha256()
     for first in range(0, len(rows), _READ_ROWS):
@@ -388,16 +468,12 @@ def fingerprint_of(rows: pa.Table) -> str:
     return digest.hexdigest()[:16]
 
 
-def _counted(values: pa.ChunkedArray) -> Counter[str]:
+def _count_values(values: pa.ChunkedArray) -> Counter[str]:
     return Counter({pair["values"]: pair["counts"] for pair in values.value_counts().to_pylist()})
 
 
-def _text(location: str) -> str:
+def _read_existing_text(location: str) -> str:
     text = read_text(location)
     if text is None:
         raise FileNotFoundError(f"{location}: no such file; run jobs/prepare.py with the same experiment")
     return text
-
-
-def _table(location: str) -> pa.Table:
-    return pq.read_table(pa.BufferReader(read_bytes(location)))

@@ -1,21 +1,21 @@
-"""How data sets lie in a folder: names of files and texts of lists in, a row for each video out. Nothing is read here.
+"""Parsers of dataset layouts: names of files and texts of lists in, one `VideoEntry` per video out. Pure functions.
 
-    manifest          a .csv or .parquet with columns path, category and, where wanted, split and source
+    manifest          a .csv or .parquet with columns path, category and optionally split and source
     moments_in_time   training/<category>/*.mp4, validation/<category>/*.mp4 with trainingSet.csv or validationSet.csv
-                      (no header, first column `category/file.mp4`; v1 and v2 alike), which say what the split holds
+                      (no header, first column `category/file.mp4`, v1 and v2), which list the videos of the split
     ucf101            <Class>/v_<Class>_g<group>_c<clip>.avi with trainlist01.txt and testlist01.txt, in
-                      ucfTrainTestlist/ or beside the classes; the test list is the validation split
-    kinetics          <youtube id>_<start>_<end>.mp4 in any folder, with lists such as train.csv, whose header names
+                      ucfTrainTestlist/ or next to the classes; the test list is the validation split
+    kinetics          <youtube id>_<start>_<end>.mp4 in any folder, with lists such as train.csv, whose header has
                       label, youtube_id, time_start, time_end and split. Lists without labels are not used
     split_folders     training/<category>/*.mp4, validation/<category>/*.mp4, or train/ and val/; also test/, ood/
-    class_folders     <category>/*.mp4, or *.mp4 as one category
+    class_folders     <category>/*.mp4, or *.mp4 as a single category
 
-A list decides: files that it does not name are not used, and files that it names and that are not there stay as rows,
-so that they are counted. A function gives no rows where its layout is not the one that it is shown.
+Lists are authoritative: unlisted files are not used, and listed files that are missing stay as entries, so that they
+count as rejects. A parser returns no entries if its layout does not match.
 
-Lists come from many programs. Cells are separated by commas, semicolons, tabs or bars; spaces around a cell do not
-count. A path names the file that is spelled exactly so, or else the only one that is spelled alike (see `Spellings`).
-Categories are in Unicode's composed form (NFC), however a list or a file system spells them.
+Lists come from many programs. Cells are separated by commas, semicolons, tabs or bars; spaces around a cell are
+ignored. A path refers to the file with exactly that name, or else to the only file with an equivalent one (see
+`PathMatcher`). Categories are in Unicode's composed form (NFC), whichever form a list or a file system uses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from typing import Any, NamedTuple
 
 from giffy_ray.config import SPLITS, ConfigError
 
-# How data sets spell them, as folders and in lists.
+# Names of splits, as folders and in lists.
 SPLIT_NAMES: dict[str, str] = {split: split for split in SPLITS} | {
     "train": "training",
     "val": "validation",
@@ -41,271 +41,303 @@ SPLIT_NAMES: dict[str, str] = {split: split for split in SPLITS} | {
     "validate": "validation",
 }
 MANIFEST_COLUMNS = ("path", "category", "split", "source")
-_NEEDED_COLUMNS = {"path", "category"}
+_REQUIRED_COLUMNS = {"path", "category"}
 _DELIMITERS = ",;\t|"
 MOMENTS_LISTS: dict[str, str] = {f"{split}Set.csv": split for split in SPLITS}
 _UCF_FOLDER = "ucfTrainTestlist/"
 _UCF_LIST = re.compile(rf"(?:{_UCF_FOLDER})?(?:train|test)list0[123]\.txt")
 _KINETICS_COLUMNS = {"label", "youtube_id", "time_start", "time_end", "split"}
-# Names that say what a clip was cut from: of UCF101, of Kinetics, and of Moments in Time.
-_CUT_FROM = (
+# File names that identify the source video: UCF101, Kinetics, Moments in Time.
+_SOURCE_PATTERNS = (
     re.compile(r"(v_\w+_g\d+)_c\d+", re.IGNORECASE),
     re.compile(r"(.+)_\d{6}_\d{6}"),
     re.compile(r"((?:yt|flickr|getty|giphy|vine)-.+)_\d+"),
 )
 
 
-class Row(NamedTuple):
-    """One video of a data set, before it is looked for."""
+class VideoEntry(NamedTuple):
+    """One video of a dataset, which may not exist."""
 
-    id: str  # path below the folder
+    id: str  # path below the dataset's folder
     category: str
-    split: str | None  # none: the data set does not say
-    source: str  # what it was cut from
+    split: str | None  # None: the dataset does not define it
+    source: str  # the video that it was cut from
 
 
-def source_of(path: str) -> str:
-    """What a video was cut from, if its name says so; else its path less the ending: itself, in any format."""
+def infer_source(path: str) -> str:
+    """Infers the source of a video from its name. Defaults to the path without extension: a source of its own."""
     stem, _ = posixpath.splitext(path)
     name = posixpath.basename(stem)
-    for pattern in _CUT_FROM:
+    for pattern in _SOURCE_PATTERNS:
         if match := pattern.fullmatch(name):
             return match[1]
     return stem
 
 
-class Spellings:
-    """Names of files, to be found as a list may spell them.
+class PathMatcher:
+    """Finds files by the names that a list gives them.
 
-    Exactly so; else with backslashes, spaces around the parts of a path, or another form of Unicode (macOS writes "é"
-    as two characters); else in other cases too. Of several that are alike none is taken.
+    Tries the exact name, then ignores backslashes, spaces around path parts and Unicode normalization (macOS writes "é"
+    as two characters), then also case. Ambiguous names match no file.
     """
 
     def __init__(self, names: Iterable[str]):
         self._names = frozenset(names)
 
     def find(self, name: str) -> str | None:
-        """The name of the file that is meant, or none."""
+        """Returns the name of the matching file, or None."""
         if name in self._names:
             return name
-        alike = self._alike.get(spelling(name)) or self._folded.get(spelling(name).casefold(), [])
-        return alike[0] if len(alike) == 1 else None
+        normalized = normalize_path(name)
+        candidates = self._by_normalized.get(normalized) or self._by_folded.get(normalized.casefold(), [])
+        return candidates[0] if len(candidates) == 1 else None
 
     @functools.cached_property
-    def _alike(self) -> dict[str, list[str]]:
-        return _grouped(self._names, spelling)
+    def _by_normalized(self) -> dict[str, list[str]]:
+        return _group_names(self._names, normalize_path)
 
     @functools.cached_property
-    def _folded(self) -> dict[str, list[str]]:
-        return _grouped(self._names, lambda name: spelling(name).casefold())
+    def _by_folded(self) -> dict[str, list[str]]:
+        return _group_names(self._names, lambda name: normalize_path(name).casefold())
 
 
-def _grouped(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
+def _group_names(names: Iterable[str], key: Callable[[str], str]) -> dict[str, list[str]]:
     groups: dict[str, list[str]] = defaultdict(list)
     for name in names:
         groups[key(name)].append(name)
     return groups
 
 
-def spelling(path: str) -> str:
-    """A path without what differs between systems and programs: slashes, spaces around its parts, forms of Unicode."""
+def normalize_path(path: str) -> str:
+    """Removes differences between systems and programs: backslashes, spaces around parts, Unicode normalization."""
     parts = unicodedata.normalize("NFC", path).replace("\\", "/").split("/")
     return posixpath.normpath("/".join(part.strip() for part in parts))
 
 
 def is_list(name: str) -> bool:
-    """Whether a file may be one of the lists that `moments_in_time`, `ucf101` and `kinetics` ask for."""
+    """Whether a file may be a list for `parse_moments_in_time`, `parse_ucf101` or `parse_kinetics`."""
     return ("/" not in name and name.endswith(".csv")) or _UCF_LIST.fullmatch(name) is not None
 
 
 def is_kinetics(text: str) -> bool:
-    """Whether a list begins with the header of Kinetics."""
-    header = _first_line(text)
-    return any(set(_cells(header, delimiter)) >= _KINETICS_COLUMNS for delimiter in _DELIMITERS)
+    """Whether a list starts with the header of Kinetics."""
+    header = _get_first_line(text)
+    return any(set(_split_cells(header, delimiter)) >= _KINETICS_COLUMNS for delimiter in _DELIMITERS)
 
 
-def manifest(
-    where: str,
+def parse_manifest(
+    list_name: str,
     columns: Iterable[str],
     records: Iterable[tuple[int, Mapping[str, Any]]],
-    find: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {},
-) -> list[Row]:
-    """Rows of the records of a list, each with its number in the file `where`. Raises ConfigError.
+    find_files: Callable[[Collection[str]], Mapping[str, str]] = lambda names: {},
+) -> list[VideoEntry]:
+    """Parses the records of a list of videos.
 
-    `find`: paths as the list spells them -> names of the files that are meant, of those that are there.
+    Args:
+        list_name: Name of the list, for error messages.
+        columns: Column names.
+        records: (row number in the list, cells by column).
+        find_files: Maps paths as the list spells them to names of existing files; missing files are left out.
+
+    Raises:
+        ConfigError: The list is malformed.
     """
     present = list(columns)
     for column in ("path", "category"):
         if column not in present:
-            raise ConfigError(f"{where}: no column {column!r}, only {', '.join(map(repr, present)) or 'none'}; add it")
+            present_names = ", ".join(map(repr, present)) or "none"
+            raise ConfigError(f"{list_name}: no column {column!r}, only {present_names}; add it")
     for column, count in Counter(present).items():
         if column in MANIFEST_COLUMNS and count > 1:
-            raise ConfigError(f"{where}: {count} columns are named {column!r}; rename or remove all but one")
-    listed = []
+            raise ConfigError(f"{list_name}: {count} columns are named {column!r}; rename or remove all but one")
+    parsed = []
     for number, record in records:
-        at = f"{where}, row {number}"
-        path, category, split, source = (_text_of(record.get(column), column, at) for column in MANIFEST_COLUMNS)
+        row_name = f"{list_name}, row {number}"
+        path, category, split, source = (_convert_cell(record.get(name), name, row_name) for name in MANIFEST_COLUMNS)
         category, split, source = category.strip(), split.strip(), source.strip()
-        name = _below(path, at)
+        name = _to_relative_path(path, row_name)
         if not category:
-            raise ConfigError(f"{at}: {path!r} has no category; give it one")
-        listed.append((number, path, name, category, _split_named(split, at) if split else None, source))
-    places = find({name for _, _, name, *_ in listed})
-    rows: dict[str, Row] = {}
-    first: dict[str, tuple[int, str]] = {}
-    for number, path, name, category, split, source in listed:
-        place = places.get(name, _portable(name))
-        if place in rows:
-            before, spelled = first[place]
-            same = "" if spelled == name else f", where it is spelled {spelled!r},"
+            raise ConfigError(f"{row_name}: {path!r} has no category; give it one")
+        parsed.append((number, path, name, category, _parse_split(split, row_name) if split else None, source))
+    files = find_files({name for _, _, name, *_ in parsed})
+    entries: dict[str, VideoEntry] = {}
+    first_mentions: dict[str, tuple[int, str]] = {}
+    for number, path, name, category, split, source in parsed:
+        file = files.get(name, _to_posix_path(name))
+        if file in entries:
+            first_number, first_name = first_mentions[file]
+            spelling = "" if first_name == name else f", where it is spelled {first_name!r}"
             raise ConfigError(
-                f"{where}, row {number}: {path!r} is in row {before}{same} already; leave one of them out"
+                f"{list_name}, row {number}: {path!r} is already in row {first_number}{spelling}; remove one of them"
             )
-        rows[place] = Row(place, _composed(category), split, source or source_of(place))
-        first[place] = number, name
-    return list(rows.values())
+        entries[file] = VideoEntry(file, _normalize_category(category), split, source or infer_source(file))
+        first_mentions[file] = number, name
+    return list(entries.values())
 
 
-def records_of(
-    text: str, where: str, needed: Collection[str] = _NEEDED_COLUMNS
+def parse_records(
+    text: str, list_name: str, required: Collection[str] = _REQUIRED_COLUMNS
 ) -> tuple[list[str], Iterator[tuple[int, dict[str, str]]]]:
-    """(columns, records with the number of their line) of the text of a list with a header.
+    """Parses the text of a list with a header.
 
-    The delimiter is the one by which the header has the columns that are `needed`. Raises ConfigError.
+    The delimiter is the one that gives the header the `required` columns.
+
+    Returns:
+        Column names, and records as (line number, cells by column).
+
+    Raises:
+        ConfigError: The list is malformed.
     """
-    header = _first_line(text)
-    marked = re.fullmatch(r"sep=(.)", header)  # spreadsheets write and hide such a line
-    delimiter = marked[1] if marked else _delimiter_of(header, set(needed))
-    lines = _lines(text, where, delimiter)
-    if marked:
+    header = _get_first_line(text)
+    sep_line = re.fullmatch(r"sep=(.)", header)  # spreadsheets write such a line and hide it
+    delimiter = sep_line[1] if sep_line else _detect_delimiter(header, set(required))
+    lines = _parse_lines(text, list_name, delimiter)
+    if sep_line:
         next(lines)
     _, header_cells = next(lines, (1, []))
     columns = [cell.strip() for cell in header_cells]
     for column, count in Counter(columns).items():
-        if column in needed and count > 1:
-            raise ConfigError(f"{where}: {count} columns are named {column!r}; rename or remove all but one")
+        if column in required and count > 1:
+            raise ConfigError(f"{list_name}: {count} columns are named {column!r}; rename or remove all but one")
 
-    def record_of(number: int, line: list[str]) -> tuple[int, dict[str, str]]:
-        if any(cell.strip() for cell in line[len(columns) :]):
+    def make_record(number: int, cells: list[str]) -> tuple[int, dict[str, str]]:
+        if any(cell.strip() for cell in cells[len(columns) :]):
             raise ConfigError(
-                f"{where}, row {number}: {len(line)} cells, but {len(columns)} columns; put a cell that holds "
+                f"{list_name}, row {number}: {len(cells)} cells, but {len(columns)} columns; put a cell that contains "
                 f"{delimiter!r} in double quotes"
             )
-        return number, dict(zip(columns, line, strict=False))
+        return number, dict(zip(columns, cells, strict=False))
 
-    return columns, (record_of(number, line) for number, line in lines)
+    return columns, (make_record(number, cells) for number, cells in lines)
 
 
-def moments_in_time(names: Iterable[str], texts: Mapping[str, str]) -> list[Row]:
-    """By its lists; splits without one by their folders."""
-    listed = {split: texts[name] for name, split in MOMENTS_LISTS.items() if name in texts}
-    if not listed:
+def parse_moments_in_time(names: Iterable[str], texts: Mapping[str, str]) -> list[VideoEntry]:
+    """Parses the lists of Moments in Time. Splits without a list use their folders."""
+    lists = {split: texts[name] for name, split in MOMENTS_LISTS.items() if name in texts}
+    if not lists:
         return []
     names = list(names)
-    files = Spellings(names)
-    rows = {}
-    for split, text in listed.items():
-        for number, line in _lines(text, f"{split}Set.csv", _delimiter_without_header(text)):
-            at = f"{split}Set.csv, row {number}"
-            path = _below(line[0], at)
-            if "/" not in _portable(path):
-                raise ConfigError(f"{at}: {line[0]!r} is not 'category/file.mp4'; the list has no header")
-            place = files.find(f"{split}/{path}") or f"{split}/{_portable(path)}"
-            below = place.partition("/")[2]
-            rows[place] = Row(place, _composed(_first_folder(below)), split, source_of(below))
-    return [*rows.values(), *(row for row in _below_splits(names) if row.split not in listed)]
+    files = PathMatcher(names)
+    entries = {}
+    for split, text in lists.items():
+        for number, cells in _parse_lines(text, f"{split}Set.csv", _detect_delimiter_without_header(text)):
+            row_name = f"{split}Set.csv, row {number}"
+            path = _to_relative_path(cells[0], row_name)
+            if "/" not in _to_posix_path(path):
+                raise ConfigError(f"{row_name}: {cells[0]!r} is not 'category/file.mp4'; the list has no header")
+            file = files.find(f"{split}/{path}") or f"{split}/{_to_posix_path(path)}"
+            path_in_split = file.partition("/")[2]
+            category = _normalize_category(_get_first_folder(path_in_split))
+            entries[file] = VideoEntry(file, category, split, infer_source(path_in_split))
+    return [*entries.values(), *(entry for entry in _parse_all_split_folders(names) if entry.split not in lists)]
 
 
-def split_folders(names: Iterable[str]) -> list[Row]:
-    rows = _below_splits(names)
-    folders = {row.id.partition("/")[0] for row in rows}
-    # A folder `train` may be a class too. It is none where another split lies beside it.
-    beside = "train" in folders and any(SPLIT_NAMES[folder] != "training" for folder in folders)
-    return rows if "training" in folders or beside else []
+def parse_split_folders(names: Iterable[str]) -> list[VideoEntry]:
+    entries = _parse_all_split_folders(names)
+    folders = {entry.id.partition("/")[0] for entry in entries}
+    # A folder `train` may be a class. It is a split if there is another split.
+    is_train_split = "train" in folders and any(SPLIT_NAMES[folder] != "training" for folder in folders)
+    return entries if "training" in folders or is_train_split else []
 
 
-def ucf101(names: Iterable[str], texts: Mapping[str, str], number: int) -> list[Row]:
-    """`number` says which of the three pairs of lists is read."""
+def parse_ucf101(names: Iterable[str], texts: Mapping[str, str], list_number: int) -> list[VideoEntry]:
+    """Parses one of the three pairs of lists of UCF101, chosen by `list_number` (1 to 3)."""
     if not any(_UCF_LIST.fullmatch(name) for name in texts):
         return []
-    places = {"/".join(name.split("/")[-2:]): name for name in names}  # the classes may lie in UCF-101/
-    files = Spellings(places)
-    rows: dict[str, Row] = {}
-    for name, split in ((f"trainlist0{number}.txt", "training"), (f"testlist0{number}.txt", "validation")):
-        text = texts.get(name, texts.get(_UCF_FOLDER + name))
+    full_names = {"/".join(name.split("/")[-2:]): name for name in names}  # the classes may be in UCF-101/
+    files = PathMatcher(full_names)
+    entries: dict[str, VideoEntry] = {}
+    for list_name, split in (
+        (f"trainlist0{list_number}.txt", "training"),
+        (f"testlist0{list_number}.txt", "validation"),
+    ):
+        text = texts.get(list_name, texts.get(_UCF_FOLDER + list_name))
         if text is None:
             raise ConfigError(
-                f"data.ucf101_list: {name} is not there (value {number}); choose another, or add the list"
+                f"data.ucf101_list: {list_name} is missing (value {list_number}); choose another number or add the list"
             )
         for line_number, line in enumerate(text.splitlines(), start=1):
             if not line.strip():
                 continue
-            at = f"{name}, row {line_number}"
-            path = _below(line.split()[0], at)
-            path = files.find(path) or _portable(path)
+            row_name = f"{list_name}, row {line_number}"
+            path = _to_relative_path(line.split()[0], row_name)
+            path = files.find(path) or _to_posix_path(path)
             if path.count("/") != 1:
-                raise ConfigError(f"{at}: {line!r} is not 'Class/v_Class_g01_c01.avi'")
-            if path in rows and rows[path].split != split:
-                raise ConfigError(f"{at}: {path!r} is in trainlist0{number}.txt too; leave it out of one of the lists")
-            rows[path] = Row(places.get(path, path), _composed(path.split("/")[0]), split, source_of(path))
-    return list(rows.values())
+                raise ConfigError(f"{row_name}: {line!r} is not 'Class/v_Class_g01_c01.avi'; correct the line")
+            if path in entries and entries[path].split != split:
+                raise ConfigError(
+                    f"{row_name}: {path!r} is in trainlist0{list_number}.txt too; remove it from one of the lists"
+                )
+            category = _normalize_category(path.split("/")[0])
+            entries[path] = VideoEntry(full_names.get(path, path), category, split, infer_source(path))
+    return list(entries.values())
 
 
-def kinetics(names: Iterable[str], texts: Mapping[str, str]) -> list[Row]:
+def parse_kinetics(names: Iterable[str], texts: Mapping[str, str]) -> list[VideoEntry]:
     lists = {name: text for name, text in sorted(texts.items()) if is_kinetics(text)}
-    places = defaultdict(list)
+    files_by_clip = defaultdict(list)
     for name in names if lists else ():
-        places[posixpath.splitext(posixpath.basename(name))[0]].append(name)
-    rows: dict[str, Row] = {}
-    for where, text in lists.items():
-        for number, record in records_of(text, where, _KINETICS_COLUMNS)[1]:
-            at = f"{where}, row {number}"
-            video, label = (_composed(record.get(column, "").strip()) for column in ("youtube_id", "label"))
-            split = _split_named(record.get("split", ""), at)
+        files_by_clip[posixpath.splitext(posixpath.basename(name))[0]].append(name)
+    entries: dict[str, VideoEntry] = {}
+    for list_name, text in lists.items():
+        _, records = parse_records(text, list_name, _KINETICS_COLUMNS)
+        for number, record in records:
+            row_name = f"{list_name}, row {number}"
+            video = _normalize_category(record.get("youtube_id", "").strip())
+            label = _normalize_category(record.get("label", "").strip())
+            split = _parse_split(record.get("split", ""), row_name)
             if not video or not label:
-                raise ConfigError(f"{at}: expected a youtube_id and a label, found {record!r}")
+                raise ConfigError(f"{row_name}: expected a youtube_id and a label (value {record!r}); add them")
             try:
-                start, end = (int(float(record.get(column, ""))) for column in ("time_start", "time_end"))
+                start_s, end_s = (int(float(record.get(column, ""))) for column in ("time_start", "time_end"))
             except (ValueError, OverflowError):
-                raise ConfigError(f"{at}: time_start and time_end are not seconds in {record!r}") from None
-            clip = f"{video}_{start:06d}_{end:06d}"
-            # By its name alone, as copies of Kinetics differ in how they spell and nest their folders.
-            found = places.get(clip) or [_below(f"{record['split'].strip()}/{label}/{clip}.mp4", at)]
+                raise ConfigError(
+                    f"{row_name}: time_start and time_end are not seconds (value {record!r}); correct them"
+                ) from None
+            clip = f"{video}_{start_s:06d}_{end_s:06d}"
+            # Matched by file name alone, because copies of Kinetics spell and nest their folders differently.
+            default_path = f"{record['split'].strip()}/{label}/{clip}.mp4"
+            files = files_by_clip.get(clip) or [_to_relative_path(default_path, row_name)]
             labels = (label, label.replace(" ", "_"))
-            own = [name for name in found if _composed(posixpath.basename(posixpath.dirname(name))) in labels]
-            name = (own or found)[0]
-            # One file is one video: a clip that is listed again, in another list or class, is the same.
-            rows.setdefault(name, Row(name, label, split, video))
-    return list(rows.values())
+            labelled = [
+                file for file in files if _normalize_category(posixpath.basename(posixpath.dirname(file))) in labels
+            ]
+            file = (labelled or files)[0]
+            # One file is one video, even if several lists or classes contain the clip.
+            entries.setdefault(file, VideoEntry(file, label, split, video))
+    return list(entries.values())
 
 
-def class_folders(names: Iterable[str], alone: str) -> list[Row]:
-    """`alone` is the category of the files that are in no folder."""
-    return [Row(name, _composed(_first_folder(name) or alone), None, source_of(name)) for name in names]
+def parse_class_folders(names: Iterable[str], default_category: str) -> list[VideoEntry]:
+    """Uses the first folder of each file as category, and `default_category` for files in no folder."""
+    return [
+        VideoEntry(name, _normalize_category(_get_first_folder(name) or default_category), None, infer_source(name))
+        for name in names
+    ]
 
 
-def _below_splits(names: Iterable[str]) -> list[Row]:
-    """Of the files in categories of folders that are named like splits."""
-    rows = []
+def _parse_all_split_folders(names: Iterable[str]) -> list[VideoEntry]:
+    entries = []
     for name in names:
         top, _, path = name.partition("/")
-        if top in SPLIT_NAMES and _first_folder(path):
-            rows.append(Row(name, _composed(_first_folder(path)), SPLIT_NAMES[top], source_of(path)))
-    return rows
+        if top in SPLIT_NAMES and _get_first_folder(path):
+            category = _normalize_category(_get_first_folder(path))
+            entries.append(VideoEntry(name, category, SPLIT_NAMES[top], infer_source(path)))
+    return entries
 
 
-def _first_folder(name: str) -> str:
-    """The first folder of a path, or nothing. Keys of object stores may have empty parts, which are no folders."""
+def _get_first_folder(name: str) -> str:
+    """Returns the first folder of a path, or "". Ignores empty parts, which keys of object stores may have."""
     *folders, _ = (part for part in name.split("/") if part)
     return folders[0] if folders else ""
 
 
-def _composed(text: str) -> str:
+def _normalize_category(text: str) -> str:
     return unicodedata.normalize("NFC", text)
 
 
-def _text_of(value: Any, column: str, at: str) -> str:
-    """The text of a cell of a list; nothing for a missing one. Raises ConfigError."""
+def _convert_cell(value: Any, column: str, row_name: str) -> str:
+    """Converts a cell to text, "" if it is missing. Raises ConfigError."""
     if isinstance(value, str):
         return value
     if value is None or (isinstance(value, float) and math.isnan(value)):
@@ -314,64 +346,77 @@ def _text_of(value: Any, column: str, at: str) -> str:
         try:
             return value.decode()
         except UnicodeDecodeError as error:
-            raise ConfigError(f"{at}: the {column} {value!r} is not UTF-8 text at byte {error.start}") from None
-    if isinstance(value, float) and value.is_integer():  # pandas makes floats of integers where some are missing
+            raise ConfigError(
+                f"{row_name}: the {column} {value!r} is not UTF-8 text at byte {error.start}; save it as UTF-8"
+            ) from None
+    if isinstance(value, float) and value.is_integer():  # pandas converts integer columns with gaps to floats
         return str(int(value))
     if isinstance(value, list | dict):
-        raise ConfigError(f"{at}: the {column} is {value!r}; give one text for each video")
+        raise ConfigError(f"{row_name}: the {column} is {value!r}; give one text per video")
     return str(value)
 
 
-def _first_line(text: str) -> str:
+def _get_first_line(text: str) -> str:
     return re.match(r"\s*([^\r\n]*)", text)[1].strip(" ")  # type: ignore[index]
 
 
-def _cells(line: str, delimiter: str) -> list[str]:
+def _split_cells(line: str, delimiter: str) -> list[str]:
     cells = next(csv.reader([line], delimiter=delimiter, skipinitialspace=True), [])
     return [cell.strip() for cell in cells]
 
 
-def _delimiter_of(header: str, needed: set[str]) -> str:
-    return max(_DELIMITERS, key=lambda delimiter: (needed <= set(cells := _cells(header, delimiter)), len(cells)))
+def _detect_delimiter(header: str, required: set[str]) -> str:
+    """Returns the delimiter that gives the required columns, or else the most cells."""
+
+    def score(delimiter: str) -> tuple[bool, int]:
+        cells = _split_cells(header, delimiter)
+        return required <= set(cells), len(cells)
+
+    return max(_DELIMITERS, key=score)
 
 
-def _delimiter_without_header(text: str) -> str:
-    """Of a list whose first cells are files: the first delimiter by which such a cell ends like the name of one."""
-    line = _first_line(text)
-    fit = (d for d in _DELIMITERS if re.fullmatch(r"\.\w{2,5}", posixpath.splitext((_cells(line, d) or [""])[0])[1]))
-    return next(fit, ",")
+def _detect_delimiter_without_header(text: str) -> str:
+    """Returns the first delimiter for which the first cell ends like a file name, or a comma."""
+    line = _get_first_line(text)
+    for delimiter in _DELIMITERS:
+        first_cell = (_split_cells(line, delimiter) or [""])[0]
+        if re.fullmatch(r"\.\w{2,5}", posixpath.splitext(first_cell)[1]):
+            return delimiter
+    return ","
 
 
-def _lines(text: str, where: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
-    """(number, cells) of the lines of a list that are not empty. Raises ConfigError."""
-    raw: list[str] = []  # the lines of the record that is being read
+def _parse_lines(text: str, list_name: str, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Yields (line number, cells) of the records that are not empty. Raises ConfigError."""
+    raw_lines: list[str] = []  # of the record that the reader is parsing
 
-    def physical() -> Iterator[str]:
+    def read_lines() -> Iterator[str]:
         for line in io.StringIO(text, newline=""):
-            raw.append(line)
+            raw_lines.append(line)
             yield line
 
-    reader = csv.reader(physical(), delimiter=delimiter, skipinitialspace=True)
+    reader = csv.reader(read_lines(), delimiter=delimiter, skipinitialspace=True)
     record: list[str] | None = None
-    number, last = 0, []
+    number = 0
+    last_lines: list[str] = []
     try:
-        for line in reader:
+        for cells in reader:
             if record is not None:
                 yield number, record
-            record = line if any(cell.strip() for cell in line) else None
-            number, last = reader.line_num, raw.copy()
-            raw.clear()
+            record = cells if any(cell.strip() for cell in cells) else None
+            number = reader.line_num
+            last_lines = raw_lines.copy()
+            raw_lines.clear()
     except csv.Error as error:
-        raise ConfigError(f"{where}, row {reader.line_num}: {error}") from None
-    if _is_open(last, delimiter):
-        first = number - len(last) + 1
-        raise ConfigError(f"{where}, row {first}: a double quote is opened and never closed; close it")
+        raise ConfigError(f"{list_name}, row {reader.line_num}: {error}; correct the row") from None
+    if _has_open_quote(last_lines, delimiter):
+        first = number - len(last_lines) + 1
+        raise ConfigError(f"{list_name}, row {first}: a double quote is opened and never closed; close it")
     if record is not None:
         yield number, record
 
 
-def _is_open(lines: list[str], delimiter: str) -> bool:
-    """Whether a quote is still open at the end of a record. Python's reader takes all that follows it for one cell."""
+def _has_open_quote(lines: list[str], delimiter: str) -> bool:
+    """Whether a record ends inside a quoted cell. Python's reader then takes the rest of the file for one cell."""
     try:
         list(csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True))
     except csv.Error as error:
@@ -379,22 +424,24 @@ def _is_open(lines: list[str], delimiter: str) -> bool:
     return False
 
 
-def _below(path: str, at: str) -> str:
-    """The path below the folder, less `./` and the like: what a list names is never looked for elsewhere."""
-    for name in (posixpath.normpath(path), _portable(path)):
-        outside = name.startswith("/") or name.split("/")[0] == ".." or re.match("[A-Za-z]:/", name)
-        if name == "." or outside or "://" in path or "\0" in path:
-            raise ConfigError(f"{at}: {path!r} is no path of a file below the folder; give it relative to the folder")
+def _to_relative_path(path: str, row_name: str) -> str:
+    """Normalizes a listed path. Raises ConfigError if it could refer to a file outside the dataset's folder."""
+    for name in (posixpath.normpath(path), _to_posix_path(path)):
+        is_outside = name.startswith("/") or name.split("/")[0] == ".." or re.match("[A-Za-z]:/", name)
+        if name == "." or is_outside or "://" in path or "\0" in path:
+            raise ConfigError(
+                f"{row_name}: {path!r} is not a file below the dataset's folder; give a path relative to the folder"
+            )
     return posixpath.normpath(path)
 
 
-def _portable(path: str) -> str:
-    """A path as we write it, of a list that was written under Windows or has spaces around its cells."""
+def _to_posix_path(path: str) -> str:
+    """Converts a path from a Windows list, or with spaces around it, to a POSIX path."""
     return posixpath.normpath(path.strip().replace("\\", "/"))
 
 
-def _split_named(text: str, at: str) -> str:
+def _parse_split(text: str, row_name: str) -> str:
     split = SPLIT_NAMES.get(text.strip().lower())
     if split is None:
-        raise ConfigError(f"{at}: no split {text!r}; known: {', '.join(SPLIT_NAMES)}")
+        raise ConfigError(f"{row_name}: no split {text!r}; use one of {', '.join(SPLIT_NAMES)}")
     return split

@@ -1,12 +1,12 @@
-"""The Ray Data graphs, and the only importer of ray.data: videos -> shards, positions -> batches, rows -> results.
+"""The Ray Data pipelines of the product. No other module imports ray.data.
 
-    videos, 32 to a block --decode_shard, in tasks of the whole cluster--> shards, and rows that say what became of each
-    steps, in order --TrainingSampler, in the worker or in tasks--> this worker's batch of each
-    rows of the store, in batches --a mapper, in a pool of actors that hold models--> the result of each batch, in order
+    decode_blocks            video lists --decode_shard, tasks on the whole cluster--> shards and their metadata
+    iter_training_batches    steps, in order --TrainingSampler, in the worker or in tasks--> this rank's batches
+    map_batches_with_models  dataset indices, in batches --actors that hold models--> results, in order
 
-One execution deals a whole training. Where clips are kept, Ray Data deals the numbers of the steps and the worker
-gathers its slice of each from the node's memory map, in the threads that Ray Data prefetches with: ten times as fast
-as sending clips through the object store. Where they are not kept, tasks of the cluster decode the slices.
+One execution serves a whole training. With cached clips, Ray Data distributes only step numbers, and each worker reads
+its slice from the node's memory map, in Ray Data's prefetch threads: ten times as fast as sending clips through the
+object store. Without a cache, tasks on the cluster decode the slices.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import torch
 from ray.data.collate_fn import NumpyBatchCollateFn
 
 from giffy_ray.config import DataConfig
-from giffy_ray.core.progress import Bar
+from giffy_ray.core.progress import ProgressBar
 from giffy_ray.core.tensor_types import Clips, SampleIndices, Times
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.sampler import TrainingSampler, rank_indices
 
-_PREFETCH = 2
-_STEPS_PER_DEAL = 4  # dealing a number costs Ray Data as much as gathering its clips costs us
-_STEPS_PER_DEALT_BLOCK = 10_000
-_STEPS_PER_TASK = 100  # which decodes them one after another
-_MOST_MAP_BLOCKS = 1000  # into which `map_rows` divides its batches: each costs the driver a millisecond or more
+_PREFETCH_BATCHES = 2
+_STEPS_PER_FETCH = 4  # fetching one step number from Ray Data costs as much as reading its clips
+_STEPS_PER_CACHED_BLOCK = 10_000
+_STEPS_PER_TASK = 100  # decoded one after another
+_MAX_MAP_BLOCKS = 1000  # of `map_batches_with_models`; each costs the driver at least a millisecond
 
 
 Result = TypeVar("Result")
@@ -44,160 +44,181 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Batch:
+    """One rank's part of a training step. In pinned memory if there is a GPU."""
+
     clips: Clips
     times: Times
-    positions: SampleIndices
+    sample_indices: SampleIndices
 
 
-def decode_all(chunks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
-    """Runs `decode` on each chunk in a task of its own and gives what it returns, in the order that tasks end."""
-    _be_quiet()
-    # Not `from_arrow`, which starts a task for each table only to count its rows.
-    dataset = ray.data.from_blocks(list(chunks)).map_batches(decode, batch_size=None, batch_format="pyarrow")
-    yield from cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow"))
+def decode_blocks(blocks: Sequence[pa.Table], decode: Callable[[pa.Table], pa.Table]) -> Iterator[pa.Table]:
+    """Runs `decode` on each block in a task of its own. Yields the results in the order of completion."""
+    _silence_ray_data()
+    # `from_arrow` would start a task per table just to count its rows.
+    pipeline = ray.data.from_blocks(list(blocks)).map_batches(decode, batch_size=None, batch_format="pyarrow")
+    yield from cast(Iterator[pa.Table], pipeline.iter_batches(batch_size=None, batch_format="pyarrow"))
 
 
 class _CollateStep:
-    """The number of a step -> the clips, times and positions of this worker's slice of it."""
+    """Maps a step number to the clips, times and sample indices of this rank."""
 
-    def __init__(self, dealer: TrainingSampler, batch: int, rank: int, workers: int, first_step: int):
-        self.dealer, self.first_step = dealer, first_step
-        self.positions = functools.partial(rank_indices, batch=batch, rank=rank, workers=workers)
+    def __init__(self, sampler: TrainingSampler, global_batch_size: int, rank: int, world_size: int, first_step: int):
+        self.sampler, self.first_step = sampler, first_step
+        self.get_sample_indices = functools.partial(
+            rank_indices, global_batch_size=global_batch_size, rank=rank, world_size=world_size
+        )
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        positions = self.positions(self.first_step + step)
-        clips, times = self.dealer(positions)
-        return {"clips": clips, "times": times, "positions": positions}
+        sample_indices = self.get_sample_indices(self.first_step + step)
+        clips, times = self.sampler(sample_indices)
+        return {"clips": clips, "times": times, "sample_indices": sample_indices}
 
 
-class _Gathered(NumpyBatchCollateFn):
-    """Numbers of steps -> their batches, gathered here."""
+class _CollateCachedSteps(NumpyBatchCollateFn):
+    """Maps step numbers to batches, read from the cache in this process."""
 
-    def __init__(self, deal: _CollateStep):
+    def __init__(self, collate_step: _CollateStep):
         super().__init__()
-        self.deal = deal
+        self.collate_step = collate_step
 
     def __call__(self, batch: dict[str, np.ndarray]) -> list[Batch]:
-        return [_batch_of(self.deal(int(step))) for step in batch["item"]]
+        return [_to_batch(self.collate_step(int(step))) for step in batch["item"]]
 
 
-class _Decoded(NumpyBatchCollateFn):
-    """A slice that a task has dealt -> its batch. What lies in the object store may not be written to."""
+class _CollateDecodedStep(NumpyBatchCollateFn):
+    """Maps a slice that a task decoded to a batch. Copies it, because object store memory is read-only."""
 
     def __call__(self, batch: dict[str, np.ndarray]) -> list[Batch]:
-        return [_batch_of({name: np.array(array) for name, array in batch.items()})]
+        return [_to_batch({name: np.array(array) for name, array in batch.items()})]
 
 
-def _batch_of(arrays: dict[str, np.ndarray]) -> Batch:
-    """In pinned memory where there is a GPU, which then fetches it while it computes."""
+def _to_batch(arrays: dict[str, np.ndarray]) -> Batch:
+    """Pins the memory if there is a GPU, so that it can copy the batch while it computes."""
     pinned = torch.cuda.is_available()
     tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
     return Batch(**{name: tensor.pin_memory() if pinned else tensor for name, tensor in tensors.items()})
 
 
-def batches(
-    store: ClipDataset, data: DataConfig, seed: int, batch: int, rank: int, workers: int, steps: range
+def iter_training_batches(
+    dataset: ClipDataset, data: DataConfig, seed: int, global_batch_size: int, rank: int, world_size: int, steps: range
 ) -> Iterator[Batch]:
-    """This worker's batches of the training split for `steps`, in order. One execution serves all of them.
+    """Yields this rank's batches of the training split for `steps`, in order.
 
-    Nothing is started before the first batch is asked for.
+    One Ray Data execution serves all steps. It starts when the first batch is requested.
     """
-    _be_quiet()
+    _silence_ray_data()
     ray.data.DataContext.get_current().execution_options.preserve_order = True
-    deal = _CollateStep(TrainingSampler(store, data, seed), batch, rank, workers, steps.start)
-    if store.recipe.cache:
-        dealing = _numbers(len(steps), _STEPS_PER_DEALT_BLOCK).iter_torch_batches(
-            batch_size=_STEPS_PER_DEAL, prefetch_batches=_PREFETCH, collate_fn=_Gathered(deal)
+    collate_step = _CollateStep(TrainingSampler(dataset, data, seed), global_batch_size, rank, world_size, steps.start)
+    if dataset.decode_config.cache:
+        fetched = _step_numbers(len(steps), _STEPS_PER_CACHED_BLOCK).iter_torch_batches(
+            batch_size=_STEPS_PER_FETCH,
+            prefetch_batches=_PREFETCH_BATCHES,
+            collate_fn=_CollateCachedSteps(collate_step),
         )
     else:
 
         def decode(numbers: Any) -> dict[str, np.ndarray]:
-            return deal(int(numbers["item"][0]))
+            return collate_step(int(numbers["item"][0]))
 
-        dealing = (
-            _numbers(len(steps), _STEPS_PER_TASK)
-            .map_batches(decode, batch_size=1)
-            .iter_torch_batches(
-                batch_size=len(rank_indices(0, batch, rank, workers)), prefetch_batches=_PREFETCH, collate_fn=_Decoded()
-            )
+        decoded = _step_numbers(len(steps), _STEPS_PER_TASK).map_batches(decode, batch_size=1)
+        fetched = decoded.iter_torch_batches(
+            batch_size=len(rank_indices(0, global_batch_size, rank, world_size)),
+            prefetch_batches=_PREFETCH_BATCHES,
+            collate_fn=_CollateDecodedStep(),
         )
-    for dealt in cast(Iterator[list[Batch]], dealing):
-        yield from dealt
+    for batches in cast(Iterator[list[Batch]], fetched):
+        yield from batches
 
 
-def _numbers(count: int, block: int) -> ray.data.Dataset:
-    """The numbers below `count` as the column `item`, `block` of them together.
+def _step_numbers(count: int, block_size: int) -> ray.data.Dataset:
+    """The numbers 0 to `count` - 1 as column `item`, in blocks of `block_size`.
 
-    Put into the object store from here, not by tasks: those would want a CPU, and workers that come back on fewer
-    nodes may have taken all. As arrays, because Ray Data takes 20 us for each item of a list.
+    The blocks are put into the object store from here. Tasks would need a CPU, and after a loss of nodes the restarted
+    workers may occupy all of them. Blocks are arrays, because Ray Data takes 20 us per item of a list.
     """
-    return ray.data.from_blocks(
-        [pa.table({"item": np.arange(first, min(first + block, count))}) for first in range(0, max(count, 1), block)]
-    )
+    blocks = []
+    for first in range(0, max(count, 1), block_size):
+        blocks.append(pa.table({"item": np.arange(first, min(first + block_size, count))}))
+    return ray.data.from_blocks(blocks)
 
 
-def map_rows(
-    rows: np.ndarray,
+def map_batches_with_models(
+    indices: np.ndarray,
     make_mapper: Callable[[], Callable[[np.ndarray], Result]],
     *,
-    batch: int,
+    batch_size: int,
     actors: int = 0,
     title: str,
     resources: Mapping[str, Any] | None = None,
 ) -> Iterator[Result]:
-    """The result of each `batch` of `rows`, in order, with a progress bar that counts rows.
+    """Maps batches of dataset indices in a pool of actors that hold models, and shows a progress bar.
 
-    `make_mapper` is called once in each of `actors` actors, of which one suffices to start; what it returns is called
-    with int64 rows. With 0 actors both are called in this process, which needs no Ray. A result depends on its batch
-    only if the mapper keeps no state. `resources`: of an actor, as `ray.remote` takes them. What the mapper raises is
-    raised here, the first in the order of the rows. Results are streamed: Ray Data bounds how many wait.
+    Results are streamed, and Ray Data bounds how many are waiting.
+
+    Args:
+        indices: int64 [n].
+        make_mapper: Called once per actor. The mapper that it returns is called with int64 [<= batch_size]. A stateless
+            mapper makes each result a function of its batch alone.
+        batch_size: Number of indices per call.
+        actors: Maximum size of the pool; work starts with the first actor. 0 runs in this process without Ray.
+        title: Title of the progress bar, which counts indices.
+        resources: Resources of an actor, as arguments of `ray.remote`.
+
+    Yields:
+        The result of each batch, in order.
+
+    Raises:
+        Exception: The error of the mapper; if there are several, that of the first batch.
     """
-    parts = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    with Bar(title, len(rows), "clips") as bar:
-        in_actors = functools.partial(_map_in_actors, rows, make_mapper, batch, actors, resources or {})
-        for part, result in zip(parts, in_actors() if actors else map(make_mapper(), parts), strict=True):
-            bar.advance(len(part))
+    batches = [indices[start : start + batch_size] for start in range(0, len(indices), batch_size)]
+    with ProgressBar(title, len(indices), "clips") as bar:
+        if actors:
+            results = _map_in_actors(indices, make_mapper, batch_size, actors, resources or {})
+        else:
+            results = map(make_mapper(), batches)
+        for batch, result in zip(batches, results, strict=True):
+            bar.advance(len(batch))
             yield result
 
 
-class _Mapper:
-    """In an actor of `map_rows`: the first place of a batch -> its pickled result, or what was raised."""
+class _MapperActor:
+    """Runs in an actor of `map_batches_with_models`. Maps the offset of a batch to its pickled (result, error)."""
 
-    def __init__(self, shared: Sequence[ray.ObjectRef], batch: int):
-        self.shared, self.batch = shared, batch
-        self.rows = self.mapper = None
+    def __init__(self, shared: Sequence[ray.ObjectRef], batch_size: int):
+        self.shared, self.batch_size = shared, batch_size
+        self.indices = self.mapper = None
 
-    def __call__(self, starts: dict[str, np.ndarray]) -> pa.Table:
-        (start,) = starts["item"].tolist()
+    def __call__(self, offsets: dict[str, np.ndarray]) -> pa.Table:
+        (offset,) = offsets["item"].tolist()
         try:
             if self.mapper is None:
-                # Not in __init__, whose failures Ray Data would try again.
-                self.rows, make_mapper = ray.get(list(self.shared))
+                # Not in __init__, which Ray Data would retry on failure.
+                self.indices, make_mapper = ray.get(list(self.shared))
                 self.mapper = make_mapper()
-            assert self.rows is not None
-            outcome = (self.mapper(self.rows[start : start + self.batch]), None)
+            assert self.indices is not None
+            outcome = (self.mapper(self.indices[offset : offset + self.batch_size]), None)
         except Exception as error:
-            # Its traceback would not survive being pickled.
-            error.add_note(f"in an actor, for the batch from row {start} on:\n{traceback.format_exc()}")
+            # Pickling drops the traceback, so it travels as a note.
+            error.add_note(f"in an actor, for the batch at offset {offset}:\n{traceback.format_exc()}")
             outcome = (None, error)
         return pa.table({"outcome": pa.array([pickle.dumps(outcome)], pa.large_binary())})
 
 
 def _map_in_actors(
-    rows: np.ndarray, make_mapper: Callable[[], Any], batch: int, actors: int, resources: Mapping[str, Any]
+    indices: np.ndarray, make_mapper: Callable[[], Any], batch_size: int, actors: int, resources: Mapping[str, Any]
 ) -> Iterator[Any]:
-    _be_quiet()
-    starts = list(range(0, len(rows), batch))
-    shared = [ray.put(np.asarray(rows)), ray.put(make_mapper)]  # once, not once for each actor
-    dataset = ray.data.from_items(starts, override_num_blocks=min(len(starts), _MOST_MAP_BLOCKS)).map_batches(
-        _Mapper,
-        fn_constructor_args=(shared, batch),
+    _silence_ray_data()
+    offsets = list(range(0, len(indices), batch_size))
+    shared = [ray.put(np.asarray(indices)), ray.put(make_mapper)]  # stored once instead of once per actor
+    pipeline = ray.data.from_items(offsets, override_num_blocks=min(len(offsets), _MAX_MAP_BLOCKS)).map_batches(
+        _MapperActor,
+        fn_constructor_args=(shared, batch_size),
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=actors, initial_size=actors),
         **resources,
     )
-    dataset.context.execution_options.preserve_order = True
-    for block in cast(Iterator[pa.Table], dataset.iter_batches(batch_size=None, batch_format="pyarrow")):
+    pipeline.context.execution_options.preserve_order = True
+    for block in cast(Iterator[pa.Table], pipeline.iter_batches(batch_size=None, batch_format="pyarrow")):
         for pickled in block["outcome"]:
             result, error = pickle.loads(pickled.as_py())
             if error is not None:
@@ -205,8 +226,8 @@ def _map_in_actors(
             yield result
 
 
-def _be_quiet() -> None:
-    """Ray Data's bars and notes are for whoever builds a graph, not for whoever waits for one."""
+def _silence_ray_data() -> None:
+    """Turns off Ray Data's progress bars and notes, which describe the execution graph rather than the job."""
     context: Any = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

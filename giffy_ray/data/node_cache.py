@@ -1,12 +1,12 @@
-"""Copies of remote shards on the disk of a node: shared by its processes, bounded, least recently used evicted first.
+"""Copies of remote shards on a node's disk: shared by its processes, bounded, evicted in least-recently-used order.
 
-    <folder>/<name>             a copy, whole and checked; its time of change is when a process last mapped it
-    <folder>/<name>.partial     one that is being written; its space is allocated before the first byte arrives
-    <folder>/.lock              held by the process that evicts or allocates
+    <folder>/<name>             complete and verified copy; its modification time is when it was last mapped
+    <folder>/<name>.partial     copy being written; its space is allocated before the first byte arrives
+    <folder>/.lock              held while a process evicts or allocates
 
-A map holds a shared lock (flock) on its copy, and only a copy that nobody has locked is evicted. So no evicted copy
-takes disk space, what a process has mapped stays, and the kernel frees the locks of a process that is killed. A process
-maps a 32nd of the cache at most, or one copy: then it drops its maps, and others can evict these copies.
+A map holds a shared lock (flock) on its copy, and only unlocked copies are evicted. So evicted copies take no disk
+space, mapped copies stay, and the kernel releases the locks of a killed process. A process that maps more than 1/32 of
+the cache drops its maps, so that other processes can evict these copies.
 """
 
 from __future__ import annotations
@@ -27,14 +27,15 @@ from filelock import FileLock
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError
-from giffy_ray.core.storage import PARTIAL
+from giffy_ray.core.storage import PARTIAL_SUFFIX
 
-_RESERVE = 0.1  # of the disk stays free where no limit is given; Ray stops spilling to a disk that is 95 % full
-_MOST_MAPPED = 1 / 32  # of the cache or disk, by one process
-_BATCH = 1 / 50  # of the copies are evicted at once, as each eviction lists all of them
+_RESERVED_DISK_FRACTION = 0.1  # stays free without a limit; Ray stops spilling to a disk that is 95 % full
+_MAX_MAPPED_FRACTION = 1 / 32  # of the cache or disk, per process
+_EVICTION_FRACTION = 1 / 50  # of all copies at once, because each eviction lists all of them
+_LOCK_POLL_S = 0.02
 _CHUNK_BYTES = 2**24
-_FULL = (errno.ENOSPC, errno.EDQUOT)
-_CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_DISK_FULL_ERRORS = (errno.ENOSPC, errno.EDQUOT)
+_CANNOT_ALLOCATE_ERRORS = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 
 class _Copy(NamedTuple):
@@ -44,131 +45,162 @@ class _Copy(NamedTuple):
 
 
 class NodeCache:
-    """`limit_bytes`: of all copies; None: as much as is free, less a tenth of the disk.
+    """Disk cache of remote shards.
 
-    `release` must drop the maps that this process holds.
+    Args:
+        folder: Folder of the cache, shared by the processes of the node.
+        limit_bytes: Maximum size of all copies. None: all free space except a tenth of the disk.
+        release: Must drop the maps that this process holds.
     """
 
     def __init__(self, folder: Path, limit_bytes: float | None = None, release: Callable[[], None] = lambda: None):
         folder.mkdir(parents=True, exist_ok=True)
         disk = os.statvfs(folder)
         disk_bytes = disk.f_blocks * disk.f_frsize
-        self.folder, self._limit_bytes, self._release = folder, limit_bytes, release
-        self._reserve_bytes = 0.0 if limit_bytes is not None else _RESERVE * disk_bytes
-        self._most_mapped_bytes = _MOST_MAPPED * (disk_bytes if limit_bytes is None else limit_bytes)
+        self.folder = folder
+        self._limit_bytes = limit_bytes
+        self._release = release
+        self._reserved_bytes = 0.0 if limit_bytes is not None else _RESERVED_DISK_FRACTION * disk_bytes
+        self._max_mapped_bytes = _MAX_MAPPED_FRACTION * (disk_bytes if limit_bytes is None else limit_bytes)
         self._mapped_bytes = 0
 
     def map(self, name: str, filesystem: fs.FileSystem, remote: str, sha256: str) -> np.ndarray:
-        """uint8 [bytes], not to be written to: the content of `remote`, out of its copy, which is made if need be.
+        """Maps the copy of a remote file, which is downloaded first if needed.
 
-        Where other processes use so many copies that there is no room for one more, the content is read into memory.
-        Raises ConfigError where it alone does not fit on the disk, RuntimeError where its sha256 is another.
+        Reads the file into memory if copies in use by other processes leave no room for another one.
+
+        Args:
+            name: Path of the copy below the cache's folder.
+            filesystem: File system of `remote`.
+            remote: Path of the file.
+            sha256: Expected checksum, in hex.
+
+        Returns:
+            uint8 [bytes], read-only.
+
+        Raises:
+            ConfigError: The file alone exceeds the limit or the disk.
+            RuntimeError: The checksum differs.
         """
         copy = self.folder / name
-        while (content := _map(copy)) is None:
+        while (content := _map_copy(copy)) is None:
             if not self.download(copy, filesystem, remote, sha256):
-                content = _read(filesystem, remote, sha256)
+                content = _read_remote(filesystem, remote, sha256)
                 break
         self._mapped_bytes += content.size
-        if self._mapped_bytes > self._most_mapped_bytes:
+        if self._mapped_bytes > self._max_mapped_bytes:
             self._release()
             self._mapped_bytes = content.size
         return content
 
     def download(self, copy: Path, filesystem: fs.FileSystem, remote: str, sha256: str) -> bool:
-        """Copies a remote file to `copy`, unless it is there. False where other processes use all the room.
+        """Downloads a remote file to `copy`, unless it exists.
 
-        Raises as `map`.
+        Returns:
+            False if copies in use by other processes leave no room.
+
+        Raises:
+            ConfigError, RuntimeError: As `map`.
         """
         try:
-            return self._copy_in(copy, filesystem, remote, sha256)
-        except OSError as error:  # not even an empty file can be made
-            if error.errno not in _FULL:
+            return self._download(copy, filesystem, remote, sha256)
+        except OSError as error:  # the disk cannot take even an empty file
+            if error.errno not in _DISK_FULL_ERRORS:
                 raise
             return False
 
-    def _copy_in(self, copy: Path, filesystem: fs.FileSystem, remote: str, sha256: str) -> bool:
+    def _download(self, copy: Path, filesystem: fs.FileSystem, remote: str, sha256: str) -> bool:
         copy.parent.mkdir(parents=True, exist_ok=True)
-        partial = copy.with_name(copy.name + PARTIAL)
-        with _claimed(partial) as file:
-            if copy.exists():  # another process has made it while we waited
+        partial = copy.with_name(copy.name + PARTIAL_SUFFIX)
+        with _open_exclusively(partial) as file:
+            if copy.exists():  # another process has downloaded it in the meantime
                 return True
-            size, is_full = filesystem.get_file_info(remote).size, False
+            size = filesystem.get_file_info(remote).size
+            is_full = False
             while True:
                 try:
-                    if not self._allocate(file, size, evict=is_full):
+                    if not self._allocate(file, size, must_evict=is_full):
                         return False
-                    _copy(filesystem, remote, file, sha256)
+                    _copy_remote(filesystem, remote, file, sha256)
                     partial.rename(copy)
                     return True
                 except OSError as error:
-                    if error.errno not in _FULL:
+                    if error.errno not in _DISK_FULL_ERRORS:
                         raise
                     os.ftruncate(file, 0)
-                    is_full = True  # whatever the file system says is free: a quota, or other programs that write
+                    is_full = True  # despite the reported free space: a quota, or another program that writes
 
     def capacity_bytes(self) -> float:
-        """How much all copies together may take now."""
-        held, free = sum(copy.size for copy in self._copies()), shutil.disk_usage(self.folder).free
-        return held + free - self._reserve_bytes if self._limit_bytes is None else min(self._limit_bytes, held + free)
+        """Returns the size that all copies together can have now."""
+        cached_bytes = sum(copy.size for copy in self._list_copies())
+        free_bytes = shutil.disk_usage(self.folder).free
+        if self._limit_bytes is None:
+            return cached_bytes + free_bytes - self._reserved_bytes
+        return min(self._limit_bytes, cached_bytes + free_bytes)
 
-    def _allocate(self, file: int, size: int, evict: bool) -> bool:
-        """Takes the space for a new copy. Whether there is enough; `evict`: at least one copy must make room."""
+    def _allocate(self, file: int, size: int, must_evict: bool) -> bool:
+        """Allocates the space of a new copy. Returns whether there is enough. `must_evict`: evict at least one copy."""
         with FileLock(self.folder / ".lock"):
-            if not self._make_room(size, evict):
+            if not self._make_room(size, must_evict):
                 return False
             try:
                 os.posix_fallocate(file, 0, max(size, 1))
             except OSError as error:
-                if error.errno not in _CANNOT_ALLOCATE:
+                if error.errno not in _CANNOT_ALLOCATE_ERRORS:
                     raise
         return True
 
-    def _make_room(self, size: int, evict: bool) -> bool:
-        free = shutil.disk_usage(self.folder).free
-        if self._limit_bytes is None and free - self._reserve_bytes >= size and not evict:
+    def _make_room(self, size: int, must_evict: bool) -> bool:
+        free_bytes = shutil.disk_usage(self.folder).free
+        if self._limit_bytes is None and free_bytes - self._reserved_bytes >= size and not must_evict:
             return True
-        copies = sorted(self._copies())
-        held = sum(copy.size for copy in copies)
-        self._refuse_too_large(size, held, free, evict)
-        room = free - self._reserve_bytes if self._limit_bytes is None else min(self._limit_bytes - held, free)
-        if room >= size and not evict:
+        copies = sorted(self._list_copies())
+        cached_bytes = sum(copy.size for copy in copies)
+        self._check_size(size, cached_bytes, free_bytes, is_full=must_evict)
+        if self._limit_bytes is None:
+            room = free_bytes - self._reserved_bytes
+        else:
+            room = min(self._limit_bytes - cached_bytes, free_bytes)
+        if room >= size and not must_evict:
             return True
-        wanted, evicted = max(size, _BATCH * held), 0
-        for release in (lambda: None, self._release):  # of our own maps, only where nothing else is left
+        target_bytes = max(size, _EVICTION_FRACTION * cached_bytes)
+        evicted_bytes = 0
+        for release in (lambda: None, self._release):  # this process's own maps are a last resort
             release()
             for copy in copies:
-                if room + evicted >= wanted and (evicted or not evict):
+                if room + evicted_bytes >= target_bytes and (evicted_bytes or not must_evict):
                     break
-                evicted += _evict(copy)
-            if evicted and room + evicted >= size:
+                evicted_bytes += _evict(copy)
+            if evicted_bytes and room + evicted_bytes >= size:
                 return True
-        # The tenth of the disk that is kept free is given up before a training is.
-        return self._limit_bytes is None and free + evicted >= size and (bool(evicted) or not evict)
+        # Using the reserved space is better than failing.
+        return (
+            self._limit_bytes is None and free_bytes + evicted_bytes >= size and (evicted_bytes > 0 or not must_evict)
+        )
 
-    def _refuse_too_large(self, size: int, held: int, free: int, full: bool) -> None:
+    def _check_size(self, size: int, cached_bytes: int, free_bytes: int, is_full: bool) -> None:
         if self._limit_bytes is not None and size > self._limit_bytes:
             raise ConfigError(
-                f"data.node_cache_gb: one shard of the clips has {size / 1e9:.3g} GB "
-                f"(value {self._limit_bytes / 1e9:g}); give more, or data.cache_decoded=false"
+                f"data.node_cache_gb: one shard has {size / 1e9:.3g} GB (value {self._limit_bytes / 1e9:g}); "
+                "increase it or set data.cache_decoded=false"
             )
-        if size > held + free or (full and not held):
+        if size > cached_bytes + free_bytes or (is_full and not cached_bytes):
             raise ConfigError(
-                f"{self.folder}: {free / 1e9:.1f} GB are free, too little for one shard of the clips that this node "
-                f"reads ({size / 1e9:.3g} GB); set TMPDIR to a larger disk, or data.cache_decoded=false"
+                f"{self.folder}: {free_bytes / 1e9:.1f} GB are free, too little for one shard "
+                f"({size / 1e9:.3g} GB); set TMPDIR to a larger disk, or data.cache_decoded=false"
             )
 
-    def _copies(self) -> Iterator[_Copy]:
+    def _list_copies(self) -> Iterator[_Copy]:
         for path in self.folder.glob("*/*"):
             try:
                 status = path.stat()
-            except FileNotFoundError:  # another process evicts
+            except FileNotFoundError:  # evicted by another process
                 continue
             yield _Copy(status.st_mtime_ns, path, status.st_blocks * 512)
 
 
-def _map(copy: Path) -> np.ndarray | None:
-    """uint8 [bytes]; None where there is no copy. The map keeps a duplicate of the descriptor, and so the lock."""
+def _map_copy(copy: Path) -> np.ndarray | None:
+    """Maps a copy: uint8 [bytes], or None if there is none. The map duplicates the descriptor and with it the lock."""
     try:
         file = copy.open("rb")
     except FileNotFoundError:
@@ -178,19 +210,23 @@ def _map(copy: Path) -> np.ndarray | None:
         if not os.fstat(file.fileno()).st_nlink:  # evicted before it was locked
             return None
         now_ns = time.time_ns()
-        os.utime(file.fileno(), ns=(now_ns, now_ns))  # the file system's own time of access is often switched off
+        os.utime(file.fileno(), ns=(now_ns, now_ns))  # file systems are often mounted without access times
         return np.memmap(file, np.uint8, "r")
 
 
 def _evict(copy: _Copy) -> int:
-    """The bytes that are free now; 0 where a process maps the copy, or writes it. Removes what a killed one left."""
+    """Deletes a copy, complete or left by a killed process, unless a process maps or writes it.
+
+    Returns:
+        The number of bytes freed, 0 if the copy is in use.
+    """
     try:
         file = os.open(copy.path, os.O_RDWR)
     except FileNotFoundError:
         return 0
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if not _is_at(file, copy.path):  # another process has evicted it, or it was completed and has its name now
+        if not _is_open_at(file, copy.path):  # another process has evicted it, or completed and renamed it
             return 0
         copy.path.unlink()
         return copy.size
@@ -201,52 +237,66 @@ def _evict(copy: _Copy) -> int:
 
 
 @contextmanager
-def _claimed(partial: Path) -> Iterator[int]:
-    """The descriptor of the file, which is made if need be; no other process writes it. Removes what is left of it."""
+def _open_exclusively(partial: Path) -> Iterator[int]:
+    """Opens a partial file, creating it if needed, such that no other process writes it. Deletes it at the end.
+
+    Polls, because a blocking wait may never end: a completed file keeps its inode, and its readers hold shared locks on
+    it for as long as they map it. Closes the file between polls, so that an evicted file frees its space.
+    """
     while True:
         file = os.open(partial, os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, partial):  # it was completed or evicted while we waited
-                continue
-            try:
-                yield file
-            finally:
-                if _is_at(file, partial):
-                    partial.unlink()
-            return
+            if _try_lock(file) and _is_open_at(file, partial):  # else completed or evicted in the meantime
+                try:
+                    yield file
+                finally:
+                    if _is_open_at(file, partial):  # not renamed
+                        partial.unlink()
+                return
         finally:
             os.close(file)
+        time.sleep(_LOCK_POLL_S)
 
 
-def _is_at(file: int, path: Path) -> bool:
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _is_open_at(file: int, path: Path) -> bool:
+    """Whether a descriptor refers to the file that is at `path` now."""
     try:
         return os.path.samestat(os.fstat(file), path.stat())
     except FileNotFoundError:
         return False
 
 
-def _copy(filesystem: fs.FileSystem, remote: str, file: int, sha256: str) -> None:
-    digest, place = hashlib.sha256(), 0
+def _copy_remote(filesystem: fs.FileSystem, remote: str, file: int, sha256: str) -> None:
+    digest = hashlib.sha256()
+    offset = 0
     with filesystem.open_input_stream(remote) as source:
         while chunk := source.read(_CHUNK_BYTES):
             digest.update(chunk)
             while chunk:
-                written = os.pwrite(file, chunk, place)
-                chunk, place = chunk[written:], place + written
-    os.ftruncate(file, place)
-    _compare(remote, digest.hexdigest(), sha256)
+                written = os.pwrite(file, chunk, offset)
+                chunk = chunk[written:]
+                offset += written
+    os.ftruncate(file, offset)
+    _check_sha256(remote, digest.hexdigest(), sha256)
 
 
-def _read(filesystem: fs.FileSystem, remote: str, sha256: str) -> np.ndarray:
+def _read_remote(filesystem: fs.FileSystem, remote: str, sha256: str) -> np.ndarray:
     with filesystem.open_input_stream(remote) as source:
         content = source.read()
-    _compare(remote, hashlib.sha256(content).hexdigest(), sha256)
+    _check_sha256(remote, hashlib.sha256(content).hexdigest(), sha256)
     return np.frombuffer(content, np.uint8)
 
 
-def _compare(remote: str, found: str, wanted: str) -> None:
-    if found != wanted:
+def _check_sha256(remote: str, actual: str, expected: str) -> None:
+    if actual != expected:
         raise RuntimeError(
-            f"{remote}: its sha256 is {found}, not {wanted}; run jobs/prepare.py, which decodes it again"
+            f"{remote}: its sha256 is {actual} instead of {expected}; run jobs/prepare.py, which decodes it again"
         )

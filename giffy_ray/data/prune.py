@@ -1,7 +1,8 @@
-"""Finds and removes what neither the videos of an experiment nor a running job needs: stores, sets, shards, videos.
+"""Finds and deletes files that neither an experiment nor a running job needs: stores, sets, shards, built-in videos.
 
-Needed are the built-in videos and the set of the experiment, shards with frames of its videos, and whatever a live
-lease stands for: a run with one names its set in a file of its folder, and a job that decodes holds one in its store.
+Needed are the experiment's built-in videos, its set, and the shards that contain frames of its videos. So is everything
+used by a job with a live lease: the folder of a training's run names its set, and a job that decodes holds a lease
+inside the store.
 """
 
 from __future__ import annotations
@@ -23,333 +24,375 @@ from pyarrow import fs
 
 from giffy_ray.config import Experiment, override
 from giffy_ray.core import run_lock
-from giffy_ray.core.storage import PARTIAL, filesystem_of, is_local, join, read_text
-from giffy_ray.data import clip_dataset as stores
-from giffy_ray.data import shards
+from giffy_ray.core.storage import PARTIAL_SUFFIX, filesystem_of, is_local, join, read_text
+from giffy_ray.data import clip_dataset, shards
 from giffy_ray.data.catalog import Catalog, read_catalog
 from giffy_ray.data.shards import STALE_S, VERSION, DecodeConfig
-from giffy_ray.data.synthetic import dataset
+from giffy_ray.data.synthetic import dataset as synthetic_dataset
 
-DATA_SET_LOCATION = "data_set_location"  # a file of a run's folder
-_JOBS = "jobs"  # a folder of a store, with a lease of each job that decodes into it
-_READERS = 16
+DATASET_LOCATION_FILE = "data_set_location"  # in the folder of a run
+_FINGERPRINT_FILE = "data_set"  # in the folder of a run
+_JOBS_FOLDER = "jobs"  # in a store, with a lease of each job that decodes into it
+_READ_THREADS = 16
 
 
 @dataclass(frozen=True)
 class Removal:
-    """Files that nothing needs, of one kind and for one reason."""
+    """Unneeded files of one kind.
 
-    what: str
+    Attributes:
+        description: What the files are.
+        files: Number of files.
+        bytes: Their total size.
+        reason: Why they are not needed.
+        remove: Deletes them.
+    """
+
+    description: str
     files: int
     bytes: int
-    why: str
+    reason: str
     remove: Callable[[], None]
 
 
-class Pruning(NamedTuple):
+class PruningPlan(NamedTuple):
     removals: list[Removal]
-    kept: list[str]  # why files that the experiment does not need stay
+    kept_reasons: list[str]  # why files stay that the experiment does not need
 
 
-class _Set(NamedTuple):
-    store: str  # key
-    key: str
+class _SetId(NamedTuple):
+    store_key: str
+    set_key: str
 
 
-class _InUse(NamedTuple):
-    """What jobs that are running use."""
+class _Usage(NamedTuple):
+    """What running jobs use."""
 
-    sets: set[_Set]
-    stores: set[str]
-    unknown: list[str]  # jobs of which it is not known, so nothing may be removed
+    sets: set[_SetId]
+    store_keys: set[str]
+    unknown: list[str]  # jobs whose sets are unknown, which forbid any removal
     reasons: list[str]
 
 
 @contextmanager
-def protected(experiment: Experiment, location: str) -> Iterator[None]:
-    """Inside, `plan` leaves the store at `location` and the built-in videos alone."""
-    job = override(experiment, {"storage": join(location, _JOBS), "name": uuid.uuid4().hex})
-    claim = run_lock.RunLock(job.run_dir)  # whose loss ends nothing: another process only reads it
-    claim.acquire()
+def protect_store(experiment: Experiment, store_location: str) -> Iterator[None]:
+    """Inside the block, `plan` spares the store and all built-in videos."""
+    job = override(experiment, {"storage": join(store_location, _JOBS_FOLDER), "name": uuid.uuid4().hex})
+    lease = run_lock.RunLock(job.run_dir)  # never checked for loss: other processes only read it
+    lease.acquire()
     try:
         yield
     finally:
-        claim.release()
+        lease.release()
         filesystem, folder = filesystem_of(join(job.storage, job.name))
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(folder)
 
 
-def plan(experiment: Experiment) -> Pruning:
-    """Looks for what can be removed. Changes nothing, renders and decodes nothing. Raises ConfigError."""
+def plan(experiment: Experiment) -> PruningPlan:
+    """Finds what can be deleted from the experiment's storage. Read-only; renders and decodes nothing.
+
+    Raises:
+        ConfigError: The experiment's videos cannot be listed.
+    """
     storage = experiment.storage
-    catalog, root = _catalog_of(experiment)
-    recipe = DecodeConfig(
+    catalog, root = _load_catalog(experiment)
+    decode_config = DecodeConfig(
         experiment.clip, keep_all_frames=experiment.data.segments.frames > 0, cache=experiment.data.cache_decoded
     )
-    keys = _folders(join(storage, "stores"))
-    in_use = _in_use(storage, keys)
-    if in_use.unknown:
-        return Pruning([], [f"everything: {reason}" for reason in in_use.unknown])
-    needed = set(in_use.sets)
-    current = stores.set_location(join(storage, "stores", recipe.key), catalog) if catalog else None
-    if current:
-        needed.add(_Set(recipe.key, current.rpartition("/")[2]))
+    store_keys = _list_folders(join(storage, "stores"))
+    usage = _find_usage(storage, store_keys)
+    if usage.unknown:
+        return PruningPlan([], [f"everything: {reason}" for reason in usage.unknown])
+    needed_sets = set(usage.sets)
+    current_set = clip_dataset.find_set(join(storage, "stores", decode_config.key), catalog) if catalog else None
+    if current_set:
+        needed_sets.add(_SetId(decode_config.key, current_set.rpartition("/")[2]))
     removals = []
-    for key in keys:
-        location = join(storage, "stores", key)
-        if key in in_use.stores:
+    for store_key in store_keys:
+        store_location = join(storage, "stores", store_key)
+        if store_key in usage.store_keys:
             continue
-        kept = {one.key for one in needed if one.store == key}
-        if key == recipe.key or kept:
-            removals += _unused_in_store(location, kept, catalog if key == recipe.key else None)
+        set_keys = {needed.set_key for needed in needed_sets if needed.store_key == store_key}
+        is_own_store = store_key == decode_config.key
+        if is_own_store or set_keys:
+            removals += _plan_store(store_location, set_keys, catalog if is_own_store else None)
         else:
-            removals.append(_folder_removal(f"store {key}", location, _why_other(location, recipe)))
-    roots = {_root_of(join(storage, "stores", one.store, "sets", one.key)) for one in needed} | {root}
-    if not in_use.stores:
-        removals += _unused_videos(storage, roots)
-    removals += _stale_partials(storage, in_use.stores)
-    return Pruning([removal for removal in removals if removal.files], in_use.reasons)
+            reason = _explain_other_store(store_location, decode_config)
+            removals.append(_plan_folder(f"store {store_key}", store_location, reason))
+    roots = {_read_root(_locate_set(storage, needed)) for needed in needed_sets} | {root}
+    if not usage.store_keys:
+        removals += _plan_built_in_videos(storage, roots)
+    removals += _plan_stale_partials(storage, usage.store_keys)
+    return PruningPlan([removal for removal in removals if removal.files], usage.reasons)
 
 
-def _catalog_of(experiment: Experiment) -> tuple[Catalog | None, str]:
-    """The videos of the experiment, none where the built-in ones are not rendered, and their root."""
+def _load_catalog(experiment: Experiment) -> tuple[Catalog | None, str]:
+    """Returns the experiment's videos and their root. No catalog if built-in videos are not rendered yet."""
     data = experiment.data
     if data.root is not None:
         return read_catalog(data.root, data), data.root
-    root, _ = dataset.root_of(join(experiment.storage, "data"), data.synthetic, data.categories)
-    catalog = read_catalog(root, data, name=dataset.NAME) if dataset.is_complete(root) else None
+    root, _ = synthetic_dataset.resolve_root(join(experiment.storage, "data"), data.synthetic, data.categories)
+    is_complete = synthetic_dataset.is_complete(root)
+    catalog = read_catalog(root, data, name=synthetic_dataset.NAME) if is_complete else None
     return catalog, root
 
 
-# --- jobs that are running
+def _locate_set(storage: str, set_id: _SetId) -> str:
+    return join(storage, "stores", set_id.store_key, "sets", set_id.set_key)
 
 
-def _in_use(storage: str, keys: Sequence[str]) -> _InUse:
-    found = _InUse(set(), set(), [], [])
-    for key in keys:
-        for job in _folders(join(storage, "stores", key, _JOBS)):
-            if run_lock.is_live(join(storage, "stores", key, _JOBS, job, "lease.json")):
-                found.stores.add(key)
-                found.reasons.append(f"store {key}, and built-in videos: a job decodes into it")
-    for folder in _live_runs(storage):
-        name = folder.removeprefix(storage).strip("/")
-        sets = _sets_of_run(storage, keys, folder)
-        found.sets.update(sets)
-        for one in sets:
-            found.reasons.append(f"store {one.store}, set {one.key}: {name} is running")
+# --- running jobs
+
+
+def _find_usage(storage: str, store_keys: Sequence[str]) -> _Usage:
+    usage = _Usage(set(), set(), [], [])
+    for store_key in store_keys:
+        jobs_location = join(storage, "stores", store_key, _JOBS_FOLDER)
+        for job in _list_folders(jobs_location):
+            if run_lock.is_live(join(jobs_location, job, "lease.json")):
+                usage.store_keys.add(store_key)
+                usage.reasons.append(f"store {store_key}, and built-in videos: a job decodes into it")
+    for run_dir in _find_live_runs(storage):
+        name = run_dir.removeprefix(storage).strip("/")
+        sets = _find_sets_of_run(storage, store_keys, run_dir)
+        usage.sets.update(sets)
+        for set_id in sets:
+            usage.reasons.append(f"store {set_id.store_key}, set {set_id.set_key}: used by the running job {name}")
         if not sets:
-            found.unknown.append(f"{name} is running, and does not say yet which clips it uses")
-    return found
+            usage.unknown.append(f"{name} is running and has not recorded its dataset yet")
+    return usage
 
 
-def _live_runs(storage: str) -> list[str]:
-    """The folders of runs, searches and their trials that a process holds the lease of."""
-    tops = [join(storage, name) for name in _folders(storage) if name not in ("stores", "data")]
-    with ThreadPoolExecutor(_READERS) as readers:
-        below = readers.map(lambda top: [join(top, name) for name in _folders(top)], tops)
-        folders = [*tops, *(folder for some in below for folder in some)]
+def _find_live_runs(storage: str) -> list[str]:
+    """Returns the folders of runs, searches and trials that hold a live lease."""
+    tops = [join(storage, name) for name in _list_folders(storage) if name not in ("stores", "data")]
+    with ThreadPoolExecutor(_READ_THREADS) as readers:
+        subfolders = readers.map(lambda top: [join(top, name) for name in _list_folders(top)], tops)
+        folders = [*tops, *(folder for group in subfolders for folder in group)]
         live = readers.map(lambda folder: run_lock.is_live(join(folder, "lease.json")), folders)
         return [folder for folder, is_live in zip(folders, live, strict=True) if is_live]
 
 
-def _sets_of_run(storage: str, keys: Sequence[str], folder: str) -> set[_Set]:
-    location = read_text(join(folder, DATA_SET_LOCATION))
+def _find_sets_of_run(storage: str, store_keys: Sequence[str], run_dir: str) -> set[_SetId]:
+    location = read_text(join(run_dir, DATASET_LOCATION_FILE))
     if location is not None:
-        store, _, key = location.rstrip("/").rsplit("/", 2)
-        return {_Set(store.rpartition("/")[2], key)}
-    fingerprint = read_text(join(folder, "data_set"))  # of a run that was started before it left a location
-    sets = {_Set(key, one) for key in keys for one in _folders(join(storage, "stores", key, "sets"))}
-    return {one for one in sets if _about(storage, one).get("fingerprint", "") == fingerprint}
+        store_location, _, set_key = location.rstrip("/").rsplit("/", 2)
+        return {_SetId(store_location.rpartition("/")[2], set_key)}
+    fingerprint = read_text(join(run_dir, _FINGERPRINT_FILE))  # runs of older versions have no location
+    matches = set()
+    for store_key in store_keys:
+        for set_key in _list_folders(join(storage, "stores", store_key, "sets")):
+            set_id = _SetId(store_key, set_key)
+            if _read_set_info(storage, set_id).get("fingerprint", "") == fingerprint:
+                matches.add(set_id)
+    return matches
 
 
-# --- what is left over
+# --- unneeded files
 
 
-def _unused_in_store(location: str, sets: set[str], catalog: Catalog | None) -> list[Removal]:
-    """Of a store of which some is needed: `sets`, and where it is the experiment's, what is known of its videos."""
-    key = location.rpartition("/")[2]
-    removals = [
-        _folder_removal(f"store {key}, set {one}", join(location, "sets", one), "other videos, splits or results")
-        for one in _folders(join(location, "sets"))
-        if one not in sets
-    ]
+def _plan_store(store_location: str, needed_sets: set[str], catalog: Catalog | None) -> list[Removal]:
+    """Plans the removals from a store of which some is needed.
+
+    Args:
+        store_location: The store.
+        needed_sets: Keys of the sets to keep.
+        catalog: The experiment's videos if this is its store. All that is known about them is kept.
+    """
+    store_key = store_location.rpartition("/")[2]
+    removals = []
+    for set_key in _list_folders(join(store_location, "sets")):
+        if set_key not in needed_sets:
+            set_location = join(store_location, "sets", set_key)
+            description = f"store {store_key}, set {set_key}"
+            removals.append(_plan_folder(description, set_location, "of other videos, splits or results"))
     pointers = [
         info
-        for info in _files(join(location, "catalogs"))
-        if not info.path.endswith(PARTIAL) and not _is_needed_pointer(location, info, sets)
+        for info in _list_files(join(store_location, "catalogs"))
+        if not info.path.endswith(PARTIAL_SUFFIX) and not _is_needed_pointer(store_location, info, needed_sets)
     ]
-    removals.append(_file_removal(f"store {key}, catalogs", location, pointers, "point to no set that is needed"))
-    for job in _folders(join(location, _JOBS)):
-        removals.append(_folder_removal(f"store {key}, leases", join(location, _JOBS, job), "of a job that was killed"))
-    return [*removals, *_unused_shards(location, key, sets, catalog)]
+    removals.append(_plan_files(f"store {store_key}, catalogs", store_location, pointers, "point to no needed set"))
+    for job in _list_folders(join(store_location, _JOBS_FOLDER)):
+        lease_location = join(store_location, _JOBS_FOLDER, job)
+        removals.append(_plan_folder(f"store {store_key}, leases", lease_location, "left by a killed job"))
+    return [*removals, *_plan_shards(store_location, store_key, needed_sets, catalog)]
 
 
-def _is_needed_pointer(location: str, info: fs.FileInfo, sets: set[str]) -> bool:
-    name = _name(info)
-    pointer = join(location, "catalogs", name.removesuffix(".lock"))
-    if name.endswith(".lock"):  # of a pointer that is there, or may be about to be
-        return read_text(pointer) in sets or time.time() - info.mtime_ns / 1e9 < STALE_S
-    return read_text(pointer) in sets
+def _is_needed_pointer(store_location: str, info: fs.FileInfo, needed_sets: set[str]) -> bool:
+    name = _get_name(info)
+    is_needed = read_text(join(store_location, "catalogs", name.removesuffix(".lock"))) in needed_sets
+    if name.endswith(".lock"):  # its pointer exists or may be about to be written
+        return is_needed or time.time() - info.mtime_ns / 1e9 < STALE_S
+    return is_needed
 
 
-def _unused_shards(location: str, key: str, sets: set[str], catalog: Catalog | None) -> list[Removal]:
+def _plan_shards(store_location: str, store_key: str, needed_sets: set[str], catalog: Catalog | None) -> list[Removal]:
     listings = {
         path: shards.ROW_SCHEMA.empty_table() if listing is None else listing
-        for path, listing in shards.read_listings(location).items()
+        for path, listing in shards.read_listings(store_location).items()
     }
-    known = pa.concat_tables([shards.ROW_SCHEMA.empty_table(), *listings.values()])
-    infos = {_stem(info): info for info in _files(join(location, "shards")) if info.path.endswith(".u8")}
+    rows = pa.concat_tables([shards.ROW_SCHEMA.empty_table(), *listings.values()])
+    infos = {_get_stem(info): info for info in _list_files(join(store_location, "shards")) if info.path.endswith(".u8")}
     identities = [video.identity for video in catalog.videos] if catalog else []
-    stored = known.filter(_is_in(known["shard"], infos) | np.asarray(known["shard"].is_null()))
-    chosen = shards.choose_rows(stored.filter(_is_in(stored["identity"], identities)))
-    needed = set(chosen["shard"].drop_null().to_pylist())
-    for one in sets:
-        needed.update(stores.read_set(join(location, "sets", one))["shard"].drop_null().to_pylist())
+    stored_rows = rows.filter(_is_in(rows["shard"], infos) | np.asarray(rows["shard"].is_null()))
+    chosen = shards.choose_rows(stored_rows.filter(_is_in(stored_rows["identity"], identities)))
+    needed_shards = set(chosen["shard"].drop_null().to_pylist())
+    for set_key in needed_sets:
+        set_rows = clip_dataset.read_set(join(store_location, "sets", set_key))
+        needed_shards.update(set_rows["shard"].drop_null().to_pylist())
 
-    def left_of(listing: pa.Table) -> pa.Table:
-        ours = _is_in(listing["identity"], identities) if catalog else np.full(len(listing), True)
-        return listing.filter(np.where(listing["shard"].is_null(), ours, _is_in(listing["shard"], needed)))
+    def filter_needed(listing: pa.Table) -> pa.Table:
+        """Keeps clips of needed shards, and rejects of the experiment's videos or, in other stores, all rejects."""
+        is_known_video = _is_in(listing["identity"], identities) if catalog else np.full(len(listing), True)
+        is_reject = listing["shard"].is_null()
+        return listing.filter(np.where(is_reject, is_known_video, _is_in(listing["shard"], needed_shards)))
 
-    replaced = {
-        path: left for path, listing in listings.items() if len(left := left_of(listing)) < max(1, len(listing))
-    }
-    emptied = filesystem_of(location)[0].get_file_info([path for path, rows in replaced.items() if not len(rows)])
-    listed = set(known["shard"].drop_null().to_pylist())
-    unused = [*(info for shard, info in infos.items() if shard in listed - needed), *emptied]
-    orphans = [info for shard, info in infos.items() if shard not in listed | needed]
+    replacements = {}
+    for path, listing in listings.items():
+        needed_rows = filter_needed(listing)
+        if len(needed_rows) < max(1, len(listing)):
+            replacements[path] = needed_rows
+    emptied_paths = [path for path, needed_rows in replacements.items() if not len(needed_rows)]
+    emptied = filesystem_of(store_location)[0].get_file_info(emptied_paths)
+    listed_shards = set(rows["shard"].drop_null().to_pylist())
+    unused = [*(info for shard, info in infos.items() if shard in listed_shards - needed_shards), *emptied]
+    orphans = [info for shard, info in infos.items() if shard not in listed_shards | needed_shards]
 
     def remove() -> None:
-        for path, rows in replaced.items():  # these first: what is not listed is not stored
-            shards.replace_listing(location, path, rows)
-        _delete(location, unused)
+        for path, needed_rows in replacements.items():  # first: a video counts as stored while it is listed
+            shards.replace_listing(store_location, path, needed_rows)
+        _delete_files(store_location, unused)
 
-    what = f"store {key}, shards"
+    description = f"store {store_key}, shards"
     return [
-        Removal(what, len(unused), _bytes(unused), "no video that is needed is in them", remove),
-        _file_removal(what, location, orphans, "no listing names them: a job was killed"),
+        Removal(description, len(unused), _sum_bytes(unused), "contain no needed video", remove),
+        _plan_files(description, store_location, orphans, "in no listing: left by a killed job"),
     ]
 
 
 def _is_in(column: pa.ChunkedArray, values: Iterable[str]) -> np.ndarray:
-    """bool [rows]"""
+    """Returns bool [rows]."""
     return np.asarray(pc.is_in(column, value_set=pa.array(list(values), pa.string())))  # type: ignore[attr-defined]
 
 
-def _unused_videos(storage: str, roots: set[str]) -> list[Removal]:
-    """Built-in videos, which are rendered again where they are asked for."""
+def _plan_built_in_videos(storage: str, roots: set[str]) -> list[Removal]:
+    """Plans the removal of built-in videos outside `roots`. They are rendered again on demand."""
     removals = []
-    used = {filesystem_of(root)[1].rstrip("/") for root in roots if root and is_local(root) == is_local(storage)}
-    for name in _folders(join(storage, "data")):
+    needed_paths = {
+        filesystem_of(root)[1].rstrip("/") for root in roots if root and is_local(root) == is_local(storage)
+    }
+    for name in _list_folders(join(storage, "data")):
         folder = join(storage, "data", name)
         path = filesystem_of(folder)[1].rstrip("/")
-        if not name.startswith(f"{dataset.NAME}-") or any(f"{one}/".startswith(f"{path}/") for one in used):
+        is_needed = any(f"{needed_path}/".startswith(f"{path}/") for needed_path in needed_paths)
+        if not name.startswith(f"{synthetic_dataset.NAME}-") or is_needed:
             continue
-        why = "no set that is needed is of these videos"
-        if not dataset.is_complete(folder):
-            newest_ns = max((info.mtime_ns or 0 for info in _files(folder, recursive=True)), default=0)
+        reason = "no needed set contains them"
+        if not synthetic_dataset.is_complete(folder):
+            newest_ns = max((info.mtime_ns or 0 for info in _list_files(folder, recursive=True)), default=0)
             if time.time() - newest_ns / 1e9 < STALE_S:  # a job may be rendering them
                 continue
-            why = "a job that rendered them was killed"
-        removals.append(_folder_removal(f"built-in videos {name}", folder, why))
+            reason = "left by a killed job"
+        removals.append(_plan_folder(f"built-in videos {name}", folder, reason))
     return removals
 
 
-def _stale_partials(storage: str, busy: set[str]) -> list[Removal]:
-    stale = [
-        info
-        for folder, recursive in ((storage, False), (join(storage, "stores"), True), (join(storage, "data"), True))
-        for info in _files(folder, recursive)
-        if info.path.endswith(PARTIAL) and time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S
-        if not any(f"/stores/{key}/" in info.path for key in busy)
-    ]
-    return [_file_removal("partial files", storage, stale, f"not written to for {STALE_S // 60} minutes")]
+def _plan_stale_partials(storage: str, busy_store_keys: set[str]) -> list[Removal]:
+    stale = []
+    for folder, recursive in ((storage, False), (join(storage, "stores"), True), (join(storage, "data"), True)):
+        for info in _list_files(folder, recursive):
+            is_stale = info.path.endswith(PARTIAL_SUFFIX) and time.time() - (info.mtime_ns or 0) / 1e9 > STALE_S
+            if is_stale and not any(f"/stores/{key}/" in info.path for key in busy_store_keys):
+                stale.append(info)
+    return [_plan_files("partial files", storage, stale, f"not written to for {STALE_S // 60} minutes")]
 
 
-def _why_other(location: str, recipe: DecodeConfig) -> str:
-    text = read_text(join(location, "recipe.json"))
+def _explain_other_store(store_location: str, decode_config: DecodeConfig) -> str:
+    text = read_text(join(store_location, "recipe.json"))
     if text is None:
         return "no recipe.json: nothing was stored in it"
     try:
-        theirs, ours = _flat(json.loads(text)), _flat(json.loads(recipe.to_json()))
+        stored = _flatten_clip(json.loads(text))
+        current = _flatten_clip(json.loads(decode_config.to_json()))
     except ValueError:
         return "its recipe.json cannot be read"
-    if theirs.get("version") != VERSION:
-        return f"version {theirs.get('version')} of decoding; it is {VERSION} now"
-    other = [f"{name}={theirs.get(name)}" for name in ours if theirs.get(name) != ours[name]]
-    return f"other decode settings: {', '.join(other)}"
+    if stored.get("version") != VERSION:
+        return f"decoder version {stored.get('version')}, the current version is {VERSION}"
+    differences = [f"{name}={stored.get(name)}" for name in current if stored.get(name) != current[name]]
+    return f"other decode settings: {', '.join(differences)}"
 
 
-def _flat(fields: dict) -> dict:
+def _flatten_clip(fields: dict) -> dict:
     return {**{name: value for name, value in fields.items() if name != "clip"}, **fields.get("clip", {})}
 
 
-def _about(storage: str, one: _Set) -> dict:
-    text = read_text(join(storage, "stores", one.store, "sets", one.key, "set.json"))
+def _read_set_info(storage: str, set_id: _SetId) -> dict:
+    text = read_text(join(_locate_set(storage, set_id), "set.json"))
     try:
         return json.loads(text or "{}")
     except ValueError:
         return {}
 
 
-def _root_of(place: str) -> str:
-    text = read_text(join(place, "set.json"))
+def _read_root(set_location: str) -> str:
+    text = read_text(join(set_location, "set.json"))
     return json.loads(text)["root"] if text else ""
 
 
 # --- files
 
 
-def _folder_removal(what: str, location: str, why: str) -> Removal:
-    infos = _files(location, recursive=True)
+def _plan_folder(description: str, location: str, reason: str) -> Removal:
+    infos = _list_files(location, recursive=True)
 
     def remove() -> None:
         filesystem, path = filesystem_of(location)
-        # What points to others first: a removal that is cut off leaves nothing that claims to be whole.
+        # Pointers before what they point to: an interrupted removal must not leave anything that looks complete.
         for name in ("catalogs", "sets", "set.json"):
             with contextlib.suppress(FileNotFoundError):
-                inside = f"{path}/{name}"
-                kind = filesystem.get_file_info(inside).type
+                entry_path = f"{path}/{name}"
+                kind = filesystem.get_file_info(entry_path).type
                 if kind == fs.FileType.Directory:
-                    filesystem.delete_dir(inside)
+                    filesystem.delete_dir(entry_path)
                 elif kind == fs.FileType.File:
-                    filesystem.delete_file(inside)
+                    filesystem.delete_file(entry_path)
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(path)
 
-    return Removal(what, len(infos), _bytes(infos), why, remove)
+    return Removal(description, len(infos), _sum_bytes(infos), reason, remove)
 
 
-def _file_removal(what: str, location: str, infos: Sequence[fs.FileInfo], why: str) -> Removal:
-    return Removal(what, len(infos), _bytes(infos), why, lambda: _delete(location, infos))
+def _plan_files(description: str, location: str, infos: Sequence[fs.FileInfo], reason: str) -> Removal:
+    return Removal(description, len(infos), _sum_bytes(infos), reason, lambda: _delete_files(location, infos))
 
 
-def _bytes(infos: Iterable[fs.FileInfo]) -> int:
+def _sum_bytes(infos: Iterable[fs.FileInfo]) -> int:
     return sum(info.size or 0 for info in infos)
 
 
-def _delete(location: str, infos: Sequence[fs.FileInfo]) -> None:
+def _delete_files(location: str, infos: Sequence[fs.FileInfo]) -> None:
     filesystem, _ = filesystem_of(location)
     for info in infos:
-        with contextlib.suppress(FileNotFoundError):  # its folder, or another job, was faster
+        with contextlib.suppress(FileNotFoundError):  # deleted by another job, or with its folder
             filesystem.delete_file(info.path)
 
 
-def _files(location: str, recursive: bool = False) -> list[fs.FileInfo]:
+def _list_files(location: str, recursive: bool = False) -> list[fs.FileInfo]:
     filesystem, path = filesystem_of(location)
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=recursive, allow_not_found=True))
     return [info for info in infos if info.type == fs.FileType.File]
 
 
-def _folders(location: str) -> list[str]:
+def _list_folders(location: str) -> list[str]:
     filesystem, path = filesystem_of(location)
     infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    return sorted(_name(info) for info in infos if info.type == fs.FileType.Directory)
+    return sorted(_get_name(info) for info in infos if info.type == fs.FileType.Directory)
 
 
-def _name(info: fs.FileInfo) -> str:
+def _get_name(info: fs.FileInfo) -> str:
     return info.path.rstrip("/").rpartition("/")[2]
 
 
-def _stem(info: fs.FileInfo) -> str:
-    return _name(info).partition(".")[0]
+def _get_stem(info: fs.FileInfo) -> str:
+    return _get_name(info).partition(".")[0]

@@ -1,8 +1,8 @@
-"""The sample stream as a function of position: which clip, and what is done to it. No Ray, no state.
+"""The training sample stream as a pure function of the sample index. No Ray, no state.
 
-Position p is clip permutation(seed, epoch)[p mod N] of epoch p div N. Step s of a run with global batch G is positions
-[s*G, (s+1)*G), whatever the number of workers; rank r of W takes the r-th of W equal slices. Flips, crops and
-intervals are drawn from (seed, position), so batches, workers and interruptions change nothing.
+Sample index p selects clip permutation(seed, epoch)[p mod N] of epoch p div N. Step s with global batch size G takes
+the sample indices [s*G, (s+1)*G) for any world size; rank r of W takes the r-th of W nearly equal slices. Augmentation
+is drawn from (seed, p). The stream therefore does not depend on batch size, world size or interruptions.
 """
 
 from __future__ import annotations
@@ -14,79 +14,103 @@ import numpy as np
 
 from giffy_ray.config import AugmentConfig, DataConfig
 from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.data.transforms import _DRAWS, _INTERVAL, _shares, augment_clip, choose_segment
+from giffy_ray.data.transforms import AugmentationDraws, augment_clip, choose_segment, normalize_times
 
-_AUGMENT = 2**64 - 1  # where an epoch's number stands in the keys of permutations
+# Second word of the Philox key. Shuffling uses the epoch there, so the streams never collide.
+_AUGMENTATION_STREAM = 2**64 - 1
 
 
-def shuffled_indices(positions: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
-    """The store rows at positions of the sample stream over `rows`: each row once an epoch, in seeded order."""
-    epochs, places = np.divmod(positions, len(rows))
-    chosen = np.empty(len(positions), dtype=np.int64)
+def shuffled_indices(sample_indices: np.ndarray, indices: np.ndarray, seed: int) -> np.ndarray:
+    """Maps sample indices to dataset indices. Each epoch visits every element of `indices` once, in a random order.
+
+    Args:
+        sample_indices: int64 [n].
+        indices: int64, the dataset indices to shuffle.
+        seed: Seed of the order.
+
+    Returns:
+        int64 [n]: dataset indices.
+    """
+    epochs, offsets = np.divmod(sample_indices, len(indices))
+    shuffled = np.empty(len(sample_indices), dtype=np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        chosen[here] = rows[_permutation(seed, int(epoch), len(rows))[places[here]]]
-    return chosen
+        in_epoch = epochs == epoch
+        shuffled[in_epoch] = indices[_permutation(seed, int(epoch), len(indices))[offsets[in_epoch]]]
+    return shuffled
 
 
-@functools.lru_cache(maxsize=2)  # a batch may take clips of two epochs, and a million clips take 8 MB
+@functools.lru_cache(maxsize=2)  # a batch may span two epochs; the permutation of a million clips takes 8 MB
 def _permutation(seed: int, epoch: int, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=[seed, epoch])).permutation(count)
 
 
-def sample_rows(store: ClipDataset, split: str, most: int, seed: int = 0) -> np.ndarray:
-    """int64: the rows of a split, in order, or of `most` of them: those whose ids have the smallest hash with the seed.
+def subsample_split(dataset: ClipDataset, split: str, max_clips: int, seed: int = 0) -> np.ndarray:
+    """Selects up to `max_clips` clips of a split: those whose IDs have the smallest hashes with the seed.
 
-    So each clip that is added takes the place of at most one other.
+    The selection is stable: a clip added to the dataset replaces at most one of the selected clips.
+
+    Returns:
+        int64: dataset indices in ascending order.
     """
-    rows = store.split_indices(split)
-    if len(rows) <= most:
-        return rows
-    ids, key = store.ids, seed.to_bytes(8, "little")
-    hashes = [hashlib.blake2b(ids[row].encode(), key=key, digest_size=8).digest() for row in rows.tolist()]
+    indices = dataset.split_indices(split)
+    if len(indices) <= max_clips:
+        return indices
+    ids, key = dataset.ids, seed.to_bytes(8, "little")
+    hashes = [hashlib.blake2b(ids[index].encode(), key=key, digest_size=8).digest() for index in indices.tolist()]
     order = np.argsort(np.frombuffer(b"".join(hashes), ">u8"), kind="stable")
-    return rows[np.sort(order[:most])]
+    return indices[np.sort(order[:max_clips])]
 
 
-def rank_indices(step: int, batch: int, rank: int, workers: int) -> np.ndarray:
-    """int64: the positions that rank `rank` of `workers` takes in a step of `batch` clips over all workers.
-
-    As even as can be: shares differ by one clip at most.
-    """
-    return step * batch + np.arange(rank * batch // workers, (rank + 1) * batch // workers)
+def rank_indices(step: int, global_batch_size: int, rank: int, world_size: int) -> np.ndarray:
+    """Returns the sample indices of one rank in one step, int64. The counts of the ranks differ by at most one."""
+    first = rank * global_batch_size // world_size
+    end = (rank + 1) * global_batch_size // world_size
+    return step * global_batch_size + np.arange(first, end)
 
 
 class TrainingSampler:
-    """Positions of the training split -> clips, uint8 [n, frames, height, width, 3], and times, float32 [n, frames]:
-    when each frame is shown, from 0 at the start to 1 at the end.
+    """Loads and augments the samples of the training split.
+
+    Args:
+        dataset: Source of the clips.
+        data: Segments and augmentation.
+        seed: Seed of the order and of the augmentation.
     """
 
-    def __init__(self, store: ClipDataset, data: DataConfig, seed: int):
-        self.store, self.rows, self.seed = store, store.split_indices("training"), seed
+    def __init__(self, dataset: ClipDataset, data: DataConfig, seed: int):
+        self.dataset, self.seed = dataset, seed
+        self.indices = dataset.split_indices("training")
         self.segments, self.augment = data.segments, data.augment
-        self.frames = data.segments.frames or store.clip.frames
+        self.frames = data.segments.frames or dataset.clip.frames
 
-    def __call__(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        rows, clip = shuffled_indices(positions, self.rows, self.seed), self.store.clip
-        times = np.tile(np.linspace(0, 1, self.frames, dtype=np.float32), (len(rows), 1))
+    def __call__(self, sample_indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Returns the samples with `sample_indices`, int64 [n].
+
+        Returns:
+            Clips, uint8 [n, frames, height, width, 3], and frame times, float32 [n, frames], from 0 at the start to 1
+            at the end.
+        """
+        indices, clip = shuffled_indices(sample_indices, self.indices, self.seed), self.dataset.clip
+        times = np.tile(np.linspace(0, 1, self.frames, dtype=np.float32), (len(indices), 1))
         if not self.segments.frames and self.augment == AugmentConfig():
-            return self.store.get_clips(rows), times
-        clips = np.empty((len(rows), self.frames, clip.height, clip.width, 3), np.uint8)
-        for place, (row, position) in enumerate(zip(rows, positions, strict=True)):
-            draws = self._draws(int(position))
+            return self.dataset.get_clips(indices), times
+        clips = np.empty((len(indices), self.frames, clip.height, clip.width, 3), np.uint8)
+        for row, (index, sample_index) in enumerate(zip(indices, sample_indices, strict=True)):
+            draws = self._draw(int(sample_index))
             if self.segments.frames:
-                frames, times_s = self.store.frames_of(int(row))
-                chosen = choose_segment(times_s, self.segments, draws[_INTERVAL:])
-                frames, times[place] = frames[chosen], _shares(times_s[chosen])
+                frames, times_s = self.dataset.get_frames(int(index))
+                chosen = choose_segment(times_s, self.segments, draws.segment)
+                frames, times[row] = frames[chosen], normalize_times(times_s[chosen])
             else:
-                frames = self.store.get_clips(rows[place : place + 1])[0]
-            clips[place] = augment_clip(frames, times[place], self.augment, draws)
-            if self.augment.reverse and draws[1] < 0.5:
-                times[place] = 1 - times[place, ::-1]
+                frames = self.dataset.get_clips(indices[row : row + 1])[0]
+            clips[row] = augment_clip(frames, times[row], self.augment, draws)
+            if self.augment.reverse and draws.reverse < 0.5:
+                times[row] = 1 - times[row, ::-1]
         return clips, times
 
-    def _draws(self, position: int) -> np.ndarray:
-        # The first word of the counter counts draws.
-        key, counter = np.asarray([self.seed, _AUGMENT], np.uint64), np.asarray([0, position, 0, 0], np.uint64)
-        bits = np.random.Philox(key=key, counter=counter)
-        return np.random.Generator(bits).random(_DRAWS + self.frames)
+    def _draw(self, sample_index: int) -> AugmentationDraws:
+        # Philox advances the first word of its counter with every draw, so the second word separates the samples.
+        key = np.asarray([self.seed, _AUGMENTATION_STREAM], np.uint64)
+        counter = np.asarray([0, sample_index, 0, 0], np.uint64)
+        generator = np.random.Generator(np.random.Philox(key=key, counter=counter))
+        return AugmentationDraws.from_uniform(generator.random(AugmentationDraws.count(self.frames)))

@@ -1,10 +1,10 @@
-"""Decoding in a process of its own: a file that crashes, hangs or blows up the decoder costs that process and no more.
+"""Runs the decoder in a separate process, so that a file that crashes, hangs or exhausts it costs only that process.
 
-    Sandbox (in a Ray task) --bytes of a video--> python -m giffy_ray.data.sandbox (limited in memory and time)
-                            <--facts, clip------
+    Sandbox (in a Ray task) --bytes of a video--> python -m giffy_ray.data.sandbox (limited memory and time)
+                            <--metadata, clip---
 
-The process is kept for the next video; one that ended is started anew. What comes back is JSON and pixels, never a
-pickle, so that a decoder taken over by its input has nothing to say to Ray.
+The process is reused for the next video and restarted if it has ended. It answers with JSON and raw pixels, never with
+a pickle, so a decoder that its input has taken over cannot run code in the Ray task.
 """
 
 from __future__ import annotations
@@ -27,86 +27,100 @@ from types import TracebackType
 import numpy as np
 
 from giffy_ray.config import ClipConfig, LimitsConfig
-from giffy_ray.data.decode import RejectedVideo, Sampled, Source
+from giffy_ray.data.decode import DecodedClip, RejectedVideo, SourceInfo
 
-_SAMPLE = "giffy_ray.data.decode:sample_clip"
-_START_S = 60  # for a new process to import what it needs
-_ATTEMPTS = 2  # a video in whose time the process ended is tried once more, in a new one
-_LONGEST_FACTS = 64 * 2**20  # bytes: the times of a million frames are a third of it
-_GRACE_S = 5  # after which a process that nobody waits for ends itself
+_DEFAULT_DECODER = "giffy_ray.data.decode:sample_clip"
+_START_TIMEOUT_S = 60  # covers the imports of a new process
+_ATTEMPTS = 2  # a video during which the process ends is retried once in a new process
+_MAX_METADATA_BYTES = 64 * 2**20  # the times of a million frames take a third of it
+_GRACE_S = 5  # after the time limit, an abandoned process ends itself
 
 
 class Sandbox:
-    """`sample_clip` behind a wall: the same results, the same RejectedVideo, and a few reasons more.
+    """Runs `sample_clip` in a child process, with the same results and the same RejectedVideo.
 
-    crash: the decoder failed or was ended, and once more when it was tried again. timeout: it took longer than
-    `limits.decode_s`. memory: it wanted more than `limits.memory_mb`.
+    Additional reasons of RejectedVideo:
+        crash: The decoder failed or its process ended, in both attempts.
+        timeout: Decoding took longer than `limits.decode_s`.
+        memory: Decoding needed more than `limits.memory_mb`.
+
+    Args:
+        clip: Settings of the clip.
+        limits: Limits of the file and of the process.
+        decoder: "module:function" with the parameters and results of `sample_clip`.
     """
 
-    def __init__(self, clip: ClipConfig, limits: LimitsConfig, sample: str = _SAMPLE):
-        self.clip, self.limits, self._sample = clip, limits, sample
+    def __init__(self, clip: ClipConfig, limits: LimitsConfig, decoder: str = _DEFAULT_DECODER):
+        self.clip, self.limits, self._decoder = clip, limits, decoder
         self._process: subprocess.Popen | None = None
 
-    def sample(self, video: bytes) -> Sampled:
+    def sample(self, video: bytes) -> DecodedClip:
+        """Decodes the clip of one video. Raises RejectedVideo; RuntimeError if the process does not start."""
+        exit_status = ""
         for _ in range(_ATTEMPTS):
             if self._process is None:
                 self._start()
             try:
-                return self._ask(video)
+                return self._request(video)
             except BlockingIOError:
-                self._end()
+                self._terminate()
                 limit = f"data.limits.decode_s={self.limits.decode_s} s"
                 raise RejectedVideo("timeout", f"decoding took longer than {limit}") from None
             except (EOFError, OSError):
-                ended = self._end()
+                exit_status = self._terminate()
             except (ValueError, TypeError, KeyError, AttributeError):
-                self._end()
-                raise RejectedVideo("crash", "the decoder's answer is no clip") from None
+                self._terminate()
+                raise RejectedVideo("crash", "the decoder returned an invalid answer") from None
             except RejectedVideo:
                 raise
-            except BaseException:  # such as a task that Ray cancels: the next video must not get this one's answer
-                self._end()
+            except BaseException:  # such as a task that Ray cancels: the next video must not get this answer
+                self._terminate()
                 raise
-        raise RejectedVideo("crash", f"it ended the decoder with {ended}")
+        raise RejectedVideo("crash", f"the decoder ended with {exit_status}")
 
     def _start(self) -> None:
-        ours, theirs = socket.socketpair()
-        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # it may stop in the middle of a message
-            ours.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self.limits.decode_s, 0))
-        settings = json.dumps([dataclasses.asdict(self.clip), dataclasses.asdict(self.limits), self._sample])
-        command = [sys.executable, "-m", "giffy_ray.data.sandbox", str(theirs.fileno()), settings]
-        # None of our tokens and keys. Its one thread decodes; those of numpy's BLAS would count against its memory.
+        parent_socket, child_socket = socket.socketpair()
+        for direction in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):  # the process may stop in the middle of a message
+            parent_socket.setsockopt(socket.SOL_SOCKET, direction, struct.pack("ll", self.limits.decode_s, 0))
+        settings = json.dumps([dataclasses.asdict(self.clip), dataclasses.asdict(self.limits), self._decoder])
+        command = [sys.executable, "-m", "giffy_ray.data.sandbox", str(child_socket.fileno()), settings]
+        # The environment carries no credentials. BLAS threads would count against the memory limit.
         environment = {name: os.environ[name] for name in ("PATH", "LD_LIBRARY_PATH") if name in os.environ}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdin=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            command,
+            pass_fds=[child_socket.fileno()],
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
-        theirs.close()
-        self._connection = Connection(ours.detach())
+        child_socket.close()
+        self._connection = Connection(parent_socket.detach())
         try:
-            if not self._connection.poll(_START_S):
+            if not self._connection.poll(_START_TIMEOUT_S):
                 raise EOFError
             self._connection.recv_bytes()
         except (EOFError, OSError) as error:
-            raise RuntimeError(f"the decoding process did not start ({self._end()}): {' '.join(command)}") from error
+            exit_status = self._terminate()
+            raise RuntimeError(f"the decoding process did not start ({exit_status}): {' '.join(command)}") from error
         except BaseException:
-            self._end()
+            self._terminate()
             raise
 
-    def _ask(self, video: bytes) -> Sampled:
+    def _request(self, video: bytes) -> DecodedClip:
         self._connection.send_bytes(video)
         if not self._connection.poll(self.limits.decode_s):
             raise BlockingIOError
-        said = json.loads(self._connection.recv_bytes(_LONGEST_FACTS))
-        if "reason" in said:
-            raise RejectedVideo(str(said["reason"])[:20], str(said["detail"])[:1000])
-        times_s = np.asarray(said["times_s"], dtype=np.float64)
+        metadata = json.loads(self._connection.recv_bytes(_MAX_METADATA_BYTES))
+        if "reason" in metadata:
+            raise RejectedVideo(str(metadata["reason"])[:20], str(metadata["detail"])[:1000])
+        times_s = np.asarray(metadata["times_s"], dtype=np.float64)
         shape = (len(times_s), self.clip.height, self.clip.width, 3)
         clip = np.frombuffer(self._connection.recv_bytes(math.prod(shape)), np.uint8).reshape(shape)
-        return Sampled(clip, times_s, said["padded"], Source(**said["source"]))
+        return DecodedClip(clip, times_s, metadata["padding_frames"], SourceInfo(**metadata["source"]))
 
-    def _end(self) -> str:
-        """Ends the process, if it has not ended by itself; says how it ended."""
+    def _terminate(self) -> str:
+        """Kills the process unless it has ended by itself. Returns the signal or exit code."""
         assert self._process
         self._connection.close()
         try:
@@ -119,7 +133,7 @@ class Sandbox:
 
     def close(self) -> None:
         if self._process is not None:
-            self._end()
+            self._terminate()
 
     def __enter__(self) -> Sandbox:
         return self
@@ -131,17 +145,17 @@ class Sandbox:
 
 
 @functools.lru_cache(maxsize=1)
-def sandbox_for(clip: ClipConfig, limits: LimitsConfig, sample: str) -> Sandbox:
-    """The one of this process, kept over tasks."""
-    return Sandbox(clip, limits, sample)
+def get_sandbox(clip: ClipConfig, limits: LimitsConfig, decoder: str) -> Sandbox:
+    """Returns the sandbox of this process, which successive tasks share."""
+    return Sandbox(clip, limits, decoder)
 
 
-def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, sample: str) -> None:
-    """Answers one video after another until the other side is gone."""
-    module, _, function = sample.partition(":")
-    sample_clip = getattr(importlib.import_module(module), function)
-    most_bytes = limits.memory_mb * 2**20
-    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, decoder: str) -> None:
+    """Decodes one video after another until the parent closes the connection."""
+    module, _, function = decoder.partition(":")
+    sample = getattr(importlib.import_module(module), function)
+    memory_bytes = limits.memory_mb * 2**20
+    resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send_bytes(b"ready")
     while True:
@@ -151,26 +165,26 @@ def _serve(connection: Connection, clip: ClipConfig, limits: LimitsConfig, sampl
             return
         signal.alarm(limits.decode_s + _GRACE_S)
         try:
-            sampled = sample_clip(video, clip, limits)
+            decoded = sample(video, clip, limits)
         except RejectedVideo as rejected:
             connection.send_bytes(json.dumps({"reason": rejected.reason, "detail": rejected.detail}).encode())
         except MemoryError:
-            detail = f"decoding wanted more than data.limits.memory_mb={limits.memory_mb}"
+            detail = f"decoding needed more than data.limits.memory_mb={limits.memory_mb}"
             connection.send_bytes(json.dumps({"reason": "memory", "detail": detail}).encode())
         except Exception as error:
-            detail = f"it made the decoder fail: {type(error).__name__}: {error}"
+            detail = f"the decoder failed: {type(error).__name__}: {error}"
             connection.send_bytes(json.dumps({"reason": "crash", "detail": detail}).encode())
         else:
-            facts = {
-                "times_s": sampled.times_s.tolist(),
-                "padded": sampled.padded,
-                "source": dataclasses.asdict(sampled.source),
+            metadata = {
+                "times_s": decoded.times_s.tolist(),
+                "padding_frames": decoded.padding_frames,
+                "source": dataclasses.asdict(decoded.source),
             }
-            connection.send_bytes(json.dumps(facts).encode())
-            connection.send_bytes(np.ascontiguousarray(sampled.clip).data.cast("B"))
+            connection.send_bytes(json.dumps(metadata).encode())
+            connection.send_bytes(np.ascontiguousarray(decoded.clip).data.cast("B"))
         signal.alarm(0)
 
 
 if __name__ == "__main__":
-    _clip, _limits, _function = json.loads(sys.argv[2])
-    _serve(Connection(int(sys.argv[1])), ClipConfig(**_clip), LimitsConfig(**_limits), _function)
+    _clip, _limits, _decoder = json.loads(sys.argv[2])
+    _serve(Connection(int(sys.argv[1])), ClipConfig(**_clip), LimitsConfig(**_limits), _decoder)

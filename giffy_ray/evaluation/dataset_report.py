@@ -1,7 +1,7 @@
-"""A data set -> two pictures of what is in it, so that one sees what a model will be trained on.
+"""Two pictures of a dataset, to inspect training data before training on it.
 
-`dataset_clips.png` shows a few clips of each category, `dataset_measures.png` how the clips are distributed: as files
-(length, frame rate, picture size) and as they are trained on (motion, error of linear interpolation).
+`dataset_clips.png` shows a few clips of each category. `dataset_measures.png` shows histograms: of the source videos
+(duration, frame rate, picture size) and of the clips (motion, error of linear interpolation).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 from giffy_ray.config import SPLITS
-from giffy_ray.core.media import FAINT, INK, PAPER, contact_sheet
+from giffy_ray.core.media import BACKGROUND_RGB, MUTED_RGB, TEXT_RGB, render_contact_sheet
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.evaluation.metrics import l2_paper
 from giffy_ray.models.baselines import linear
@@ -28,290 +28,345 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import FigureBase
 
-_MOST_CATEGORIES = 8
-_MOST_MEASURED = 400  # clips in the histograms of what is slow to measure
-_MOST_CANDIDATES = 50  # clips of a category, of which some are shown
-_SHOWN_QUANTILES = (0.1, 0.4, 0.7, 0.95)  # of a category's order by linear interpolation's error: from easy to hard
+_MAX_CATEGORIES = 8
+_MAX_MEASURED_CLIPS = 400  # in the histograms of measures that are slow to compute
+_MAX_CANDIDATES = 50  # clips per category that the shown clips are selected from
+_SHOWN_QUANTILES = (0.1, 0.4, 0.7, 0.95)  # of linear interpolation's error within a category: from easy to hard
 _THUMBNAIL_PX = 128
-_NAME_LETTERS, _ID_LETTERS, _TITLE_LETTERS = 32, 20, 70
-# The "muted" palette of Paul Tol, made for all kinds of colour vision, without its pale sand; grey is for the others.
+_MAX_NAME_LETTERS = 32
+_MAX_ID_LETTERS = 20
+_MAX_TITLE_LETTERS = 70
+_MAX_CODEC_LETTERS = 16
+_MAX_CODECS = 4  # listed by name in the header
+# Paul Tol's "muted" palette, which is safe for colour blindness, without its pale sand; grey is for other categories.
 _COLOURS = ("#332288", "#cc6677", "#44aa99", "#882255", "#999933", "#88ccee", "#aa4499", "#117733")
 _OTHERS_COLOUR = "#a6a9ae"
-_PAPER, _INK, _FAINT = ("#{:02x}{:02x}{:02x}".format(*colour) for colour in (PAPER, INK, FAINT))
-_BINS = 25  # so that halves and quarters of the largest value lie in the middle of a bin too
-_DPI, _WIDE_IN, _PANELS_IN, _LINE_IN, _MARGIN_IN = 100, 11.2, 5.6, 0.2, 0.16
-_TEXT_PT = 9
+_BACKGROUND_HEX, _TEXT_HEX, _MUTED_HEX = (
+    "#{:02x}{:02x}{:02x}".format(*rgb) for rgb in (BACKGROUND_RGB, TEXT_RGB, MUTED_RGB)
+)
+_BINS = 25  # halves and quarters of the largest value are bin centres, too
+_DPI = 100
+_WIDTH_IN = 11.2
+_PANELS_HEIGHT_IN = 5.6
+_LINE_HEIGHT_IN = 0.2
+_MARGIN_IN = 0.16
+_FONT_SIZE_PT = 9
 _LEGEND_COLUMNS = 3
-_MOST_OVERLAID = 3  # more outlines than that cannot be told apart; they are stacked
-_TICKS = (1, 2, 5, 10)
+_MAX_OVERLAID_GROUPS = 3  # more outlines are indistinguishable, so more groups are stacked
+_TICK_STEPS = (1, 2, 5, 10)
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Of some clips as they are trained on, one value a clip."""
+class ClipMeasures:
+    """Measures of clips in the form that models are trained on, one value per clip."""
 
-    rows: np.ndarray  # int64 [clips], of the store
-    motion: np.ndarray  # float64 [clips], mean absolute difference of consecutive frames, in grey levels 0..255
-    linear_l2: np.ndarray  # float64 [clips], error of linear interpolation between the ends, in `l2_paper`'s unit
+    indices: np.ndarray  # int64 [clips], into the dataset
+    motion: np.ndarray  # float64 [clips], mean absolute difference of consecutive frames, grey levels 0..255
+    linear_l2: np.ndarray  # float64 [clips], `l2_paper` of linear interpolation between the ends
 
 
 @dataclass(frozen=True)
 class Histogram:
-    """Clips counted by group and bin. `beyond` of them lie above the last bin and are counted in it."""
+    """Counts of clips by group and bin. The last bin includes `overflow` clips beyond the last edge."""
 
     counts: np.ndarray  # int64 [groups, bins]
     edges: np.ndarray  # float64 [bins + 1]
-    beyond: int
+    overflow: int
 
 
-def survey(store: ClipDataset) -> dict[str, bytes]:
-    """File name -> PNG, of a store with at least one clip.
+def render_dataset_pictures(dataset: ClipDataset) -> dict[str, bytes]:
+    """Renders `dataset_clips.png` and `dataset_measures.png` of a dataset with at least one clip.
 
-    At most 8 categories are told apart, the largest; motion and error are measured on at most 400 clips for each of
-    the two pictures, the same ones every time.
+    Shows the 8 largest categories and merges all others. Motion and error are measured on a fixed subsample of at most
+    400 clips per picture.
+
+    Returns:
+        PNG files by name.
     """
-    shown = _largest(store.categories)
-    every = np.arange(len(store.ids))
-    sampled = sample(every, _MOST_MEASURED)
-    # A sample of everything may hold no clip of a category, so what is shown is chosen from samples of each.
-    categories = np.asarray(store.categories)
-    of_shown = {name: sample(every[categories == name], _MOST_CANDIDATES) for name in shown}
-    measures = measure(store, np.unique(np.concatenate([sampled, *of_shown.values()])))
+    shown_categories = _largest_categories(dataset.categories)
+    all_indices = np.arange(len(dataset.ids))
+    histogram_indices = subsample(all_indices, _MAX_MEASURED_CLIPS)
+    # A subsample of the dataset may miss a category, so the shown clips come from subsamples of each category.
+    categories = np.asarray(dataset.categories)
+    candidates = {name: subsample(all_indices[categories == name], _MAX_CANDIDATES) for name in shown_categories}
+    measures = measure_clips(dataset, np.unique(np.concatenate([histogram_indices, *candidates.values()])))
     return {
-        "dataset_clips.png": _clips_picture(store, of_shown, measures),
-        "dataset_measures.png": _measures_picture(store, shown, sampled, measures),
+        "dataset_clips.png": _render_clips(dataset, candidates, measures),
+        "dataset_measures.png": _render_histograms(dataset, shown_categories, histogram_indices, measures),
     }
 
 
-def sample(rows: np.ndarray, most: int) -> np.ndarray:
-    """`rows`, or where there are more than `most`, one out of each of `most` equal stretches; always the same ones."""
-    if len(rows) <= most:
-        return rows
+def subsample(indices: np.ndarray, max_count: int) -> np.ndarray:
+    """Returns at most `max_count` of `indices`, evenly spread and deterministic: one from each of equal stretches."""
+    if len(indices) <= max_count:
+        return indices
     rng = np.random.default_rng(0)
-    return np.asarray([rng.choice(stretch) for stretch in np.array_split(rows, most)])
+    return np.asarray([rng.choice(stretch) for stretch in np.array_split(indices, max_count)])
 
 
-def measure(store: ClipDataset, rows: np.ndarray) -> Measures:
-    """Motion and linear interpolation's error of the clips of `rows`, int64 [clips]."""
-    motion, linear_l2 = np.empty(len(rows)), np.empty(len(rows))
-    for place, row in enumerate(rows):  # one at a time: as float64, a large clip takes a few hundred megabytes
-        clip = store.get_clips(np.asarray([row]))
-        motion[place] = np.abs(np.diff(clip.astype(np.int16), axis=1)).mean()
-        real = torch.from_numpy(clip)
-        linear_l2[place] = l2_paper(linear(real[:, 0], real[:, -1], real.shape[1]), real).item()
-    return Measures(rows, motion, linear_l2)
+def measure_clips(dataset: ClipDataset, indices: np.ndarray) -> ClipMeasures:
+    """Computes motion and linear interpolation's error of the clips at `indices`, int64 [clips]."""
+    motion = np.empty(len(indices))
+    linear_l2 = np.empty(len(indices))
+    for row, index in enumerate(indices):  # one at a time: a large clip takes hundreds of megabytes as float64
+        clip = dataset.get_clips(np.asarray([index]))
+        motion[row] = np.abs(np.diff(clip.astype(np.int16), axis=1)).mean()
+        target = torch.from_numpy(clip)
+        linear_l2[row] = l2_paper(linear(target[:, 0], target[:, -1], target.shape[1]), target).item()
+    return ClipMeasures(indices, motion, linear_l2)
 
 
-def histogram(values: np.ndarray, groups: np.ndarray, group_count: int) -> Histogram:
-    """Counts `values` (at least 0) from zero up to their largest, by `groups` (int [values], 0 to group_count - 1).
+def compute_histogram(values: np.ndarray, groups: np.ndarray, group_count: int) -> Histogram:
+    """Counts values per group in 25 bins from zero to the largest value.
 
-    The largest value is the middle of the last bin, so that 23.976 and 24, or 29.97 and 30, are counted together. Where
-    a few values are far above all others, the bins end before them.
+    The largest value is the centre of the last bin, so that 23.976 and 24, or 29.97 and 30, share a bin. If a few
+    values far exceed the rest, the bins end before them and the last bin includes them.
+
+    Args:
+        values: Values >= 0, [values].
+        groups: Group of each value, int [values] in 0..group_count - 1.
+        group_count: Number of groups.
     """
     high = float(values.max(initial=0))
-    usual = float(np.quantile(values, 0.98)) if len(values) else 0.0
-    if usual and high > 4 * usual:
-        high = 1.5 * usual
+    typical_high = float(np.quantile(values, 0.98)) if len(values) else 0.0
+    if typical_high and high > 4 * typical_high:
+        high = 1.5 * typical_high
     step = (high or 1.0) / (_BINS - 1)
     edges = (np.arange(_BINS + 1) - 0.5) * step
-    inside = np.minimum(values, high)
-    counts = np.stack([np.histogram(inside[groups == group], edges)[0] for group in range(group_count)])
+    clipped = np.minimum(values, high)
+    counts = np.stack([np.histogram(clipped[groups == group], edges)[0] for group in range(group_count)])
     return Histogram(counts, edges, int((values > edges[-1]).sum()))
 
 
-def _largest(categories: Sequence[str]) -> list[str]:
+def _largest_categories(categories: Sequence[str]) -> list[str]:
     counts = Counter(categories)
-    return sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MOST_CATEGORIES])
+    return sorted(sorted(counts, key=lambda name: (-counts[name], name))[:_MAX_CATEGORIES])
 
 
-def _header(store: ClipDataset) -> list[str]:
-    """Name, clips, and what they came from: a line each."""
-    clip, every = store.clip, np.arange(len(store.ids))
-    codecs = Counter(store.facts["codec"].to_pylist()).most_common()
-    named = ", ".join(f"{readable(codec or 'unknown', 16)} ({count:,})" for codec, count in codecs[:4])
-    more = f" and {len(codecs) - 4} more" if len(codecs) > 4 else ""
-    facts = (
-        (
-            _clips_of(store, every),
-            _counted(len(set(store.categories)), "category"),
-            f"{clip.frames} frames at {clip.fps:g} fps, {clip.width}×{clip.height}",
-        ),
-        (f"codecs: {named}{more}", _padded(store, every), _counted(len(store.rejects), "reject")),
+def _header_lines(dataset: ClipDataset) -> list[str]:
+    """Name of the dataset, its clips, and the videos that they were cut from."""
+    clip, all_indices = dataset.clip, np.arange(len(dataset.ids))
+    codecs = Counter(dataset.metadata["codec"].to_pylist()).most_common()
+    codec_list = ", ".join(
+        f"{fit_label(codec or 'unknown', _MAX_CODEC_LETTERS)} ({count:,})" for codec, count in codecs[:_MAX_CODECS]
     )
-    return [readable(store.name, _TITLE_LETTERS), *("   ·   ".join(line) for line in facts)]
+    if len(codecs) > _MAX_CODECS:
+        codec_list += f" and {len(codecs) - _MAX_CODECS} more"
+    clip_facts = (
+        _describe_splits(dataset, all_indices),
+        _format_plural(len(set(dataset.categories)), "category"),
+        f"{clip.frames} frames at {clip.fps:g} fps, {clip.width}×{clip.height}",
+    )
+    video_facts = (
+        f"codecs: {codec_list}",
+        _describe_padding(dataset, all_indices),
+        _format_plural(len(dataset.rejects), "reject"),
+    )
+    separator = "   ·   "
+    return [fit_label(dataset.name, _MAX_TITLE_LETTERS), separator.join(clip_facts), separator.join(video_facts)]
 
 
-def _clips_of(store: ClipDataset, rows: np.ndarray) -> str:
-    """'412 clips: 350 training, 62 validation'."""
-    counts = {split: int(np.isin(store.split_indices(split), rows).sum()) for split in SPLITS}
-    return f"{_counted(len(rows), 'clip')}: " + ", ".join(f"{n:,} {split}" for split, n in counts.items() if n)
+def _describe_splits(dataset: ClipDataset, indices: np.ndarray) -> str:
+    """Formats as '412 clips: 350 training, 62 validation'."""
+    counts = {split: int(np.isin(dataset.split_indices(split), indices).sum()) for split in SPLITS}
+    by_split = ", ".join(f"{count:,} {split}" for split, count in counts.items() if count)
+    return f"{_format_plural(len(indices), 'clip')}: {by_split}"
 
 
-def _padded(store: ClipDataset, rows: np.ndarray) -> str:
-    """The share of clips whose videos were too short, so that their last frame was repeated."""
-    padded = store.facts["padded"].to_numpy()[rows] > 0
-    return f"{_percent(int(padded.sum()), len(rows))} padded at the end"
+def _describe_padding(dataset: ClipDataset, indices: np.ndarray) -> str:
+    """Share of clips that repeat their last frame because the video was too short."""
+    padded = dataset.metadata["padded"].to_numpy()[indices] > 0
+    return f"{_format_percent(int(padded.sum()), len(indices))} padded at the end"
 
 
-def _percent(part: int, whole: int) -> str:
+def _format_percent(part: int, whole: int) -> str:
     return "<1%" if 0 < part < whole / 100 else f"{part / whole:.0%}"
 
 
-def _counted(count: int, noun: str) -> str:
+def _format_plural(count: int, noun: str) -> str:
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     return f"{count:,} {noun if count == 1 else plural}" if count else f"no {plural}"
 
 
-def _clips_picture(store: ClipDataset, of_shown: dict[str, np.ndarray], measures: Measures) -> bytes:
-    l2_of = dict(zip(measures.rows.tolist(), measures.linear_l2.tolist(), strict=True))
-    categories = np.asarray(store.categories)
+def _render_clips(dataset: ClipDataset, candidates: dict[str, np.ndarray], measures: ClipMeasures) -> bytes:
+    l2_by_index = dict(zip(measures.indices.tolist(), measures.linear_l2.tolist(), strict=True))
+    categories = np.asarray(dataset.categories)
     samples = []
-    for category, candidates in of_shown.items():
-        by_error = sorted(candidates.tolist(), key=lambda row: l2_of[row])
-        quantile_of = {by_error[round(q * (len(by_error) - 1))]: q for q in reversed(_SHOWN_QUANTILES)}
+    for category, category_candidates in candidates.items():
+        by_error = sorted(category_candidates.tolist(), key=lambda index: l2_by_index[index])
+        # In a small category, quantiles share a clip, which is shown once with the lowest of them.
+        quantile_by_index = {by_error[round(q * (len(by_error) - 1))]: q for q in reversed(_SHOWN_QUANTILES)}
         clips = {}
-        for row, quantile in reversed(quantile_of.items()):
-            name = readable(Path(store.ids[row]).stem, _ID_LETTERS)
-            clips[f"{quantile:.0%}   l2 {l2_of[row]:.0f}\n{name}"] = _thumbnail(store.get_clips(np.asarray([row]))[0])
-        of_category = np.flatnonzero(categories == category)
-        title = readable(category, _TITLE_LETTERS)
-        samples.append((f"{title}   {_clips_of(store, of_category)}   {_padded(store, of_category)}", clips))
-    more = len(set(store.categories)) - len(samples)
+        for index, quantile in reversed(quantile_by_index.items()):
+            name = fit_label(Path(dataset.ids[index]).stem, _MAX_ID_LETTERS)
+            label = f"{quantile:.0%}   l2 {l2_by_index[index]:.0f}\n{name}"
+            clips[label] = _shrink(dataset.get_clips(np.asarray([index]))[0])
+        category_indices = np.flatnonzero(categories == category)
+        title = (
+            f"{fit_label(category, _MAX_TITLE_LETTERS)}   {_describe_splits(dataset, category_indices)}"
+            f"   {_describe_padding(dataset, category_indices)}"
+        )
+        samples.append((title, clips))
+    omitted_count = len(set(dataset.categories)) - len(samples)
     quantiles = ", ".join(f"{quantile:.0%}" for quantile in _SHOWN_QUANTILES)
-    header = _header(store)
-    note = f", of at most {_MOST_CANDIDATES} clips of each" if len(store.ids) > _MOST_CANDIDATES else ""
-    header.append(
-        f"Clips at {quantiles} of their category's order from easy to hard, by l2 of linear interpolation{note}."
-    )
-    if more:
-        header.append(f"The {len(samples)} largest categories; {more:,} more are not shown.")
-    return contact_sheet(samples, store.clip.fps, header)
+    header = _header_lines(dataset)
+    note = f", among at most {_MAX_CANDIDATES} clips per category" if len(dataset.ids) > _MAX_CANDIDATES else ""
+    header.append(f"Clips at the {quantiles} quantiles of linear interpolation's l2 in their category{note}.")
+    if omitted_count:
+        header.append(f"The {len(samples)} largest categories; {omitted_count:,} more are not shown.")
+    return render_contact_sheet(samples, dataset.clip.fps, header)
 
 
-def _thumbnail(clip: np.ndarray) -> np.ndarray:
-    """uint8 [time, height, width, 3], its means over squares of pixels where it is twice too large, or more."""
+def _shrink(clip: np.ndarray) -> np.ndarray:
+    """Averages over squares of pixels if the clip is at least twice the thumbnail's size.
+
+    Maps uint8 [time, height, width, 3] to the same axes.
+    """
     time, height, width, _ = clip.shape
     side = max(1, max(height, width) // _THUMBNAIL_PX)
-    whole = clip[:, : height // side * side, : width // side * side]
-    squares = whole.reshape(time, height // side, side, width // side, side, 3)
+    cropped = clip[:, : height // side * side, : width // side * side]
+    squares = cropped.reshape(time, height // side, side, width // side, side, 3)
     return squares.mean((2, 4)).round().astype(np.uint8)
 
 
 @functools.cache
-def readable(text: str, letters: int) -> str:
-    """`text` as the pictures' font can draw it, on one line, cut in the middle to at most `letters`.
+def fit_label(text: str, max_letters: int) -> str:
+    """Converts `text` to one line that the pictures' font can draw, and shortens it in the middle to `max_letters`.
 
-    What the font lacks, such as 日, is written as \\u65e5, so that names remain different.
+    Characters that the font lacks, such as 日, become escapes, such as \\u65e5, so that different names stay different.
     """
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
     text = unicodedata.normalize("NFC", text)
     text = "".join(c if font.get_char_index(ord(c)) else c.encode("unicode_escape").decode() for c in text)
-    return text if len(text) <= letters else f"{text[: letters // 2]}…{text[-((letters - 1) // 2) :]}"
+    if len(text) <= max_letters:
+        return text
+    return f"{text[: max_letters // 2]}…{text[-((max_letters - 1) // 2) :]}"
 
 
-def _measures_picture(store: ClipDataset, shown: list[str], sampled: np.ndarray, measures: Measures) -> bytes:
+def _render_histograms(
+    dataset: ClipDataset, shown_categories: list[str], histogram_indices: np.ndarray, measures: ClipMeasures
+) -> bytes:
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    number = {category: place for place, category in enumerate(shown)}
-    groups = np.asarray([number.get(category, len(shown)) for category in store.categories])
-    legend = [f"{readable(name, _NAME_LETTERS)} ({store.categories.count(name):,})" for name in shown]
-    others = len(set(store.categories)) - len(shown)
-    if others:
-        legend.append(f"{others:,} others ({int((groups == len(shown)).sum()):,})")
-    colours = [*_COLOURS[: len(shown)], *([_OTHERS_COLOUR] if others else [])]
+    group_by_category = {category: group for group, category in enumerate(shown_categories)}
+    others_group = len(shown_categories)
+    groups = np.asarray([group_by_category.get(category, others_group) for category in dataset.categories])
+    legend = [f"{fit_label(name, _MAX_NAME_LETTERS)} ({dataset.categories.count(name):,})" for name in shown_categories]
+    colours: list[str] = list(_COLOURS[: len(shown_categories)])
+    other_categories = len(set(dataset.categories)) - len(shown_categories)
+    if other_categories:
+        legend.append(f"{other_categories:,} others ({int((groups == others_group).sum()):,})")
+        colours.append(_OTHERS_COLOUR)
 
-    header = _header(store)
-    head_in = 2 * _MARGIN_IN + (len(header) + 0.6 + -(-len(legend) // _LEGEND_COLUMNS)) * _LINE_IN
-    pads = ConstrainedLayoutEngine(w_pad=_MARGIN_IN, h_pad=_MARGIN_IN / 2, hspace=0.03, wspace=0)
-    figure = Figure((_WIDE_IN, head_in + _PANELS_IN), _DPI, facecolor=_PAPER, layout=pads)
-    grid = figure.add_gridspec(2, 1, height_ratios=[head_in, _PANELS_IN])
-    head, body = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
-    _write_head(head, head_in, header, legend, colours)
-    axes = body.subplots(2, 3).flat
+    header = _header_lines(dataset)
+    legend_lines = -(-len(legend) // _LEGEND_COLUMNS)
+    header_height_in = 2 * _MARGIN_IN + (len(header) + 0.6 + legend_lines) * _LINE_HEIGHT_IN
+    layout = ConstrainedLayoutEngine(w_pad=_MARGIN_IN, h_pad=_MARGIN_IN / 2, hspace=0.03, wspace=0)
+    size_in = (_WIDTH_IN, header_height_in + _PANELS_HEIGHT_IN)
+    figure = Figure(size_in, _DPI, facecolor=_BACKGROUND_HEX, layout=layout)
+    grid = figure.add_gridspec(2, 1, height_ratios=[header_height_in, _PANELS_HEIGHT_IN])
+    header_figure, panels_figure = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
+    _draw_header(header_figure, header_height_in, header, legend, colours)
+    axes = panels_figure.subplots(2, 3).flat
 
-    at = np.searchsorted(measures.rows, sampled)
-    note = "" if len(sampled) == len(store.ids) else f"\na sample of {len(sampled)} of {len(store.ids):,} clips"
-    facts = {name: store.facts[name].to_numpy() for name in ("seconds", "source_fps", "source_width", "source_height")}
-    size = np.sqrt(facts["source_width"].astype(float) * facts["source_height"])
-    _draw_known(next(axes), "length of the video", "seconds", facts["seconds"], groups, colours)
-    _draw_known(next(axes), "frame rate of the video", "frames a second", facts["source_fps"], groups, colours)
-    _draw_known(next(axes), "picture size of the video", "√(width × height) in pixels", size, groups, colours)
-    _draw(next(axes), "motion", f"grey levels from frame to frame{note}", measures.motion[at], groups[sampled], colours)
-    l2 = measures.linear_l2[at]
-    _draw(next(axes), "error of linear interpolation", f"l2 of the clip{note}", l2, groups[sampled], colours)
-    _draw_rejects(next(axes), Counter(reject["reason"] for reject in store.rejects))
+    metadata = {
+        name: dataset.metadata[name].to_numpy() for name in ("seconds", "source_fps", "source_width", "source_height")
+    }
+    picture_size = np.sqrt(metadata["source_width"].astype(float) * metadata["source_height"])
+    _draw_known_values(next(axes), "video duration", "seconds", metadata["seconds"], groups, colours)
+    _draw_known_values(next(axes), "video frame rate", "frames per second", metadata["source_fps"], groups, colours)
+    _draw_known_values(next(axes), "video picture size", "√(width × height) in pixels", picture_size, groups, colours)
+    rows = np.searchsorted(measures.indices, histogram_indices)
+    is_complete = len(histogram_indices) == len(dataset.ids)
+    note = "" if is_complete else f"\na sample of {len(histogram_indices)} of {len(dataset.ids):,} clips"
+    motion, linear_l2 = measures.motion[rows], measures.linear_l2[rows]
+    measured_groups = groups[histogram_indices]
+    _draw_histogram(next(axes), "motion", f"grey levels from frame to frame{note}", motion, measured_groups, colours)
+    _draw_histogram(
+        next(axes), "error of linear interpolation", f"l2 of the clip{note}", linear_l2, measured_groups, colours
+    )
+    _draw_rejects(next(axes), Counter(reject["reason"] for reject in dataset.rejects))
     out = io.BytesIO()
     figure.savefig(out, format="png", dpi=_DPI)
     return out.getvalue()
 
 
-def _write_head(
-    head: FigureBase, head_in: float, header: Sequence[str], legend: Sequence[str], colours: Sequence[str]
+def _draw_header(
+    figure: FigureBase, height_in: float, header: Sequence[str], legend: Sequence[str], colours: Sequence[str]
 ) -> None:
-    """The header's lines and under them the legend. By hand: matplotlib's own drops names that begin with `_`."""
+    """Draws the header lines and the legend. Matplotlib's own legend drops names that begin with `_`."""
 
-    def write(across_in: float, line: float, text: str, colour: str) -> None:
-        place = (across_in / _WIDE_IN, 1 - (_MARGIN_IN + (line + 0.5) * _LINE_IN) / head_in)
-        head.text(*place, text, color=colour, fontsize=_TEXT_PT, va="center", parse_math=False)
+    def write(left_in: float, line: float, text: str, colour: str) -> None:
+        x = left_in / _WIDTH_IN
+        y = 1 - (_MARGIN_IN + (line + 0.5) * _LINE_HEIGHT_IN) / height_in
+        figure.text(x, y, text, color=colour, fontsize=_FONT_SIZE_PT, va="center", parse_math=False)
 
     for line, text in enumerate(header):
-        write(_MARGIN_IN, line, text, _FAINT if line else _INK)
-    column_in = (_WIDE_IN - 2 * _MARGIN_IN) / _LEGEND_COLUMNS
-    for place, (text, colour) in enumerate(zip(legend, colours, strict=True)):
-        line, column = divmod(place, _LEGEND_COLUMNS)
+        write(_MARGIN_IN, line, text, _MUTED_HEX if line else _TEXT_HEX)
+    column_in = (_WIDTH_IN - 2 * _MARGIN_IN) / _LEGEND_COLUMNS
+    for entry, (text, colour) in enumerate(zip(legend, colours, strict=True)):
+        line, column = divmod(entry, _LEGEND_COLUMNS)
         write(_MARGIN_IN + column * column_in, len(header) + 0.6 + line, "■", colour)
-        write(_MARGIN_IN + column * column_in + 0.16, len(header) + 0.6 + line, text, _INK)
+        write(_MARGIN_IN + column * column_in + 0.16, len(header) + 0.6 + line, text, _TEXT_HEX)
 
 
-def _draw_known(
+def _draw_known_values(
     axes: Axes, title: str, unit: str, values: np.ndarray, groups: np.ndarray, colours: Sequence[str]
 ) -> None:
-    """As `_draw`, without the zeros, which stand for what the file does not say."""
+    """Draws a histogram without zeros, which mark values missing from the video file."""
     known = values > 0
-    unknown = int((~known).sum())
-    note = f"\n{unknown:,} unknown, left out" if unknown else ""
-    _draw(axes, title, f"{unit}{note}", values[known], groups[known], colours)
+    unknown_count = int((~known).sum())
+    note = f"\n{unknown_count:,} unknown, left out" if unknown_count else ""
+    _draw_histogram(axes, title, f"{unit}{note}", values[known], groups[known], colours)
 
 
-def _draw(axes: Axes, title: str, unit: str, values: np.ndarray, groups: np.ndarray, colours: Sequence[str]) -> None:
+def _draw_histogram(
+    axes: Axes, title: str, unit: str, values: np.ndarray, groups: np.ndarray, colours: Sequence[str]
+) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    _style(axes, title)
+    _style_axes(axes, title)
     if not len(values):
-        _say(axes, "unknown")
-        axes.set_xlabel(unit, fontsize=_TEXT_PT, color=_INK)
+        _draw_placeholder(axes, "unknown")
+        axes.set_xlabel(unit, fontsize=_FONT_SIZE_PT, color=_TEXT_HEX)
         return
-    made = histogram(values, groups, len(colours))
-    stacked = len(colours) > _MOST_OVERLAID
-    top = _stack(axes, made, colours) if stacked else _overlay(axes, made, colours)
-    axes.xaxis.set_major_locator(MaxNLocator(6, steps=_TICKS))
-    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICKS, integer=True, min_n_ticks=1))
-    axes.set_xlim(2 * made.edges[0], made.edges[-1] - made.edges[0])
+    histogram = compute_histogram(values, groups, len(colours))
+    stacked = len(colours) > _MAX_OVERLAID_GROUPS
+    top = _draw_stacked(axes, histogram, colours) if stacked else _draw_overlaid(axes, histogram, colours)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=_TICK_STEPS))
+    axes.yaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS, integer=True, min_n_ticks=1))
+    axes.set_xlim(2 * histogram.edges[0], histogram.edges[-1] - histogram.edges[0])
     axes.set_ylim(0, 1.08 * top)
-    beyond = f"\n{made.beyond:,} higher, counted in the last bar" if made.beyond else ""
-    axes.set_xlabel(f"{unit}{beyond}", fontsize=_TEXT_PT, color=_INK)
-    axes.set_ylabel("clips, stacked" if stacked else "clips", fontsize=_TEXT_PT, color=_INK)
+    note = f"\n{histogram.overflow:,} higher, counted in the last bar" if histogram.overflow else ""
+    axes.set_xlabel(f"{unit}{note}", fontsize=_FONT_SIZE_PT, color=_TEXT_HEX)
+    axes.set_ylabel("clips, stacked" if stacked else "clips", fontsize=_FONT_SIZE_PT, color=_TEXT_HEX)
 
 
-def _overlay(axes: Axes, made: Histogram, colours: Sequence[str]) -> int:
-    """See-through areas with outlines; returns the height of the highest."""
-    for group in np.argsort(-made.counts.max(1), kind="stable"):  # the highest first, so that it hides no other
-        heights = np.where(made.counts[group], made.counts[group], np.nan)  # no line along the axis where none are
-        axes.stairs(heights, made.edges, fill=True, color=colours[group], alpha=0.25)
-        axes.stairs(heights, made.edges, color=colours[group], linewidth=1.4)
-    return int(made.counts.max())
+def _draw_overlaid(axes: Axes, histogram: Histogram, colours: Sequence[str]) -> int:
+    """Draws translucent areas with outlines; returns the largest count."""
+    for group in np.argsort(-histogram.counts.max(1), kind="stable"):  # the tallest first, so that it hides no other
+        # NaN instead of 0 draws no line along the axis.
+        heights = np.where(histogram.counts[group], histogram.counts[group], np.nan)
+        axes.stairs(heights, histogram.edges, fill=True, color=colours[group], alpha=0.25)
+        axes.stairs(heights, histogram.edges, color=colours[group], linewidth=1.4)
+    return int(histogram.counts.max())
 
 
-def _stack(axes: Axes, made: Histogram, colours: Sequence[str]) -> int:
-    """Solid areas on top of each other, the first group's uppermost as in the legend; returns the total's height."""
+def _draw_stacked(axes: Axes, histogram: Histogram, colours: Sequence[str]) -> int:
+    """Draws solid areas on top of each other, the first group uppermost as in the legend; returns the largest total."""
     below = np.zeros(_BINS, int)
-    for counts, colour in reversed(list(zip(made.counts, colours, strict=True))):
+    for counts, colour in reversed(list(zip(histogram.counts, colours, strict=True))):
         top = below + counts
         axes.stairs(
-            np.where(counts, top, np.nan), made.edges, baseline=below, fill=True, facecolor=colour, edgecolor=_PAPER
+            np.where(counts, top, np.nan),
+            histogram.edges,
+            baseline=below,
+            fill=True,
+            facecolor=colour,
+            edgecolor=_BACKGROUND_HEX,
         )
         below = top
     return int(below.max())
@@ -320,40 +375,39 @@ def _stack(axes: Axes, made: Histogram, colours: Sequence[str]) -> int:
 def _draw_rejects(axes: Axes, reasons: Counter[str]) -> None:
     from matplotlib.ticker import MaxNLocator
 
-    _style(axes, "rejects, by reason")
+    _style_axes(axes, "rejects by reason")
     axes.tick_params(left=False, labelleft=False)
     axes.spines["left"].set_visible(False)
     if not reasons:
-        _say(axes, "no rejects")
+        _draw_placeholder(axes, "no rejects")
         return
     counts = reasons.most_common()
-    if len(counts) > _MOST_CATEGORIES:
-        rest = counts[_MOST_CATEGORIES - 1 :]
-        counts = [*counts[: _MOST_CATEGORIES - 1], (f"{len(rest)} other reasons", sum(n for _, n in rest))]
-    axes.barh(range(len(counts)), [n for _, n in counts], height=0.22, color=_OTHERS_COLOUR)
+    if len(counts) > _MAX_CATEGORIES:
+        rest = counts[_MAX_CATEGORIES - 1 :]
+        counts = [*counts[: _MAX_CATEGORIES - 1], (f"{len(rest)} other reasons", sum(count for _, count in rest))]
+    axes.barh(range(len(counts)), [count for _, count in counts], height=0.22, color=_OTHERS_COLOUR)
     for line, (reason, count) in enumerate(counts):
-        text = f"{readable(reason, _NAME_LETTERS)}  {count:,}"
-        axes.text(0, line - 0.15, text, fontsize=_TEXT_PT, color=_INK, va="bottom", parse_math=False)
-    # Never fewer than four lines: a single bar would fill the panel.
+        text = f"{fit_label(reason, _MAX_NAME_LETTERS)}  {count:,}"
+        axes.text(0, line - 0.15, text, fontsize=_FONT_SIZE_PT, color=_TEXT_HEX, va="bottom", parse_math=False)
+    # Room for at least four bars, because a single one would fill the panel.
     axes.set_ylim(max(len(counts), 4) - 0.5, -0.8)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_TICKS, integer=True, min_n_ticks=1))
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=_TICK_STEPS, integer=True, min_n_ticks=1))
     axes.set_xlim(0, 1.08 * counts[0][1])
-    axes.set_xlabel("videos", fontsize=_TEXT_PT, color=_INK)
+    axes.set_xlabel("videos", fontsize=_FONT_SIZE_PT, color=_TEXT_HEX)
 
 
-def _style(axes: Axes, title: str) -> None:
-    axes.set_facecolor(_PAPER)
-    axes.set_title(title, loc="left", fontsize=_TEXT_PT + 1, color=_INK)
-    axes.tick_params(labelsize=_TEXT_PT - 0.5, colors=_FAINT)
+def _style_axes(axes: Axes, title: str) -> None:
+    axes.set_facecolor(_BACKGROUND_HEX)
+    axes.set_title(title, loc="left", fontsize=_FONT_SIZE_PT + 1, color=_TEXT_HEX)
+    axes.tick_params(labelsize=_FONT_SIZE_PT - 0.5, colors=_MUTED_HEX)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
-        spine.set_color(_FAINT)
+        spine.set_color(_MUTED_HEX)
 
 
-def _say(axes: Axes, text: str) -> None:
-    """Words in the place of a drawing."""
+def _draw_placeholder(axes: Axes, text: str) -> None:
+    """Draws text instead of a histogram."""
     axes.tick_params(left=False, bottom=False, labelleft=False, labelbottom=False)
     for spine in axes.spines.values():
         spine.set_visible(False)
-    place = (0.5, 0.5)
-    axes.text(*place, text, transform=axes.transAxes, ha="center", fontsize=_TEXT_PT + 1, color=_FAINT)
+    axes.text(0.5, 0.5, text, transform=axes.transAxes, ha="center", fontsize=_FONT_SIZE_PT + 1, color=_MUTED_HEX)

@@ -1,4 +1,7 @@
-"""Made against real, on clips that were held out: every method, every clip, every metric, by clip id, in memory."""
+"""Scores generated clips against held-out targets: every method, clip and metric, in memory.
+
+`Evaluator` turns dataset indices into `Score`s and runs as a Ray actor; `summarise` aggregates scores into tables.
+"""
 
 from __future__ import annotations
 
@@ -20,39 +23,39 @@ from giffy_ray.core.tensor_types import Clips, PerClip
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.evaluation import metrics
 from giffy_ray.models.baselines import BASELINES
-from giffy_ray.models.sampling import FromNoise, Method, generate_in_parts
+from giffy_ray.models.sampling import LearnerMethod, Method, generate_in_batches
 
-BASELINE = "linear"  # what the others are measured against
-REAL = "real"
-ALL = "all"  # the categories together
-BATCH = 16  # clips: what an actor of an evaluation is given at a time
+BASELINE = "linear"  # reference method of the skill and the win rate
+REAL = "real"  # label of the target clips
+ALL = "all"  # label of the summary over all categories
+BATCH_SIZE = 16  # clips that an evaluation actor processes per call
 _RESAMPLES = 1000
-_MOST_INTERVALS = 8  # categories: where there are more, only all together get one, as it takes a quarter of a second
-_BOUNDED = ("l2_paper", "psnr")  # whose means over all clips get an interval
-_MEASURED = 2  # clips at a time: the memory of larger float64 copies costs more than what is computed from them
+_MAX_CATEGORIES_WITH_INTERVALS = 8  # an interval takes 0.25 s; with more categories only the total gets one
+_METRICS_WITH_INTERVAL = ("l2_paper", "psnr")
+_METRIC_CHUNK_SIZE = 2  # clips; allocating larger float64 copies takes longer than the arithmetic on them
 
-# Sees clips go by: the method's name, or REAL; rows of the store; their clips, uint8 [rows, time, height, width, 3]
-Watch = Callable[[str, np.ndarray, np.ndarray], None]
+# Receives the method's name or REAL, dataset indices [clips], and uint8 [clips, time, height, width, 3].
+ClipCallback = Callable[[str, np.ndarray, np.ndarray], None]
 
 
 class Measure(NamedTuple):
-    """How a metric of `giffy_ray.evaluation.metrics` is shown."""
+    """Display settings of a metric of `giffy_ray.evaluation.metrics`."""
 
     label: str
-    better: Literal["minimize", "maximize", "one", "none"]  # one: nearer to 1
+    better: Literal["minimize", "maximize", "one", "none"]  # one: closer to 1 is better
     digits: int
     meaning: str
 
 
 MEASURES = {
-    "l2_paper": Measure("l2", "minimize", 0, "distance to the real clip, in the report's unit"),
-    "psnr": Measure("PSNR dB", "maximize", 1, "of the frames between"),
-    "ssim": Measure("SSIM", "maximize", 3, "of the frames between"),
-    "motion_error": Measure("motion error", "minimize", 1, "of the changes from frame to frame, in grey levels"),
-    "motion_ratio": Measure("motion ratio", "one", 2, "how much it moves, over how much the real clip does"),
-    "sharpness_ratio": Measure("sharpness", "one", 2, "how sharp its frames are, over how sharp the real ones are"),
-    "ends_error": Measure("ends error", "minimize", 1, "of the first and the last frame, in grey levels"),
-    "diversity": Measure("diversity", "none", 1, "how far a clip's samples are from each other, in grey levels"),
+    "l2_paper": Measure("l2", "minimize", 0, "distance to the target clip, in the paper's unit"),
+    "psnr": Measure("PSNR dB", "maximize", 1, "peak signal-to-noise ratio of the frames between"),
+    "ssim": Measure("SSIM", "maximize", 3, "structural similarity of the frames between"),
+    "motion_error": Measure("motion error", "minimize", 1, "error of frame-to-frame changes, in grey levels"),
+    "motion_ratio": Measure("motion ratio", "one", 2, "amount of motion relative to the target"),
+    "sharpness_ratio": Measure("sharpness", "one", 2, "sharpness of the frames relative to the target"),
+    "ends_error": Measure("ends error", "minimize", 1, "error of the first and last frame, in grey levels"),
+    "diversity": Measure("diversity", "none", 1, "distance between samples of the same clip, in grey levels"),
 }
 _METRICS = {
     "l2_paper": metrics.l2_paper,
@@ -65,22 +68,22 @@ _METRICS = {
     "squared_error": metrics.squared_error,
 }
 
-# Mean and standard deviation of l2, as printed.
-REPORT_TABLE_2 = {
+# Mean and standard deviation of l2, as printed in the paper.
+PAPER_TABLE_2 = {
     "interpolation": {"erupting": (62, 58), "skiing": (153, 89)},
     "CVAE": {"erupting": (180, 110), "skiing": (197, 80)},
     "CGAN": {"erupting": (223, 96)},
 }
-REPORT_NOTE = (
-    "The report's Table 2 is not comparable with ours: its clips are others. Its unit is 0..255 over 100, which is our "
-    "l2's, not 0..1 as its caption says. By its authors' code, red and blue were swapped in the clips of its CVAE and "
-    "CGAN rows. Its CVAE for skiing is the advanced one."
+PAPER_NOTE = (
+    "The paper's Table 2 is not comparable with these results, because it uses different clips. Its unit is pixels in "
+    "0..255 divided by 100, like our l2, not 0..1 as its caption says. According to the authors' code, red and blue "
+    "were swapped in the clips of the CVAE and CGAN rows. The CVAE for skiing is the advanced one."
 )
 
 
 @dataclass(frozen=True)
 class Score:
-    """One row of evaluation.csv: how one method did on one clip. Units are those of `giffy_ray.evaluation.metrics`."""
+    """One row of evaluation.csv: one method on one clip. `giffy_ray.evaluation.metrics` defines the units."""
 
     method: str
     category: str
@@ -93,135 +96,164 @@ class Score:
     motion_ratio: float
     sharpness_ratio: float
     squared_error: float
-    diversity: float | None  # of the samples that this clip is the best of
-    source: str  # the video that the clip was cut from
+    diversity: float | None  # of the samples that the best one was selected from
+    source: str  # source video of the clip
 
 
-def baseline_methods(names: Iterable[str], clip: ClipConfig) -> dict[str, list[Method]]:
-    """The baselines of these names, linear interpolation always and first.
+def build_baselines(names: Iterable[str], clip: ClipConfig) -> dict[str, list[Method]]:
+    """Returns the named baselines as methods; linear interpolation is always included and comes first.
 
-    Each is tried here, so that one that cannot make such clips is a ConfigError before anything else is done.
+    Runs each baseline once on black images, so that an unsupported clip size fails early.
+
+    Raises:
+        ConfigError: A baseline does not support the frames, height or width of `clip`.
     """
 
-    def method(name: str) -> Method:
+    def build_method(name: str) -> Method:
         return lambda start, end, clip_ids: BASELINES[name](start, end, clip.frames)
 
-    methods = {name: [method(name)] for name in dict.fromkeys([BASELINE, *names])}
+    methods = {name: [build_method(name)] for name in dict.fromkeys([BASELINE, *names])}
     black = torch.zeros(1, clip.height, clip.width, 3, dtype=torch.uint8)
-    for (make,) in methods.values():
-        make(black, black, [""])
+    for (method,) in methods.values():
+        method(black, black, [""])
     return methods
 
 
 def evaluate(
     methods: Mapping[str, Sequence[Method]],
-    store: ClipDataset,
-    rows: np.ndarray,
+    dataset: ClipDataset,
+    indices: np.ndarray,
     sources: Sequence[str],
-    watch: Watch = lambda name, rows, clips: None,
+    on_clips: ClipCallback = lambda name, indices, clips: None,
 ) -> list[Score]:
-    """Scores every method on the clips of `rows`, one Score for each method and clip.
+    """Scores every method on every clip of `indices`.
 
-    Of several that share a name, the clip nearest to the real one is scored. `sources`: of each row of the store.
+    Args:
+        methods: Methods by name. Of several methods under one name, the clip closest to the target is scored.
+        dataset: The target clips.
+        indices: Dataset indices, int64 [clips].
+        sources: Source video of every clip of the dataset.
+        on_clips: Called with each batch of target clips, then with each method's clips.
+
+    Returns:
+        One score per method and clip.
     """
     scores = []
-    for first in range(0, len(rows), BATCH):
-        scores += _score(methods, store, rows[first : first + BATCH], sources, watch)
+    for first in range(0, len(indices), BATCH_SIZE):
+        scores += _score_batch(methods, dataset, indices[first : first + BATCH_SIZE], sources, on_clips)
     return scores
 
 
-class Evaluated(NamedTuple):
-    """What an evaluation of a batch of rows gives."""
+class EvaluatedBatch(NamedTuple):
+    """Result of evaluating one batch of dataset indices."""
 
     scores: list[Score]
-    clips: list[tuple[str, np.ndarray, np.ndarray]]  # what a Watch is called with, of the rows that are watched
-    sprites: dict[tuple[int, str], bytes]  # row and method, or REAL -> `render.sprite` of the clip
+    clips: list[tuple[str, np.ndarray, np.ndarray]]  # arguments of a ClipCallback, for the clips to return
+    sprites: dict[tuple[int, str], bytes]  # (dataset index, method or REAL) -> `media.encode_sprite` of the clip
 
 
 class Evaluator:
-    """Rows of a store -> Evaluated: what each actor of an evaluation does, with `map_rows`.
+    """Maps dataset indices to an `EvaluatedBatch`; the actor class of `map_batches_with_models`.
 
-    `watched`: the rows whose clips are given back; `drawn`: those whose sprites are.
+    Args:
+        methods: Methods by name, see `evaluate`.
+        dataset: The target clips.
+        return_indices: Dataset indices whose clips are returned.
+        sprite_indices: Dataset indices whose sprites are returned.
     """
 
     def __init__(
-        self, methods: Mapping[str, Sequence[Method]], store: ClipDataset, watched: Iterable[int], drawn: Iterable[int]
+        self,
+        methods: Mapping[str, Sequence[Method]],
+        dataset: ClipDataset,
+        return_indices: Iterable[int],
+        sprite_indices: Iterable[int],
     ):
-        self.methods, self.store = methods, store
-        self.watched, self.drawn = np.asarray(sorted(watched), dtype=np.int64), frozenset(drawn)
+        self.methods = methods
+        self.dataset = dataset
+        self.return_indices = np.asarray(sorted(return_indices), dtype=np.int64)
+        self.sprite_indices = frozenset(sprite_indices)
 
-    def __call__(self, rows: np.ndarray) -> Evaluated:
-        done = Evaluated([], [], {})
+    def __call__(self, indices: np.ndarray) -> EvaluatedBatch:
+        batch = EvaluatedBatch([], [], {})
 
-        def watch(name: str, rows: np.ndarray, clips: np.ndarray) -> None:
-            chosen = np.isin(rows, self.watched)
-            if chosen.any():
-                done.clips.append((name, rows[chosen], clips[chosen]))
-            for row, clip in zip(rows.tolist(), clips, strict=True):
-                if row in self.drawn:
-                    done.sprites[row, name] = media.sprite(clip)
+        def collect(name: str, indices: np.ndarray, clips: np.ndarray) -> None:
+            selected = np.isin(indices, self.return_indices)
+            if selected.any():
+                batch.clips.append((name, indices[selected], clips[selected]))
+            for index, clip in zip(indices.tolist(), clips, strict=True):
+                if index in self.sprite_indices:
+                    batch.sprites[index, name] = media.encode_sprite(clip)
 
-        done.scores.extend(_score(self.methods, self.store, rows, self.store.sources, watch))
-        return done
+        batch.scores.extend(_score_batch(self.methods, self.dataset, indices, self.dataset.sources, collect))
+        return batch
 
 
-def _score(
-    methods: Mapping[str, Sequence[Method]], store: ClipDataset, rows: np.ndarray, sources: Sequence[str], watch: Watch
+def _score_batch(
+    methods: Mapping[str, Sequence[Method]],
+    dataset: ClipDataset,
+    indices: np.ndarray,
+    sources: Sequence[str],
+    on_clips: ClipCallback,
 ) -> list[Score]:
     scores = []
-    real = torch.from_numpy(store.get_clips(rows))
-    watch(REAL, rows, real.numpy())
-    made_by = _make(methods, real, [store.ids[row] for row in rows])
-    for name, several in methods.items():
-        made, diversity = _best([made_by[method] for method in several], real)
-        watch(name, rows, made.numpy())
-        values = {metric: _each(of, made, real).tolist() for metric, of in _METRICS.items()}
-        scores += [
-            Score(
+    target = torch.from_numpy(dataset.get_clips(indices))
+    on_clips(REAL, indices, target.numpy())
+    clips_by_method = _generate_clips(methods, target, [dataset.ids[index] for index in indices])
+    for name, variants in methods.items():
+        generated, diversity = _select_best([clips_by_method[method] for method in variants], target)
+        on_clips(name, indices, generated.numpy())
+        values = {
+            metric_name: _compute_in_chunks(metric, generated, target).tolist()
+            for metric_name, metric in _METRICS.items()
+        }
+        for row, index in enumerate(indices):
+            score = Score(
                 name,
-                store.categories[row],
-                store.ids[row],
-                **{metric: each[i] for metric, each in values.items()},
-                diversity=diversity[i] if diversity else None,
-                source=sources[int(row)],
+                dataset.categories[index],
+                dataset.ids[index],
+                **{metric_name: per_clip[row] for metric_name, per_clip in values.items()},
+                diversity=diversity[row] if diversity else None,
+                source=sources[int(index)],
             )
-            for i, row in enumerate(rows)
-        ]
+            scores.append(score)
     return scores
 
 
-def _make(methods: Mapping[str, Sequence[Method]], real: Clips, clip_ids: list[str]) -> dict[Method, Clips]:
-    """The clips of each distinct method: a sample is also among those that the best is chosen from.
+def _generate_clips(methods: Mapping[str, Sequence[Method]], target: Clips, clip_ids: list[str]) -> dict[Method, Clips]:
+    """Runs each distinct method once, although a sample is also a candidate of "best of K".
 
-    All samples of a learner are made together.
+    All samples of one learner are generated together.
     """
-    start, end = real[:, 0], real[:, -1]
-    distinct = dict.fromkeys(method for several in methods.values() for method in several)
-    of_learner: dict[int, list[FromNoise]] = defaultdict(list)
+    start, end = target[:, 0], target[:, -1]
+    distinct = dict.fromkeys(method for variants in methods.values() for method in variants)
+    methods_by_learner: dict[int, list[LearnerMethod]] = defaultdict(list)
     for method in distinct:
-        if isinstance(method, FromNoise):
-            of_learner[id(method.learner)].append(method)
-    made = {method: method(start, end, clip_ids) for method in distinct if not isinstance(method, FromNoise)}
-    for several in of_learner.values():
-        noise = torch.cat([method.noise(clip_ids) for method in several])
-        starts, ends = (image.repeat(len(several), 1, 1, 1) for image in (start, end))
-        clips = generate_in_parts(several[0].learner, starts, ends, noise)
-        made |= zip(several, clips.split(len(clip_ids)), strict=True)
-    return made
+        if isinstance(method, LearnerMethod):
+            methods_by_learner[id(method.learner)].append(method)
+    generated = {method: method(start, end, clip_ids) for method in distinct if not isinstance(method, LearnerMethod)}
+    for variants in methods_by_learner.values():
+        noise = torch.cat([method.noise(clip_ids) for method in variants])
+        starts = start.repeat(len(variants), 1, 1, 1)
+        ends = end.repeat(len(variants), 1, 1, 1)
+        clips = generate_in_batches(variants[0].learner, starts, ends, noise)
+        generated |= zip(variants, clips.split(len(clip_ids)), strict=True)
+    return generated
 
 
-def _best(samples: Sequence[Clips], real: Clips) -> tuple[Clips, list[float] | None]:
-    """Of each clip the sample nearest to `real`, and where there are several how far they are from each other."""
+def _select_best(samples: Sequence[Clips], target: Clips) -> tuple[Clips, list[float] | None]:
+    """Returns the sample closest to `target` for each clip, and the diversity if there are several samples."""
     if len(samples) == 1:
         return samples[0], None
-    errors = torch.stack([_each(metrics.squared_error, made, real) for made in samples])
-    stacked = torch.stack(list(samples), dim=1)
-    return stacked[torch.arange(len(real)), errors.argmin(0)], _each(metrics.diversity, stacked).tolist()
+    errors = torch.stack([_compute_in_chunks(metrics.squared_error, generated, target) for generated in samples])
+    stacked = torch.stack(list(samples), dim=1)  # [batch, sample, time, height, width, 3]
+    best = stacked[torch.arange(len(target)), errors.argmin(0)]
+    return best, _compute_in_chunks(metrics.diversity, stacked).tolist()
 
 
-def _each(metric: Callable[..., PerClip], *clips: Tensor) -> PerClip:
-    parts = zip(*(tensor.split(_MEASURED) for tensor in clips), strict=True)
-    return torch.cat([metric(*part) for part in parts])
+def _compute_in_chunks(metric: Callable[..., PerClip], *clips: Tensor) -> PerClip:
+    chunks = zip(*(tensor.split(_METRIC_CHUNK_SIZE) for tensor in clips), strict=True)
+    return torch.cat([metric(*chunk) for chunk in chunks])
 
 
 @dataclass(frozen=True)
@@ -231,18 +263,22 @@ class Summary:
     category: str
     method: str
     clips: int
-    spreads: dict[str, tuple[float, float]]  # of each metric mean and population standard deviation over the clips
-    won: float | None  # share of clips with a smaller l2_paper than linear interpolation; none for itself
-    # Against linear interpolation, and the ends of its 95 % interval by source, NaN where there is none.
+    spreads: dict[str, tuple[float, float]]  # metric -> mean and population standard deviation over the clips
+    win_rate: float | None  # share of clips with a smaller l2_paper than the baseline; None for the baseline
+    # Skill over the baseline and the bounds of its 95 % interval by source video; NaN bounds: no interval.
     skill: tuple[float, float, float] | None
-    # Of the means of `_BOUNDED`, the ends of their 95 % intervals by source; NaN where there is none.
+    # Metric -> bounds of the 95 % interval of the mean, by source video; NaN: no interval.
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
 def summarise(scores: Sequence[Score]) -> list[Summary]:
-    """By category, in order of their names, and method, in the order scored; then all categories together.
+    """Aggregates scores by category and method.
 
-    Ratios to a real clip that stands still, or is flat, are infinite or undefined, and are left out of means.
+    Means exclude infinite and undefined ratios, which a still or flat target clip causes.
+
+    Returns:
+        Summaries by category name and, within a category, in the order of scoring. Several categories are followed by
+        the summaries over all of them.
     """
     groups: dict[tuple[str, str], list[Score]] = defaultdict(list)
     for score in sorted(scores, key=lambda score: score.category):
@@ -250,24 +286,31 @@ def summarise(scores: Sequence[Score]) -> list[Summary]:
     if len({score.category for score in scores}) > 1:
         for score in scores:
             groups[ALL, score.method].append(score)
-    baseline = {score.clip_id: score for score in scores if score.method == BASELINE}
-    categories, last = len({category for category, _ in groups}), list(groups)[-1][0]
+    baseline_scores = {score.clip_id: score for score in scores if score.method == BASELINE}
+    category_count = len({category for category, _ in groups})
+    last_category = list(groups)[-1][0]
     summaries = []
     for (category, method), group in groups.items():
         values = {metric: [getattr(score, metric) for score in group] for metric in MEASURES}
-        spreads = {metric: _spread(metric, each) for metric, each in values.items() if None not in each}
-        won = skill = None
+        spreads = {
+            metric: _mean_and_std(metric, per_clip) for metric, per_clip in values.items() if None not in per_clip
+        }
+        win_rate = skill = None
         if method != BASELINE:
-            beside = [baseline[score.clip_id] for score in group]
-            won = float(np.mean([ours.l2_paper < linear.l2_paper for ours, linear in zip(group, beside, strict=True)]))
-            skill = _skill(group, beside, category == ALL or categories <= _MOST_INTERVALS + 1)
-        # Only over all clips, as it takes time.
-        intervals = {metric: _interval_of_mean(group, values[metric]) for metric in _BOUNDED if category == last}
-        summaries.append(Summary(category, method, len(group), spreads, won, skill, intervals))
+            references = [baseline_scores[score.clip_id] for score in group]
+            wins = [score.l2_paper < reference.l2_paper for score, reference in zip(group, references, strict=True)]
+            win_rate = float(np.mean(wins))
+            with_interval = category == ALL or category_count <= _MAX_CATEGORIES_WITH_INTERVALS + 1
+            skill = _skill_with_interval(group, references, with_interval)
+        intervals = {}
+        if category == last_category:  # bootstrapping is slow, so only the summary over all clips gets intervals
+            intervals = {metric: _mean_interval(group, values[metric]) for metric in _METRICS_WITH_INTERVAL}
+        summaries.append(Summary(category, method, len(group), spreads, win_rate, skill, intervals))
     return summaries
 
 
 def to_csv(scores: Sequence[Score]) -> str:
+    """Formats scores as CSV with a header row; missing values are empty."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(Score.__dataclass_fields__)
@@ -275,33 +318,34 @@ def to_csv(scores: Sequence[Score]) -> str:
     return text.getvalue()
 
 
-def _spread(metric: str, values: Sequence[float]) -> tuple[float, float]:
-    """An infinite PSNR has an infinite mean, and no standard deviation."""
-    each = np.asarray(values, dtype=float)
+def _mean_and_std(metric: str, values: Sequence[float]) -> tuple[float, float]:
+    """Mean and standard deviation. An infinite PSNR makes the mean infinite and the deviation NaN."""
+    per_clip = np.asarray(values, dtype=float)
     if MEASURES[metric].better == "one":
-        each = each[np.isfinite(each)]
-    if not len(each):
+        per_clip = per_clip[np.isfinite(per_clip)]
+    if not len(per_clip):
         return math.nan, math.nan
     with np.errstate(invalid="ignore"):
-        return float(each.mean()), float(each.std())
+        return float(per_clip.mean()), float(per_clip.std())
 
 
-def _interval_of_mean(scores: Sequence[Score], values: Sequence[float]) -> tuple[float, float]:
-    """Over the clips where the value is finite."""
+def _mean_interval(scores: Sequence[Score], values: Sequence[float]) -> tuple[float, float]:
+    """Interval of the mean over the clips with a finite value."""
     finite = [(score.source, value) for score, value in zip(scores, values, strict=True) if math.isfinite(value)]
     if not finite:
         return math.nan, math.nan
-    sources, kept = zip(*finite, strict=True)
-    each = torch.tensor(kept, dtype=torch.float64)
-    return metrics.interval(torch.mean, sources, each, resamples=_RESAMPLES)
+    sources, finite_values = zip(*finite, strict=True)
+    per_clip = torch.tensor(finite_values, dtype=torch.float64)
+    return metrics.bootstrap_interval(torch.mean, sources, per_clip, resamples=_RESAMPLES)
 
 
-def _skill(ours: Sequence[Score], linear: Sequence[Score], bounded: bool) -> tuple[float, float, float]:
-    made_sse, linear_sse = (
-        torch.tensor([one.squared_error for one in each], dtype=torch.float64) for each in (ours, linear)
-    )
+def _skill_with_interval(
+    scores: Sequence[Score], references: Sequence[Score], with_interval: bool
+) -> tuple[float, float, float]:
+    generated_sse = torch.tensor([score.squared_error for score in scores], dtype=torch.float64)
+    linear_sse = torch.tensor([score.squared_error for score in references], dtype=torch.float64)
     low = high = math.nan
-    if bounded:
-        sources = [score.source for score in ours]
-        low, high = metrics.interval(metrics.skill, sources, made_sse, linear_sse, resamples=_RESAMPLES)
-    return float(metrics.skill(made_sse, linear_sse)), low, high
+    if with_interval:
+        sources = [score.source for score in scores]
+        low, high = metrics.bootstrap_interval(metrics.skill, sources, generated_sse, linear_sse, resamples=_RESAMPLES)
+    return float(metrics.skill(generated_sse, linear_sse)), low, high

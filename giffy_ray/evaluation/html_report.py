@@ -1,6 +1,6 @@
-"""Scores and pictures of clips -> one HTML file that plays them side by side, in step, and needs nothing else.
+"""Renders an evaluation as one self-contained HTML file that plays all clips side by side, in sync.
 
-The pictures and figures lie in it as JSON; `html_report.html` draws them.
+The file holds clips and scores as JSON; the script of `html_report.html` draws them.
 """
 
 from __future__ import annotations
@@ -18,81 +18,90 @@ import numpy as np
 
 from giffy_ray.core.media import sprite_columns
 from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.evaluation.evaluator import MEASURES, REAL, REPORT_NOTE, REPORT_TABLE_2, Score, Summary
+from giffy_ray.evaluation.evaluator import MEASURES, PAPER_NOTE, PAPER_TABLE_2, REAL, Score, Summary
+from giffy_ray.evaluation.tables import format_count
 
-_TEMPLATE, _STYLE = Path(__file__).with_suffix(".html"), Path(__file__).with_suffix(".css")
-_MOST_PIXELS = 90_000_000  # of all frames of all clips: about 25 MB of file
+_TEMPLATE = Path(__file__).with_suffix(".html")
+_STYLE = Path(__file__).with_suffix(".css")
+_MAX_PIXELS = 90_000_000  # over all frames of all clips; about 25 MB of HTML
 
 
-def chosen_rows(store: ClipDataset, rows: np.ndarray, methods: int) -> list[int]:
-    """Those of `rows` that a page with this many methods has room for: the first of every category, in order."""
-    clip = store.clip
-    pixels = clip.frames * clip.height * clip.width * (methods + 1)
-    seen: Counter[str] = Counter()
+def select_page_clips(dataset: ClipDataset, indices: np.ndarray, method_count: int) -> list[int]:
+    """Selects as many of `indices` as fit on a page with this many methods, evenly over the categories."""
+    clip = dataset.clip
+    pixels = clip.frames * clip.height * clip.width * (method_count + 1)  # the target clip is shown, too
+    category_counts: Counter[str] = Counter()
     ranked = []
-    for row in rows.tolist():
-        ranked.append((seen[store.categories[row]], row))
-        seen[store.categories[row]] += 1
-    return sorted(row for _, row in sorted(ranked)[: max(1, _MOST_PIXELS // pixels)])
+    for index in indices.tolist():
+        category = dataset.categories[index]
+        ranked.append((category_counts[category], index))
+        category_counts[category] += 1
+    return sorted(index for _, index in sorted(ranked)[: max(1, _MAX_PIXELS // pixels)])
 
 
 def render_comparison(
-    store: ClipDataset,
+    dataset: ClipDataset,
     split: str,
     scores: Sequence[Score],
     summaries: Sequence[Summary],
     sprites: Mapping[int, Mapping[str, bytes]],
-    there_are: int | None = None,
+    split_size: int | None = None,
 ) -> bytes:
-    """The HTML. `sprites`: row of the store -> {REAL and every method: `render.sprite` of its clip}.
+    """Renders the HTML page of an evaluation.
 
-    `there_are`: clips of the split, where `scores` are of some of them.
+    Args:
+        dataset: The target clips.
+        split: Name of the evaluated split.
+        scores: Scores of all evaluated clips.
+        summaries: `summarise(scores)`.
+        sprites: Dataset index -> method or REAL -> `media.encode_sprite` of the clip, for the clips to show.
+        split_size: Clips of the split, if only some of them are evaluated.
     """
-    scores_of: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+    scores_by_clip: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
     for score in scores:
-        scores_of[score.clip_id][score.method] = {metric: getattr(score, metric) for metric in MEASURES}
-    clips, clip = len(scores_of), store.clip
-    taken = f"{clips}" if there_are in (None, clips) else f"{clips} of {there_are}"
-    of_each = "" if len(sprites) == clips else "the first of each category, "
-    study = {
-        "name": store.name,
-        "title": f"{store.name}: {split} clips, made and real",
-        "about": f"{taken} clips of {clip.frames} frames at {clip.fps:g} a second, {clip.width}×{clip.height}, "
-        "held out of training. All play in step.",
-        "shown": f"{len(sprites)} of {clips} clips, {of_each}compressed for this page; scores are of the originals.",
+        scores_by_clip[score.clip_id][score.method] = {metric: getattr(score, metric) for metric in MEASURES}
+    clip_count, clip = len(scores_by_clip), dataset.clip
+    selection = "" if len(sprites) == clip_count else "the first of each category, "
+    data = {
+        "name": dataset.name,
+        "title": f"{dataset.name}: generated and target clips of the {split} split",
+        "subtitle": f"{format_count(clip_count, split_size)} clips of {clip.frames} frames at {clip.fps:g} fps, "
+        f"{clip.width}×{clip.height}, held out of training. All clips play in sync.",
+        "gallery_note": f"{len(sprites)} of {clip_count} clips, {selection}compressed for this page; the scores are "
+        "those of the uncompressed clips.",
         "size": [clip.height, clip.width],
         "frames": clip.frames,
         "fps": clip.fps,
-        "across": sprite_columns(clip.frames),
+        "sprite_columns": sprite_columns(clip.frames),
         "methods": list(dict.fromkeys(score.method for score in scores)),
-        "real": REAL,
+        "target": REAL,
         "measures": [{"name": name, **measure._asdict()} for name, measure in MEASURES.items()],
         "summaries": [dataclasses.asdict(summary) for summary in summaries],
-        "report": {"rows": REPORT_TABLE_2, "note": REPORT_NOTE},
+        "paper": {"rows": PAPER_TABLE_2, "note": PAPER_NOTE},
         "clips": [
             {
-                "id": store.ids[row],
-                "category": store.categories[row],
-                "scores": scores_of[store.ids[row]],
-                "sprites": {name: base64.b64encode(picture).decode() for name, picture in pictures.items()},
+                "id": dataset.ids[index],
+                "category": dataset.categories[index],
+                "scores": scores_by_clip[dataset.ids[index]],
+                "sprites": {name: base64.b64encode(sprite).decode() for name, sprite in clip_sprites.items()},
             }
-            for row, pictures in sprites.items()
+            for index, clip_sprites in sprites.items()
         ],
     }
-    return render_template(_TEMPLATE, study)
+    return render_template(_TEMPLATE, data)
 
 
-def render_template(template: Path, study: Mapping[str, Any]) -> bytes:
-    """The page of a template: with the look that all have, and `study` as the JSON that it draws."""
-    # In a script element only "</script" and "<!--" matter, and JSON has "<" nowhere but in strings.
-    text = json.dumps(_plain(study), allow_nan=False).replace("<", "\\u003c")
-    return template.read_text().replace("{{style}}", _STYLE.read_text()).replace("{{study}}", text).encode()
+def render_template(template: Path, data: Mapping[str, Any]) -> bytes:
+    """Fills the placeholders {{style}}, with the common CSS, and {{data}}, with `data` as JSON."""
+    # Inside a script element, only "</script" and "<!--" are special, and JSON has "<" only in strings.
+    text = json.dumps(_to_json(data), allow_nan=False).replace("<", "\\u003c")
+    return template.read_text().replace("{{style}}", _STYLE.read_text()).replace("{{data}}", text).encode()
 
 
-def _plain(value: Any) -> Any:
-    """With the numbers that JSON lacks as JavaScript's Number() reads them, and none for what is not a number."""
+def _to_json(value: Any) -> Any:
+    """Replaces floats that JSON lacks: infinities by strings that JavaScript's Number() parses, NaN by null."""
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+        return {key: _to_json(item) for key, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -1,4 +1,4 @@
-"""How made clips look to trained networks: gathered while an evaluation goes by, told at its end."""
+"""Accumulates perceptual metrics over the batches of an evaluation, in the manner of torchmetrics."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from giffy_ray.config import PerceptualMetric, Supplied
+from giffy_ray.config import PerceptualMetric, UserSuppliedMetric
 from giffy_ray.core.tensor_types import Clips, PerClip
 from giffy_ray.evaluation import perceptual_metrics
 from giffy_ray.evaluation.evaluator import REAL
 
-# What each compares: features of all real with those of all made clips.
-_OF_SETS: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
+# Metrics that compare the features of all generated clips with those of all targets: kind of features, distance.
+_SET_DISTANCES: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
     "kernel_distance_frames": ("frames", perceptual_metrics.kernel_distance_frames),
     "kernel_distance_motion": ("frames", perceptual_metrics.kernel_distance_motion),
     "fid": ("fid", perceptual_metrics.frechet_distance),
@@ -25,51 +25,63 @@ _OF_SETS: dict[str, tuple[str, Callable[[Tensor, Tensor], float]]] = {
 
 
 class PerceptualEvaluator:
-    """Perceptual metrics of the clips of some rows of a store.
+    """Computes perceptual metrics of some clips of a dataset; `update` is a `ClipCallback`.
 
-    `weights`: the paths of TorchScript files. What a metric lacks is a ConfigError here.
+    Args:
+        names: Metrics to compute.
+        weights: Paths of TorchScript files by metric.
+        indices: Dataset indices of the clips to use; `update` ignores all others.
+
+    Raises:
+        ConfigError: A metric lacks its package or its weights.
     """
 
-    def __init__(self, names: Iterable[PerceptualMetric], weights: Mapping[Supplied, str], rows: np.ndarray):
-        self.rows = rows
+    def __init__(
+        self, names: Iterable[PerceptualMetric], weights: Mapping[UserSuppliedMetric, str], indices: np.ndarray
+    ):
+        self.indices = indices
         self._names = tuple(dict.fromkeys(names))
-        of_pairs: dict[str, Callable[[Clips, Clips], PerClip]] = {
+        pair_distances: dict[str, Callable[[Clips, Clips], PerClip]] = {
             "st_lpips": perceptual_metrics.st_lpips,
             "lpips": partial(perceptual_metrics.lpips, weights=weights.get("lpips")),
         }
-        features: dict[str, Callable[[Clips], Tensor]] = {
+        extractors: dict[str, Callable[[Clips], Tensor]] = {
             "frames": perceptual_metrics.frame_features,
             "fid": partial(perceptual_metrics.inception_features, weights=weights.get("fid")),
             "fvd": partial(perceptual_metrics.i3d_features, weights=weights.get("fvd")),
         }
-        self._of_pairs = {name: of_pairs[name] for name in self._names if name in of_pairs}
-        kinds = dict.fromkeys(_OF_SETS[name][0] for name in self._names if name in _OF_SETS)
-        self._features = {kind: features[kind] for kind in kinds}
-        self._gathered: dict[tuple[str, str], list[Tensor]] = defaultdict(list)  # of a method by metric, or features
-        self._real = torch.empty(0)
-        perceptual_metrics.require(self._names, weights)
+        self._pair_distances = {name: pair_distances[name] for name in self._names if name in pair_distances}
+        kinds = dict.fromkeys(_SET_DISTANCES[name][0] for name in self._names if name in _SET_DISTANCES)
+        self._extractors = {kind: extractors[kind] for kind in kinds}
+        # (method, pairwise metric or kind of features) -> per-batch distances or features
+        self._batches: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self._target = torch.empty(0)
+        perceptual_metrics.check_available(self._names, weights)
 
-    def update(self, method: str, rows: np.ndarray, clips: np.ndarray) -> None:
-        """For `evaluate`: of each part the real clips come first."""
-        ours = torch.from_numpy(clips[np.isin(rows, self.rows)])
-        if not len(ours):
+    def update(self, method: str, indices: np.ndarray, clips: np.ndarray) -> None:
+        """Adds a batch of clips. The target clips of a batch must precede the generated ones."""
+        selected = torch.from_numpy(clips[np.isin(indices, self.indices)])
+        if not len(selected):
             return
         if method == REAL:
-            self._real = ours
+            self._target = selected
         else:
-            for name, distance in self._of_pairs.items():
-                self._gathered[method, name].append(distance(ours, self._real))
-        for kind, features in self._features.items():
-            self._gathered[method, kind].append(features(ours))
+            for name, distance in self._pair_distances.items():
+                self._batches[method, name].append(distance(selected, self._target))
+        for kind, extract in self._extractors.items():
+            self._batches[method, kind].append(extract(selected))
 
     def compute(self) -> dict[str, dict[str, float]]:
-        """Each metric by method, in the order seen."""
-        gathered = {key: torch.cat(parts) for key, parts in self._gathered.items()}
-        methods = dict.fromkeys(method for method, _ in gathered if method != REAL)
-        return {method: {name: self._value(name, method, gathered) for name in self._names} for method in methods}
+        """Returns method -> metric -> value, with the methods in the order of their first update."""
+        accumulated = {key: torch.cat(batches) for key, batches in self._batches.items()}
+        methods = dict.fromkeys(method for method, _ in accumulated if method != REAL)
+        return {
+            method: {name: self._compute_metric(name, method, accumulated) for name in self._names}
+            for method in methods
+        }
 
-    def _value(self, name: str, method: str, gathered: Mapping[tuple[str, str], Tensor]) -> float:
-        if name in self._of_pairs:
-            return float(gathered[method, name].mean())
-        kind, distance = _OF_SETS[name]
-        return distance(gathered[method, kind], gathered[REAL, kind])
+    def _compute_metric(self, name: str, method: str, accumulated: Mapping[tuple[str, str], Tensor]) -> float:
+        if name in self._pair_distances:
+            return float(accumulated[method, name].mean())
+        kind, distance = _SET_DISTANCES[name]
+        return distance(accumulated[method, kind], accumulated[REAL, kind])

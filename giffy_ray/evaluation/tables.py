@@ -1,4 +1,4 @@
-"""The tables that a job prints."""
+"""Tables of datasets, evaluations and storage cleanups, printed by the jobs."""
 
 from __future__ import annotations
 
@@ -12,180 +12,197 @@ from rich.table import Table
 from giffy_ray.config import SPLITS
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prune import Removal
-from giffy_ray.evaluation.evaluator import ALL, MEASURES, REPORT_NOTE, REPORT_TABLE_2, Summary
+from giffy_ray.evaluation.evaluator import ALL, MEASURES, PAPER_NOTE, PAPER_TABLE_2, Summary
 
-WIDTH = 110  # of the tables; a job's log has no terminal to ask
-COLUMNS = 4  # categories of the table beside the one for all; the others are on the page and in the CSV
-_SHOWN_CATEGORIES = 30
-_METHOD_WIDTH = 34  # of the first column of the tables
-_SKILL_PRECISION_FLOOR = -1  # a skill below this needs neither digits nor bounds
-_BOUNDED = 3  # columns that have room for intervals
+TABLE_WIDTH = 110  # characters; a job's log has no terminal width to query
+MAX_CATEGORY_COLUMNS = 4  # besides the total; the HTML page and the CSV hold all categories
+_MAX_CATEGORY_ROWS = 30
+_METHOD_COLUMN_WIDTH = 34
+_SKILL_PRECISION_FLOOR = -1  # below this skill, neither digits nor bounds are informative
+_MAX_COLUMNS_WITH_BOUNDS = 3  # more columns leave no room for the bounds of intervals
 
 
-def data_table(store: ClipDataset) -> Table:
-    """How many clips there are of each category in each split, and how many videos were rejected."""
-    splits = [split for split in SPLITS if len(store.split_indices(split))]
-    kept = f"{store.bytes / 1e9:.2f} GB" if store.recipe.cache else "decoded anew each time"
-    table = Table(title=f"{store.name}: {len(store)} clips, {kept}", title_justify="left")
+def dataset_table(dataset: ClipDataset) -> Table:
+    """Clips per category and split, and rejected videos per category."""
+    splits = [split for split in SPLITS if len(dataset.split_indices(split))]
+    size = f"{dataset.size_bytes / 1e9:.2f} GB" if dataset.decode_config.cache else "decoded on every access"
+    table = Table(title=f"{dataset.name}: {len(dataset)} clips, {size}", title_justify="left")
     table.add_column("category", no_wrap=True)
     for heading in (*splits, "rejected"):
         table.add_column(heading, justify="right")
-    clips = store.category_counts()
-    rejects = Counter(reject["category"] for reject in store.rejects)
+    clips = dataset.count_by_category()
+    rejects = Counter(reject["category"] for reject in dataset.rejects)
     names = sorted({category for category, _ in clips} | set(rejects))
-    for name in names[:_SHOWN_CATEGORIES]:
+    for name in names[:_MAX_CATEGORY_ROWS]:
         table.add_row(name, *(str(clips[name, split]) for split in splits), str(rejects[name]))
-    if len(names) > _SHOWN_CATEGORIES:
-        table.add_row(f"and {len(names) - _SHOWN_CATEGORIES} more")
+    if len(names) > _MAX_CATEGORY_ROWS:
+        table.add_row(f"and {len(names) - _MAX_CATEGORY_ROWS} more")
     if len(names) > 1:
         table.add_section()
-        table.add_row(ALL, *(str(len(store.split_indices(split))) for split in splits), str(len(store.rejects)))
+        totals = (str(len(dataset.split_indices(split))) for split in splits)
+        table.add_row(ALL, *totals, str(len(dataset.rejects)))
     return table
 
 
 def removals_table(removals: Sequence[Removal], storage: str, dry_run: bool) -> Table:
-    """What `jobs/prepare.py --prune` removes, or would remove: files, bytes, and why nothing needs them."""
+    """Files that `jobs/prepare.py --prune` removes, or would remove in a dry run, with sizes and reasons."""
     if not removals:
         return Table(title=f"nothing to remove from {storage}", title_justify="left")
     title = f"would be removed from {storage}" if dry_run else f"removing from {storage}"
     table = Table(title=title, title_justify="left")
-    table.add_column("what")
+    table.add_column("item")
     table.add_column("files", justify="right")
     table.add_column("bytes", justify="right", no_wrap=True)
-    table.add_column("why")
-    for one in removals:
-        table.add_row(one.what, f"{one.files:,}", f"{one.bytes:,}", one.why)
+    table.add_column("reason")
+    for removal in removals:
+        table.add_row(removal.description, f"{removal.files:,}", f"{removal.bytes:,}", removal.reason)
     table.add_section()
-    files, total_bytes = sum(one.files for one in removals), sum(one.bytes for one in removals)
-    table.add_row("all", f"{files:,}", f"{total_bytes:,}")
+    total_files = sum(removal.files for removal in removals)
+    total_bytes = sum(removal.bytes for removal in removals)
+    table.add_row("all", f"{total_files:,}", f"{total_bytes:,}")
     return table
 
 
-def distance_table(summaries: Sequence[Summary], store: ClipDataset, split: str, there_are: int | None = None) -> Table:
-    """As the report's Table 2, and beside its figures: methods down, categories across, l2 inside.
+def distance_table(
+    summaries: Sequence[Summary], dataset: ClipDataset, split: str, split_size: int | None = None
+) -> Table:
+    """l2 by method (rows) and category (columns), in the layout of the paper's Table 2 and next to its figures.
 
-    `there_are`: clips of the split, where the evaluation is of some of them.
+    Args:
+        summaries: Results of `summarise`.
+        dataset: The target clips.
+        split: Name of the evaluated split.
+        split_size: Clips of the split, if only some of them are evaluated.
     """
-    clips = count_of(summaries[-1].clips, there_are)
+    clips = format_count(summaries[-1].clips, split_size)
     table = Table(
-        title=f"{store.name}: l2 of {clips} {split} clips, mean ± standard deviation; smaller is better\n"
-        + _interval_of_means(summaries, "l2_paper"),
+        title=f"{dataset.name}: l2 of {clips} {split} clips, mean ± standard deviation; smaller is better\n"
+        + _describe_widest_interval(summaries, "l2_paper"),
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    shown, left_out = _columns(table, summaries, store)
-    of = {(summary.category, summary.method): summary.spreads["l2_paper"] for summary in summaries}
+    categories, omitted_count = _add_category_columns(table, summaries, dataset)
+    spreads = {(summary.category, summary.method): summary.spreads["l2_paper"] for summary in summaries}
     for method in dict.fromkeys(summary.method for summary in summaries):
-        table.add_row(method, *("{:.0f} ± {:.0f}".format(*of[category, method]) for category in shown))
+        table.add_row(method, *("{:.0f} ± {:.0f}".format(*spreads[category, method]) for category in categories))
     captions = []
-    if left_out:
-        captions.append(f"The largest categories; {left_out} more are in evaluation.html.")
-    if any(category in printed for printed in REPORT_TABLE_2.values() for category in shown):
+    if omitted_count:
+        captions.append(f"The largest categories; evaluation.html shows {omitted_count} more.")
+    if any(category in figures for figures in PAPER_TABLE_2.values() for category in categories):
         table.add_section()
-        for method, printed in REPORT_TABLE_2.items():
-            cells = ("{} ± {}".format(*printed[name]) if name in printed else "" for name in shown)
-            table.add_row(f"the report's {method}", *cells, style="dim")
-        captions.append(REPORT_NOTE)
+        for method, figures in PAPER_TABLE_2.items():
+            cells = ("{} ± {}".format(*figures[name]) if name in figures else "" for name in categories)
+            table.add_row(f"the paper's {method}", *cells, style="dim")
+        captions.append(PAPER_NOTE)
     table.caption = "\n".join(captions)
     return table
 
 
-def count_of(clips: int, there_are: int | None) -> str:
-    """'500 of 33,900', or '500' where these are all that there are."""
-    return f"{clips:,}" if there_are in (None, clips) else f"{clips:,} of {there_are:,}"
+def format_count(clips: int, total: int | None) -> str:
+    """Formats as '500 of 33,900', or '500' if `total` is unknown or the same."""
+    return f"{clips:,}" if total in (None, clips) else f"{clips:,} of {total:,}"
 
 
-def _interval_of_means(summaries: Sequence[Summary], metric: str) -> str:
-    """How wide the widest interval of the methods' means over all clips is, as part of a title."""
+def _describe_widest_interval(summaries: Sequence[Summary], metric: str) -> str:
+    """Half-width of the widest interval of the methods' means over all clips, as part of a title."""
     category = summaries[-1].category
     bounds = [summary.intervals[metric] for summary in summaries if summary.category == category]
-    half = max(((high - low) / 2 for low, high in bounds if math.isfinite(high - low)), default=None)
-    if half is None:
-        return "95 % interval of the means: none, as all clips are of one source"
+    half_width = max(((high - low) / 2 for low, high in bounds if math.isfinite(high - low)), default=None)
+    if half_width is None:
+        return "95 % interval of the means: none, because all clips have the same source"
     digits = MEASURES[metric].digits + 1
-    return f"95 % interval of the means over all, by source video: ±{half:.{digits}f} at most"
+    return f"95 % interval of the means over all, by source video: ±{half_width:.{digits}f} at most"
 
 
-def skill_table(summaries: Sequence[Summary], store: ClipDataset) -> Table:
-    """How much nearer than linear interpolation each method comes, in the columns of `distance_table`."""
+def skill_table(summaries: Sequence[Summary], dataset: ClipDataset) -> Table:
+    """Skill and win rate against linear interpolation, in the columns of `distance_table`."""
     table = Table(
-        title=f"skill and clips won against linear interpolation, of {summaries[-1].clips:,} clips",
+        title=f"skill and win rate against linear interpolation, {summaries[-1].clips:,} clips",
         caption="skill: 1 - squared error over linear interpolation's, and its 95 % interval by source video.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    shown, _ = _columns(table, summaries, store)
-    of = {(summary.category, summary.method): summary for summary in summaries if summary.skill}
-    for method in dict.fromkeys(method for _, method in of):
-        table.add_row(method, *(_skill_of(of[category, method], len(shown) <= _BOUNDED) for category in shown))
+    categories, _ = _add_category_columns(table, summaries, dataset)
+    with_bounds = len(categories) <= _MAX_COLUMNS_WITH_BOUNDS
+    by_cell = {(summary.category, summary.method): summary for summary in summaries if summary.skill}
+    for method in dict.fromkeys(method for _, method in by_cell):
+        table.add_row(method, *(_format_skill(by_cell[category, method], with_bounds) for category in categories))
     return table
 
 
-def measures_table(summaries: Sequence[Summary], there_are: int | None = None) -> Table:
-    """The means of the other metrics, over all clips. `there_are`: as for `distance_table`."""
-    every = [summary for summary in summaries if summary.category == summaries[-1].category]
-    others = {name: shown for name, shown in MEASURES.items() if name != "l2_paper"}
+def measures_table(summaries: Sequence[Summary], split_size: int | None = None) -> Table:
+    """Means over all clips of the metrics other than l2. For `split_size` see `distance_table`."""
+    totals = [summary for summary in summaries if summary.category == summaries[-1].category]
+    measures = {metric: measure for metric, measure in MEASURES.items() if metric != "l2_paper"}
+    clips = format_count(totals[0].clips, split_size)
     table = Table(
-        title=f"{count_of(every[0].clips, there_are)} clips; means\nPSNR: {_interval_of_means(summaries, 'psnr')}",
-        caption="Motion ratio, sharpness: best at 1. best of K: the nearest of K samples; diversity: between them.",
+        title=f"{clips} clips; means\nPSNR: {_describe_widest_interval(summaries, 'psnr')}",
+        caption="Motion ratio, sharpness: best at 1. best of K: closest of K samples; diversity: between samples.",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         collapse_padding=True,
         pad_edge=False,
     )
-    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
-    for shown in others.values():
-        table.add_column(shown.label.replace(" ", "\n"), justify="right", no_wrap=True)
-    for summary in every:
-        means = (f"{summary.spreads[n][0]:.{m.digits}f}" if n in summary.spreads else "" for n, m in others.items())
+    table.add_column("method", max_width=_METHOD_COLUMN_WIDTH, overflow="fold")
+    for measure in measures.values():
+        table.add_column(measure.label.replace(" ", "\n"), justify="right", no_wrap=True)
+    for summary in totals:
+        means = [
+            f"{summary.spreads[metric][0]:.{measure.digits}f}" if metric in summary.spreads else ""
+            for metric, measure in measures.items()
+        ]
         table.add_row(summary.method, *means)
     return table
 
 
-def perceptual_table(looks: Mapping[str, Mapping[str, float]], clips: int, there_are: int | None = None) -> Table:
-    """Metrics through trained networks: methods down, metrics across."""
+def perceptual_table(results: Mapping[str, Mapping[str, float]], clips: int, split_size: int | None = None) -> Table:
+    """Perceptual metrics: methods as rows, metrics as columns. For `split_size` see `distance_table`."""
     table = Table(
-        title=f"{count_of(clips, there_are)} clips, through trained networks; smaller is better",
+        title=f"{format_count(clips, split_size)} clips, metrics of pretrained networks; smaller is better",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    table.add_column("method", min_width=_METHOD_WIDTH, max_width=_METHOD_WIDTH, overflow="fold")
-    for metric in next(iter(looks.values())):
+    table.add_column("method", min_width=_METHOD_COLUMN_WIDTH, max_width=_METHOD_COLUMN_WIDTH, overflow="fold")
+    for metric in next(iter(results.values())):
         table.add_column(metric.replace("kernel_distance_", "kernel distance\n"), justify="right")
-    for method, values in looks.items():
+    for method, values in results.items():
         table.add_row(method, *(f"{value:z.4f}" for value in values.values()))
     return table
 
 
-def _columns(table: Table, summaries: Sequence[Summary], store: ClipDataset) -> tuple[list[str], int]:
-    """Adds a column for the methods, and one for each of the largest categories and for all.
+def _add_category_columns(table: Table, summaries: Sequence[Summary], dataset: ClipDataset) -> tuple[list[str], int]:
+    """Adds a column for the methods, one for each of the largest categories, and one for the total.
 
-    Returns those categories, and how many are left out.
+    Returns:
+        The categories of the columns, and the number of omitted categories.
     """
     clips = {summary.category: summary.clips for summary in summaries}
     by_size = sorted((name for name in clips if name != ALL), key=lambda name: -clips[name])
-    shown = [*sorted(by_size[:COLUMNS]), *([ALL] if ALL in clips else [])]
-    table.add_column("method", max_width=_METHOD_WIDTH, overflow="fold")
-    for category in shown:
-        heading = f"{category_name(store, category)}\n{clips[category]} {'clip' if clips[category] == 1 else 'clips'}"
+    largest = by_size[:MAX_CATEGORY_COLUMNS]
+    categories = [*sorted(largest), *([ALL] if ALL in clips else [])]
+    table.add_column("method", max_width=_METHOD_COLUMN_WIDTH, overflow="fold")
+    for category in categories:
+        noun = "clip" if clips[category] == 1 else "clips"
+        heading = f"{category_name(dataset, category)}\n{clips[category]} {noun}"
         table.add_column(heading, justify="right", min_width=11, max_width=25, overflow="fold")
-    return shown, len(by_size) - len(by_size[:COLUMNS])
+    return categories, len(by_size) - len(largest)
 
 
-def _skill_of(summary: Summary, bounded: bool) -> str:
+def _format_skill(summary: Summary, with_bounds: bool) -> str:
     assert summary.skill
     skill, low, high = summary.skill
     if skill < _SKILL_PRECISION_FLOOR:
-        return f"{skill:.1f} {summary.won:4.0%}"
-    bounds = f" ({low:z.2f}, {high:z.2f})" if bounded and not math.isnan(low) else ""
-    return f"{skill:z.2f}{bounds} {summary.won:4.0%}"
+        return f"{skill:.1f} {summary.win_rate:4.0%}"
+    bounds = f" ({low:z.2f}, {high:z.2f})" if with_bounds and not math.isnan(low) else ""
+    return f"{skill:z.2f}{bounds} {summary.win_rate:4.0%}"
 
 
-def category_name(store: ClipDataset, category: str) -> str:
-    return category if category == ALL else f"{store.name}-{category}"
+def category_name(dataset: ClipDataset, category: str) -> str:
+    """Returns 'dataset-category', or 'all' for the total."""
+    return category if category == ALL else f"{dataset.name}-{category}"

@@ -1,1 +1,1 @@
-"""Loading of trained models, and MLflow model flavour."""
+"""Trained models for inference: loading, registration in MLflow, and MLflow's pyfunc interface."""

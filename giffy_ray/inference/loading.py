@@ -1,4 +1,7 @@
-"""Trained models by run name, checkpoint path or registered version."""
+"""Loads trained models by run name, checkpoint path or registered version. Imports neither Ray nor MLflow.
+
+MLflow is imported only for an address in its registry, such as `models:/giffy_ray@champion`.
+"""
 
 from __future__ import annotations
 
@@ -11,85 +14,102 @@ import torch
 
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.core.storage import resolve_path
-from giffy_ray.evaluation.evaluator import (
-    BASELINE,
-    REAL,
-)
-from giffy_ray.evaluation.report import TrainedModel
-from giffy_ray.tracking.model_registry import fetch
-from giffy_ray.tracking.tracker import tracking_uri
-from giffy_ray.training import checkpoints, learners
+from giffy_ray.evaluation.evaluator import BASELINE, REAL
+from giffy_ray.models.sampling import TrainedModel
+from giffy_ray.training import checkpoint_format, checkpoint_selection, learners
 from giffy_ray.training.learners import Learner
 
-_REGISTERED = "models:/"  # in MLflow's registry
+_REGISTRY_SCHEME = "models:/"
+_CLIP_SIZE_FIELDS = ("frames", "height", "width")
 
 
-def trained_runs(experiment: Experiment, clip: ClipConfig) -> list[TrainedModel]:
-    """The learners of `evaluate.runs`, or of the experiment's own run; of each run the checkpoint that
-    `checkpoints.select` chooses, which is printed.
+def load_trained_models(experiment: Experiment, clip: ClipConfig) -> list[TrainedModel]:
+    """Loads the models of `evaluate.runs`, or of the experiment's own run if that is empty.
 
-    Raises ConfigError where there is no such run, or where it cannot make clips of the size and length of `clip`.
+    Of a run, loads the checkpoint that `select_checkpoint` returns, and prints which one that is.
+
+    Args:
+        experiment: Names the runs and their storage.
+        clip: Clip size and length that the models must generate.
+
+    Raises:
+        ConfigError: A run does not exist, or its model cannot generate such clips.
     """
     if not experiment.evaluate.runs:
-        learner, trained = _selected(experiment)
-        return [_fitting(TrainedModel(trained.model.kind, learner, trained), "name", clip)]
-    runs = [TrainedModel(_short(run), *_loaded(experiment, run)) for run in experiment.evaluate.runs]
-    names = Counter(run.name for run in runs)
+        learner, trained = _load_selected(experiment)
+        return [_fit_to_clip(TrainedModel(trained.model.kind, learner, trained), "name", clip)]
+    models = [TrainedModel(_display_name(run), *_load_run(experiment, run)) for run in experiment.evaluate.runs]
+    names = Counter(model.name for model in models)
     names.update([REAL, BASELINE, *experiment.evaluate.baselines])
-    for run in runs:
-        if names[run.name] > 1:
-            raise ConfigError(f"evaluate.runs: another method or run is called that too (value {run.name!r})")
-    return [_fitting(run, "evaluate.runs", clip) for run in runs]
+    for model in models:
+        if names[model.name] > 1:
+            raise ConfigError(
+                f"evaluate.runs: two runs or methods have this name; give one of them another (value {model.name!r})"
+            )
+    return [_fit_to_clip(model, "evaluate.runs", clip) for model in models]
 
 
-def _loaded(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
-    """`run`: a name, or, with a slash in it, where a checkpoint lies, or models:/NAME@champion, models:/NAME/3."""
+def _load_run(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
+    """Loads a run by its name, a checkpoint by path or URI, or a registered model by its models:/ address.
+
+    A path or URI is recognized by a slash.
+    """
     try:
-        if run.startswith(_REGISTERED):
-            with tempfile.TemporaryDirectory() as folder:
-                return checkpoints.load(fetch(tracking_uri(experiment), run, Path(folder)))
-        return checkpoints.load(resolve_path(run)) if "/" in run else _selected(override(experiment, {"name": run}))
-    except (ConfigError, FileNotFoundError, checkpoints.DamagedCheckpoint) as error:
+        if run.startswith(_REGISTRY_SCHEME):
+            return _load_registered(experiment, run)
+        if "/" in run:
+            return checkpoint_format.load_learner(resolve_path(run))
+        return _load_selected(override(experiment, {"name": run}))
+    except (ConfigError, FileNotFoundError, checkpoint_format.CorruptCheckpoint) as error:
         raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
 
 
-def _selected(experiment: Experiment) -> tuple[Learner, Experiment]:
-    choose = functools.partial(checkpoints.select, experiment)  # a training may be running
-    location, loaded = checkpoints.read_chosen(choose, checkpoints.load)
-    print(f"evaluating {checkpoints.describe(location)}", flush=True)
+def _load_registered(experiment: Experiment, address: str) -> tuple[Learner, Experiment]:
+    from giffy_ray.tracking.model_registry import download_checkpoint
+    from giffy_ray.tracking.tracker import tracking_uri
+
+    with tempfile.TemporaryDirectory() as folder:
+        return checkpoint_format.load_learner(download_checkpoint(tracking_uri(experiment), address, Path(folder)))
+
+
+def _load_selected(experiment: Experiment) -> tuple[Learner, Experiment]:
+    select = functools.partial(checkpoint_selection.select_checkpoint, experiment)
+    checkpoint_dir, loaded = checkpoint_selection.select_and_read(select, checkpoint_format.load_learner)
+    print(f"evaluating {checkpoint_selection.describe_checkpoint(checkpoint_dir)}", flush=True)
     return loaded
 
 
-def _short(run: str) -> str:
-    """What a run is called in the tables: of a checkpoint the folder that it lies in, unless it has a name itself."""
-    if run.startswith(_REGISTERED):
-        return run.removeprefix(_REGISTERED)
+def _display_name(run: str) -> str:
+    """Returns the name of a run for tables: a checkpoint of a run is shown under the name of its run."""
+    if run.startswith(_REGISTRY_SCHEME):
+        return run.removeprefix(_REGISTRY_SCHEME)
     *folders, last = run.rstrip("/").split("/")
     return folders[-1] if folders and last.startswith("checkpoint_") else last
 
 
-def _fitting(run: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
-    """The run as it makes clips of the size and length of `clip`. Only `between` can make others than it learned."""
-    ours = run.experiment.clip
-    others = [name for name in ("frames", "height", "width") if getattr(ours, name) != getattr(clip, name)]
-    if others and isinstance(run.experiment.model, BetweenConfig):
-        return _resized(run, field, clip)
-    for name in others:
+def _fit_to_clip(model: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
+    """Returns a model that generates clips of the size and length of `clip`. Only `between` can change its own."""
+    trained_clip = model.experiment.clip
+    differing = [name for name in _CLIP_SIZE_FIELDS if getattr(trained_clip, name) != getattr(clip, name)]
+    if differing and isinstance(model.experiment.model, BetweenConfig):
+        return _resize(model, field, clip)
+    for name in differing:
         raise ConfigError(
-            f"{field}: {run.name} was trained with clip.{name}={getattr(ours, name)} and cannot make clips of "
-            f"clip.{name}={getattr(clip, name)}; evaluate it with an experiment that has its `clip` section"
+            f"{field}: {model.name} was trained with clip.{name}={getattr(trained_clip, name)} and cannot generate "
+            f"clips with clip.{name}={getattr(clip, name)}; use an experiment with the `clip` section of the training "
+            f"(value {model.name!r})"
         )
-    return run
+    return model
 
 
-def _resized(run: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
-    """The same networks as the learner of an experiment with another clip; its discriminators stay behind."""
-    changes = {f"clip.{name}": getattr(clip, name) for name in ("frames", "height", "width")}
-    experiment = override(run.experiment, changes | {"model.adversarial_weight": 0.0})
+def _resize(model: TrainedModel, field: str, clip: ClipConfig) -> TrainedModel:
+    """Rebuilds a `between` model for another clip size with the same weights, without its discriminators."""
+    changes = {f"clip.{name}": getattr(clip, name) for name in _CLIP_SIZE_FIELDS}
+    experiment = override(model.experiment, changes | {"model.adversarial_weight": 0.0})
     try:
         learner = learners.build(experiment, torch.device("cpu"))
     except ConfigError as error:
-        raise ConfigError(f"{field}: {run.name} cannot make these clips: {error}") from error
+        raise ConfigError(f"{field}: {model.name} cannot generate these clips: {error}") from error
     for name, network in learner.networks.items():
-        network.load_state_dict(run.learner.networks[name].state_dict())
-    return TrainedModel(run.name, learner, experiment)
+        network.load_state_dict(model.learner.networks[name].state_dict())
+    return TrainedModel(model.name, learner, experiment)

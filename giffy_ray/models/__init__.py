@@ -1,4 +1,4 @@
-"""Networks. They know nothing of Ray, of optimisers or of uint8."""
+"""Networks. They depend on neither Ray nor optimizers, and see floats only, never uint8 pixels."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from giffy_ray.models.two_stream import TwoStreamDiscriminator, TwoStreamGenerat
 
 
 def build(model: ModelConfig, clip: ClipConfig) -> nn.Module:
-    """The network of `model.kind` that makes clips, with fresh weights (torch's global generator draws them).
+    """Builds the network of `model.kind` that generates clips, with weights drawn from torch's global generator.
 
-    Of a GAN it is the generator: (start, end, noise) -> (made, what its output costs by itself, [batch]).
-    Raises ConfigError for a size that its layers cannot make.
+    A GAN's network is its generator: (start, end, noise) -> (generated, penalty [batch]). The penalty is a loss of the
+    output alone, such as a regulariser.
+
+    Raises:
+        ConfigError: The layers do not support the size of `clip`.
     """
     match model.kind:
         case "cvae":
@@ -35,10 +38,11 @@ def build(model: ModelConfig, clip: ClipConfig) -> nn.Module:
             return Between(model, clip)
 
 
-def discriminators(model: ModelConfig, clip: ClipConfig) -> dict[str, nn.Module]:
-    """Those of `model` by name, with fresh weights: (real, made) -> logits of both, [batch] each. A CVAE has none.
+def build_discriminators(model: ModelConfig, clip: ClipConfig) -> dict[str, nn.Module]:
+    """Builds the discriminators of `model` by name, with new weights; none for a model without adversarial loss.
 
-    Both batches pass in one call, so that DistributedDataParallel sees one forward for each backward.
+    A discriminator maps (target, generated) to the logits of both, [batch] each. It takes both batches in one call, so
+    that DistributedDataParallel sees one forward per backward.
     """
     match model.kind:
         case "cgan":
@@ -55,9 +59,10 @@ def discriminators(model: ModelConfig, clip: ClipConfig) -> dict[str, nn.Module]
     return {}
 
 
-def refuse_other_lengths(experiment: Experiment, frames: int | None, field: str = "frames") -> None:
-    """Raises ConfigError, which names `field`, where a network that makes clips of one length is asked for another."""
+def require_trained_length(experiment: Experiment, frames: int | None, field: str = "frames") -> None:
+    """Raises ConfigError, naming `field`, if `frames` differs from the only length that the model generates."""
     if frames not in (None, experiment.clip.frames):
         raise ConfigError(
-            f"{field}: {experiment.model.kind} makes clips of clip.frames={experiment.clip.frames} (value {frames})"
+            f"{field}: {experiment.model.kind} generates only clips of clip.frames={experiment.clip.frames} "
+            f"(value {frames})"
         )

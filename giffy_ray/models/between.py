@@ -1,20 +1,20 @@
-"""`between`: motion on top of linear interpolation, for any number of frames.
+"""`between`: learned motion on top of linear interpolation, for any number of frames.
 
     start, end --Pyramid--> features of both, at 1/2, 1/4 and 1/8 of the size
-    both, and how well each place of one matches those near it in the other --> context
+    coarsest features and their cost volumes --Context--> context
     context --> p(latent | start, end)
-    context, real frames --> q(latent)                                          (training only)
+    context, target frames --> q(latent)                                        (training only)
     time, latent, context, features --Synthesis, coarse to fine--> two flows, visibility, residual --> frame
 
 A frame at time t, from 0 at the start to 1 at the end, is
 
     (1 - a) warp(start, t flow_start) + a warp(end, (1 - t) flow_end) + 4 t (1 - t) residual,
-    a = sigmoid(logit(t) + visibility):
+    a = sigmoid(logit(t) + visibility)
 
-the blend of Super SloMo (Jiang et al. 2018, arXiv 1712.00080), with the two features of the end images warped at every
-scale as in IFRNet (Kong et al. 2022, arXiv 2205.14620). All heads start from zero, so an untrained network *is* linear
-interpolation, and both end frames are exact whatever the weights. The prior is learned (SVG-LP, Denton & Fergus 2018,
-arXiv 1802.07687). The latent has few values: of many independent ones, hardly any sample is right in most.
+This is the blend of Super SloMo (Jiang et al. 2018, arXiv 1712.00080). The features of both end images are warped at
+every scale, as in IFRNet (Kong et al. 2022, arXiv 2205.14620). All heads start from zero, so an untrained network *is*
+linear interpolation; both end frames are exact for any weights. The prior is learned (SVG-LP, Denton & Fergus 2018,
+arXiv 1802.07687). The latent has few dimensions: with many independent ones, hardly any sample is right in most.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from torch.nn import functional
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError
 from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, Times
 
-_COARSEST = 8  # pixels of the image to one of the coarsest features
-_REACH = 4  # how far matches are looked for, in pixels of the coarsest features
-_FLOWS, _BLEND = 4, 4  # channels: two flows of (x, y); visibility and a residual of three colours
-_SLOPE = 0.2
-_MOST_FAVOUR = 8.0  # of visibility
-_LOG_STD = -6.0, 3.0
-_FIRST_LOG_STD = -2.0  # where training starts: what the first samples say is not drowned in noise
-_POOLED = 4  # places along height and along width that the latent is drawn from
-_MIRRORS = ((), (-1,), (-2,), (-2, -1))  # axes that are turned round: left to right, upside down, both
+_COARSEST_STRIDE = 8  # image pixels per position of the coarsest features
+_SEARCH_RADIUS = 4  # of the cost volume, in positions of the coarsest features
+_FLOW_CHANNELS = 4  # two flows of (x, y)
+_BLEND_CHANNELS = 4  # visibility, and a residual of three colours
+_LEAKY_SLOPE = 0.2
+_MAX_VISIBILITY = 8.0
+_LOG_STD_RANGE = -6.0, 3.0
+_INITIAL_LOG_STD = -2.0  # keeps the first samples of the latent informative
+_POOLED_SIZE = 4  # positions along height and width that the latent's distribution depends on
+_MIRRORS = ((), (-1,), (-2,), (-2, -1))  # flipped axes: none, horizontal, vertical, both
 
 
 class Between(nn.Module):
-    """Training sees the frames (`forward`); making them needs only the two ends (`generate`)."""
+    """Training encodes whole clips (`forward`); `generate` needs only the end images."""
 
     def __init__(self, model: BetweenConfig, clip: ClipConfig):
         super().__init__()
         for name, size in (("height", clip.height), ("width", clip.width)):
-            if size % _COARSEST:
-                raise ConfigError(f"clip.{name}: between needs a multiple of {_COARSEST} (value {size})")
+            if size % _COARSEST_STRIDE:
+                raise ConfigError(f"clip.{name}: between needs a multiple of {_COARSEST_STRIDE} (value {size})")
         self.pyramid = Pyramid(model.widths)
         self.context = Context(model)
         self.prior = Gaussian(model.widths[-1], model)
@@ -55,68 +56,85 @@ class Between(nn.Module):
         self.mirrors = _MIRRORS[: model.self_ensemble]
 
     def forward(self, clip: ClipFloats, times: Times, noise: Noise, sampled: Tensor):
-        """Makes the frames between of `clip` again: `sampled`, bool [batch], says from q's sample or the prior's mean.
+        """Reconstructs the frames between of `clip`.
 
-        Returns (made [batch, 3, time - 2, height, width], mean and std of q, mean and std of the prior), the latter
-        four [batch, latent].
+        Args:
+            clip: Whole clips.
+            times: Time of each frame, 0 at the start and 1 at the end.
+            noise: Noise for samples of q.
+            sampled: bool [batch]; True uses a sample of q as the latent, False the prior's mean.
+
+        Returns:
+            Generated frames [batch, 3, time - 2, height, width], then mean and standard deviation of q, and mean and
+            standard deviation of the prior, [batch, latent] each.
         """
         start, end = clip[:, :, 0], clip[:, :, -1]
-        features, context = self._seen(start, end)
-        mean, std, prior_mean, prior_std = self._distributions(clip, times, context)
+        features, context = self._encode(start, end)
+        mean, std, prior_mean, prior_std = self._compute_distributions(clip, times, context)
         latent = torch.where(sampled[:, None], mean + std * noise, prior_mean)
-        made = self._frames(start, end, features, context, latent, times[:, 1:-1])
-        return made, mean, std, prior_mean, prior_std
+        generated = self._synthesise(start, end, features, context, latent, times[:, 1:-1])
+        return generated, mean, std, prior_mean, prior_std
 
     def distributions(self, clip: ClipFloats, times: Times) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Mean and std of q, mean and std of the prior, as `forward` returns them, and no frames."""
-        _, context = self._seen(clip[:, :, 0], clip[:, :, -1])
-        return self._distributions(clip, times, context)
+        """Mean and standard deviation of q and of the prior, as from `forward`, without generating frames."""
+        _, context = self._encode(clip[:, :, 0], clip[:, :, -1])
+        return self._compute_distributions(clip, times, context)
 
-    def _distributions(self, clip: ClipFloats, times: Times, context: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return *self.posterior(clip, times, context), *self.prior(context)
+    def _compute_distributions(
+        self, clip: ClipFloats, times: Times, context: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        mean, std = self.posterior(clip, times, context)
+        prior_mean, prior_std = self.prior(context)
+        return mean, std, prior_mean, prior_std
 
     def generate(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
-        """Frames at `times`; noise 0 is the prior's mean.
+        """Generates the frames at `times`; noise 0 uses the prior's mean as the latent.
 
-        The mean of what is made of the ends and of mirror images of them (Lim et al. 2017, EDSR, arXiv 1707.02921,
-        section 3.4), as many as `self_ensemble`: what is a guess that goes either way cancels out.
+        Averages over mirrored versions of the end images, `self_ensemble` in number (Lim et al. 2017, EDSR, arXiv
+        1707.02921, section 3.4), which cancels out errors of random direction.
         """
-        starts, ends = (torch.cat([image.flip(axes) for axes in self.mirrors]) for image in (start, end))
+        starts = torch.cat([start.flip(axes) for axes in self.mirrors])
+        ends = torch.cat([end.flip(axes) for axes in self.mirrors])
         count = len(self.mirrors)
-        made = self._generated(starts, ends, noise.repeat(count, 1), times.repeat(count, 1)).chunk(count)
-        return torch.stack([clip.flip(axes) for clip, axes in zip(made, self.mirrors, strict=True)]).mean(0)
+        mirrored = self._generate_once(starts, ends, noise.repeat(count, 1), times.repeat(count, 1)).chunk(count)
+        clips = [clip.flip(axes) for clip, axes in zip(mirrored, self.mirrors, strict=True)]
+        return torch.stack(clips).mean(0)
 
-    def _generated(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
-        features, context = self._seen(start, end)
+    def _generate_once(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
+        features, context = self._encode(start, end)
         mean, std = self.prior(context)
-        return self._frames(start, end, features, context, mean + std * noise, times)
+        return self._synthesise(start, end, features, context, mean + std * noise, times)
 
-    def _seen(self, start: ImageFloats, end: ImageFloats) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
-        both = self.pyramid(torch.cat([start, end]))
-        features = [tuple(level.chunk(2)) for level in both]
+    def _encode(self, start: ImageFloats, end: ImageFloats) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Returns the features of (start, end) at each scale, from fine to coarse, and the context."""
+        levels = self.pyramid(torch.cat([start, end]))
+        features = [tuple(level.chunk(2)) for level in levels]
         return features, self.context(*features[-1])  # type: ignore[arg-type, return-value]
 
-    def _frames(self, start, end, features, context: Tensor, latent: Tensor, times: Times) -> ClipFloats:
-        """Each pair is seen once, and made at each of its times: the batch of the synthesis is pairs x times."""
+    def _synthesise(self, start, end, features, context: Tensor, latent: Tensor, times: Times) -> ClipFloats:
+        """Encoded pairs are repeated for each of their times, so the batch of the synthesis is pairs x times."""
         pairs, count = times.shape
-        again = torch.arange(pairs, device=times.device).repeat_interleave(count)
+        repeated = torch.arange(pairs, device=times.device).repeat_interleave(count)
         time = times.reshape(-1, 1, 1, 1)
-        everywhere = latent[:, :, None, None].expand(-1, -1, *context.shape[2:])
-        coarse = torch.cat([context, everywhere], dim=1)[again]
-        finer = [(of_start[again], of_end[again]) for of_start, of_end in reversed(features[:-1])]
-        frames = blend(start[again], end[again], time, *self.synthesis(coarse, finer, time))
+        latent_planes = latent[:, :, None, None].expand(-1, -1, *context.shape[2:])
+        coarse = torch.cat([context, latent_planes], dim=1)[repeated]
+        finer = [
+            (start_features[repeated], end_features[repeated])
+            for start_features, end_features in reversed(features[:-1])
+        ]
+        frames = blend(start[repeated], end[repeated], time, *self.synthesis(coarse, finer, time))
         return frames.view(pairs, count, *frames.shape[1:]).transpose(1, 2)
 
 
 class Pyramid(nn.Module):
-    """ImageFloats -> features at 1/2, 1/4 and 1/8 of its size, as many as there are widths."""
+    """Maps ImageFloats to features at 1/2, 1/4, 1/8... of its size, one level per width."""
 
     def __init__(self, widths: tuple[int, ...]):
         super().__init__()
         inputs = (3, *widths[:-1])
         self.levels = nn.ModuleList(
-            nn.Sequential(_conv(fewer, more, stride=2), _conv(more, more))
-            for fewer, more in zip(inputs, widths, strict=True)
+            nn.Sequential(_conv_activation(width_in, width_out, stride=2), _conv_activation(width_out, width_out))
+            for width_in, width_out in zip(inputs, widths, strict=True)
         )
 
     def forward(self, image: ImageFloats) -> list[Tensor]:
@@ -128,49 +146,55 @@ class Pyramid(nn.Module):
 
 
 class Context(nn.Module):
-    """The coarsest features of both images -> what is known of the pair, [batch, width, height/8, width/8]."""
+    """Maps the coarsest features of both images to joint features, [batch, channels, height / 8, width / 8]."""
 
     def __init__(self, model: BetweenConfig):
         super().__init__()
         width = model.widths[-1]
-        matched = 2 * (2 * _REACH + 1) ** 2
-        self.layers = nn.Sequential(_conv(2 * width + matched, width), Residual(width), Residual(width))
+        volume_channels = 2 * (2 * _SEARCH_RADIUS + 1) ** 2
+        self.layers = nn.Sequential(
+            _conv_activation(2 * width + volume_channels, width), Residual(width), Residual(width)
+        )
 
     def forward(self, start: Tensor, end: Tensor) -> Tensor:
-        return self.layers(torch.cat([start, end, matches(start, end), matches(end, start)], dim=1))
+        return self.layers(torch.cat([start, end, cost_volume(start, end), cost_volume(end, start)], dim=1))
 
 
 class Gaussian(nn.Module):
-    """Features [batch, width, h, w] -> mean and standard deviation of the latent, [batch, latent] each."""
+    """Maps features [batch, width, h, w] to mean and standard deviation of the latent, [batch, latent] each."""
 
     def __init__(self, width: int, model: BetweenConfig):
         super().__init__()
         self.hidden = nn.Sequential(
-            nn.AdaptiveAvgPool2d(_POOLED), nn.Flatten(), nn.Linear(width * _POOLED**2, width), nn.LeakyReLU(_SLOPE)
+            nn.AdaptiveAvgPool2d(_POOLED_SIZE),
+            nn.Flatten(),
+            nn.Linear(width * _POOLED_SIZE**2, width),
+            nn.LeakyReLU(_LEAKY_SLOPE),
         )
-        self.mean, self.log_std = nn.Linear(width, model.latent), nn.Linear(width, model.latent)
-        nn.init.constant_(self.log_std.bias, _FIRST_LOG_STD)
+        self.mean = nn.Linear(width, model.latent)
+        self.log_std = nn.Linear(width, model.latent)
+        nn.init.constant_(self.log_std.bias, _INITIAL_LOG_STD)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor]:
         hidden = self.hidden(features)
-        return self.mean(hidden), self.log_std(hidden).clamp(*_LOG_STD).exp()
+        return self.mean(hidden), self.log_std(hidden).clamp(*_LOG_STD_RANGE).exp()
 
 
 class Posterior(nn.Module):
-    """q: all frames' differences from linear interpolation, seen through the context."""
+    """q(latent): encodes the differences of all frames from linear interpolation, together with the context."""
 
     def __init__(self, model: BetweenConfig):
         super().__init__()
         width = model.widths[-1]
         self.frames = Pyramid(model.widths)
-        self.timed = _conv(width + 1, width)
+        self.timed = _conv_activation(width + 1, width)
         self.gaussian = Gaussian(2 * width, model)
 
     def forward(self, clip: ClipFloats, times: Times, context: Tensor) -> tuple[Tensor, Tensor]:
         time = times[:, None, 1:-1, None, None]
-        between = clip[:, :, 1:-1] - clip[:, :, :1] * (1 - time) - clip[:, :, -1:] * time
-        count = between.shape[2]
-        features = self.frames(between.transpose(1, 2).flatten(0, 1))[-1]
+        differences = clip[:, :, 1:-1] - clip[:, :, :1] * (1 - time) - clip[:, :, -1:] * time
+        count = differences.shape[2]
+        features = self.frames(differences.transpose(1, 2).flatten(0, 1))[-1]
         planes = times[:, 1:-1].reshape(-1, 1, 1, 1).expand(-1, 1, *features.shape[2:])
         features = self.timed(torch.cat([features, planes], dim=1))
         mean = features.view(-1, count, *features.shape[1:]).mean(1)
@@ -178,80 +202,106 @@ class Posterior(nn.Module):
 
 
 class Synthesis(nn.Module):
-    """From coarse to fine, three times: correct the flows, then warp the features of the next finer scale by them."""
+    """Refines the flows in three steps, from coarse to fine, and warps the features of each next scale by them."""
 
     def __init__(self, model: BetweenConfig):
         super().__init__()
         fine, middle, coarse = model.widths
         self.levels = nn.ModuleList(
             [
-                Refine(coarse + model.latent + 1, coarse, middle, _FLOWS),
-                Refine(3 * middle + _FLOWS + 1, middle, fine, _FLOWS),
-                Refine(3 * fine + _FLOWS + 1, fine, 0, _FLOWS + _BLEND),
+                Refine(coarse + model.latent + 1, coarse, middle, _FLOW_CHANNELS),
+                Refine(3 * middle + _FLOW_CHANNELS + 1, middle, fine, _FLOW_CHANNELS),
+                Refine(3 * fine + _FLOW_CHANNELS + 1, fine, 0, _FLOW_CHANNELS + _BLEND_CHANNELS),
             ]
         )
 
     def forward(self, coarse: Tensor, finer: list[tuple[Tensor, Tensor]], time: Tensor) -> tuple[Tensor, Tensor]:
-        """`finer`: features of start and end at 1/4 and 1/2; time [n, 1, 1, 1].
+        """Computes the inputs of `blend`.
 
-        Returns flows of start and end, [n, 4, height, width] in pixels, and visibility and residual, [n, 4, ...].
+        Args:
+            coarse: Context and latent at 1/8 of the size.
+            finer: Features of start and end at 1/4 and 1/2 of the size.
+            time: Time of each frame, [n, 1, 1, 1].
+
+        Returns:
+            Flows of start and end in pixels, and visibility and residual, [n, 4, height, width] each.
         """
-        seen, flows = coarse, coarse.new_zeros(len(coarse), _FLOWS, *coarse.shape[2:])
+        inputs = coarse
+        flows = coarse.new_zeros(len(coarse), _FLOW_CHANNELS, *coarse.shape[2:])
         for refine, features, pixels in zip(self.levels, (*finer, None), (4, 2, 1), strict=True):
-            planes = time.expand(-1, 1, *seen.shape[2:])
-            state, change = refine(torch.cat([seen, planes], dim=1))
-            flows = functional.interpolate(flows, scale_factor=2, mode="bilinear") + change[:, :_FLOWS]
+            planes = time.expand(-1, 1, *inputs.shape[2:])
+            state, change = refine(torch.cat([inputs, planes], dim=1))
+            flows = functional.interpolate(flows, scale_factor=2, mode="bilinear") + change[:, :_FLOW_CHANNELS]
             if features is None:
-                return flows, change[:, _FLOWS:]
+                return flows, change[:, _FLOW_CHANNELS:]
             start, end = features
-            near = warp(start, time * flows[:, :2] / pixels), warp(end, (1 - time) * flows[:, 2:] / pixels)
-            seen = torch.cat([state, *near, flows / pixels], dim=1)
+            warped_start = warp(start, time * flows[:, :2] / pixels)
+            warped_end = warp(end, (1 - time) * flows[:, 2:] / pixels)
+            inputs = torch.cat([state, warped_start, warped_end, flows / pixels], dim=1)
         raise AssertionError("the last level returns")
 
 
 class Refine(nn.Module):
-    """[n, inputs, h, w] -> a state and changes of what is made, both of twice the height and width."""
+    """Maps [n, inputs, h, w] to a state (None if `states` is 0) and output changes, both at twice the size."""
 
     def __init__(self, inputs: int, width: int, states: int, changes: int):
         super().__init__()
-        self.layers = nn.Sequential(_conv(inputs, width), Residual(width))
+        self.layers = nn.Sequential(_conv_activation(inputs, width), Residual(width))
         self.state = nn.Sequential(nn.Conv2d(width, 4 * states, 3, padding=1), nn.PixelShuffle(2)) if states else None
-        self.change = nn.Sequential(_zero(nn.Conv2d(width, 4 * changes, 3, padding=1)), nn.PixelShuffle(2))
+        self.change = nn.Sequential(_zero_initialise(nn.Conv2d(width, 4 * changes, 3, padding=1)), nn.PixelShuffle(2))
 
-    def forward(self, seen: Tensor) -> tuple[Tensor | None, Tensor]:
-        features = self.layers(seen)
+    def forward(self, inputs: Tensor) -> tuple[Tensor | None, Tensor]:
+        features = self.layers(inputs)
         return self.state(features) if self.state else None, self.change(features)
 
 
 class Residual(nn.Module):
+    """Residual block of two 3x3 convolutions."""
+
     def __init__(self, width: int):
         super().__init__()
-        self.layers = nn.Sequential(_conv(width, width), nn.Conv2d(width, width, 3, padding=1))
+        self.layers = nn.Sequential(_conv_activation(width, width), nn.Conv2d(width, width, 3, padding=1))
 
     def forward(self, features: Tensor) -> Tensor:
-        return functional.leaky_relu(features + self.layers(features), _SLOPE)
+        return functional.leaky_relu(features + self.layers(features), _LEAKY_SLOPE)
 
 
-def blend(start: ImageFloats, end: ImageFloats, time: Tensor, flows: Tensor, visible: Tensor) -> ImageFloats:
-    """The frame at `time`, [n, 1, 1, 1]; `visible` is visibility and residual, [n, 4, height, width].
+def blend(
+    start: ImageFloats, end: ImageFloats, time: Tensor, flows: Tensor, visibility_residual: Tensor
+) -> ImageFloats:
+    """Blends the warped end images to the frame at `time`.
 
-    The weight of the end, sigmoid(logit(t) + v), is written so that it is exactly 0 and 1 at the ends.
+    The weight of the end, sigmoid(logit(t) + visibility), is computed in a form that is exactly 0 and 1 at the ends.
+
+    Args:
+        start: Start images.
+        end: End images.
+        time: Time of each frame, [n, 1, 1, 1].
+        flows: Flows of start and end in pixels, [n, 4, height, width].
+        visibility_residual: Visibility, then the residual, [n, 4, height, width].
     """
-    favour = time * visible[:, :1].clamp(-_MOST_FAVOUR, _MOST_FAVOUR).exp()
-    weight = favour / (1 - time + favour)
-    # Bicubic: bilinear blurs what lies between pixels, and so made frames 7 % less sharp than real ones.
-    near = warp(start, time * flows[:, :2], "bicubic"), warp(end, (1 - time) * flows[:, 2:], "bicubic")
-    return (1 - weight) * near[0] + weight * near[1] + 4 * time * (1 - time) * visible[:, 1:]
+    odds = time * visibility_residual[:, :1].clamp(-_MAX_VISIBILITY, _MAX_VISIBILITY).exp()
+    weight = odds / (1 - time + odds)
+    # Bicubic, because bilinear sampling blurs: its frames are 7 % less sharp than the target's.
+    warped_start = warp(start, time * flows[:, :2], "bicubic")
+    warped_end = warp(end, (1 - time) * flows[:, 2:], "bicubic")
+    residual = visibility_residual[:, 1:]
+    return (1 - weight) * warped_start + weight * warped_end + 4 * time * (1 - time) * residual
 
 
 def warp(picture: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
-    """Backward warping: each pixel is fetched from where its flow, [n, 2, h, w] in pixels as (x, y), points to.
+    """Backward warping: samples each pixel at the position that its flow points to.
 
-    `mode` is grid_sample's: bilinear or bicubic. Beyond the edge lies the edge. A flow that is not finite gives NaN.
+    Positions outside use the nearest edge pixel. A non-finite flow gives NaN.
+
+    Args:
+        picture: Images or features, [n, channels, height, width].
+        flow: Displacements (x, y) in pixels, [n, 2, height, width].
+        mode: Interpolation of `grid_sample`, bilinear or bicubic.
     """
     height, width = flow.shape[2:]
     finite = flow.isfinite().all(1, keepdim=True)
-    flow = torch.where(finite, flow, 0.0)  # on a CPU, the gradient of grid_sample at NaN is a segmentation fault
+    flow = torch.where(finite, flow, 0.0)  # on a CPU, grid_sample's gradient at NaN segfaults
     x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
     y = torch.arange(height, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
     grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
@@ -259,22 +309,26 @@ def warp(picture: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
     return torch.where(finite, warped, math.nan)
 
 
-def matches(picture: Tensor, other: Tensor) -> Tensor:
-    """Cosine of the features of each place with those of `other` up to `_REACH` away: [n, (2 * _REACH + 1)^2, h, w].
+def cost_volume(features: Tensor, other_features: Tensor) -> Tensor:
+    """Cosine similarity of each position with the other image's positions within `_SEARCH_RADIUS`.
 
-    The cost volume of PWC-Net (Sun et al. 2018, arXiv 1709.02371). Beyond the edge the cosine is 0.
+    The cost volume of PWC-Net (Sun et al. 2018, arXiv 1709.02371). It is 0 beyond the edge.
+
+    Returns:
+        [n, (2 * _SEARCH_RADIUS + 1)^2, height, width].
     """
-    pairs, channels, height, width = picture.shape
-    around = functional.unfold(functional.normalize(other, dim=1), 2 * _REACH + 1, padding=_REACH)
-    around = around.view(pairs, channels, -1, height, width)
-    return (around * functional.normalize(picture, dim=1)[:, :, None]).sum(1)
+    pairs, channels, height, width = features.shape
+    normalized = functional.normalize(other_features, dim=1)
+    neighbours = functional.unfold(normalized, 2 * _SEARCH_RADIUS + 1, padding=_SEARCH_RADIUS)
+    neighbours = neighbours.view(pairs, channels, -1, height, width)
+    return (neighbours * functional.normalize(features, dim=1)[:, :, None]).sum(1)
 
 
-def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
-    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(_SLOPE))
+def _conv_activation(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.LeakyReLU(_LEAKY_SLOPE))
 
 
-def _zero(convolution: nn.Conv2d) -> nn.Conv2d:
+def _zero_initialise(convolution: nn.Conv2d) -> nn.Conv2d:
     nn.init.zeros_(convolution.weight)
     assert convolution.bias is not None
     nn.init.zeros_(convolution.bias)

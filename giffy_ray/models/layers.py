@@ -1,7 +1,8 @@
-"""Layers that the report's networks are made of: TensorFlow's SAME padding and initial values, in PyTorch.
+"""Layers of the paper's networks: PyTorch layers with TensorFlow's SAME padding and the authors' initialisation.
 
-Floats, channels first. Weights start from a normal of standard deviation 0.02 (convolutions: cut at two of them),
-biases from 0, as in the code that the report builds on.
+Features are floats with channels first. Weights are drawn from a normal distribution with standard deviation 0.02,
+which convolutions truncate at two standard deviations; biases start at 0. Both follow the code that the paper builds
+on.
 """
 
 from __future__ import annotations
@@ -22,28 +23,36 @@ _LEAKY_SLOPE = 0.2
 
 
 def conv2d(inputs: int, outputs: int, kernel: int, stride: int) -> nn.Conv2d:
-    """SAME for an input that `stride` divides: [batch, inputs, h, w] -> [batch, outputs, h/stride, w/stride]."""
-    return _initialised(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2))
+    """Convolution with SAME padding, for inputs whose height and width are multiples of `stride`.
+
+    [batch, inputs, height, width] -> [batch, outputs, height / stride, width / stride]
+    """
+    return _initialise(nn.Conv2d(inputs, outputs, kernel, stride, padding=(kernel - stride + 1) // 2))
 
 
 def conv3d(inputs: int, outputs: int, kernel: Triple, stride: Triple) -> nn.Conv3d:
-    """SAME for an input that `stride` divides: [batch, inputs, t, h, w] -> the same over `stride`."""
+    """Convolution with SAME padding, for inputs whose time, height and width are multiples of `stride`.
+
+    [batch, inputs, time, height, width] -> [batch, outputs, time / stride, height / stride, width / stride]
+    """
     time, height, width = ((k - s + 1) // 2 for k, s in zip(kernel, stride, strict=True))
-    return _initialised(nn.Conv3d(inputs, outputs, kernel, stride, padding=(time, height, width)))
+    return _initialise(nn.Conv3d(inputs, outputs, kernel, stride, padding=(time, height, width)))
 
 
 class SameConvTranspose3d(nn.ConvTranspose3d):
-    """TensorFlow's SAME transposed convolution: every axis comes out exactly `stride` times as long.
+    """Transposed convolution with TensorFlow's SAME padding: every axis grows exactly by the factor `stride`.
 
-    TensorFlow cuts `kernel - stride` off the full result, the smaller half in front; PyTorch's `padding` cuts the
-    same from both sides, so the odd one is cut here. Where the stride is the longer, nothing but the bias reaches the
-    places behind each kernel.
+    TensorFlow crops `kernel - stride` from the full output, the smaller half at the front. PyTorch's `padding` crops
+    both sides equally, so `forward` crops an odd remainder. If the stride exceeds the kernel, the positions behind each
+    kernel hold only the bias.
     """
 
     def __init__(self, inputs: int, outputs: int, kernel: Triple, stride: Triple):
-        cut = [max(k - s, 0) // 2 for k, s in zip(kernel, stride, strict=True)]
-        behind = [max(s - k, 0) for k, s in zip(kernel, stride, strict=True)]
-        super().__init__(inputs, outputs, kernel, stride, (cut[0], cut[1], cut[2]), (behind[0], behind[1], behind[2]))
+        time, height, width = (max(k - s, 0) // 2 for k, s in zip(kernel, stride, strict=True))
+        padding = (time, height, width)
+        time, height, width = (max(s - k, 0) for k, s in zip(kernel, stride, strict=True))
+        output_padding = (time, height, width)
+        super().__init__(inputs, outputs, kernel, stride, padding, output_padding)
         nn.init.normal_(self.weight, std=_INIT_STD)
         assert self.bias is not None
         nn.init.zeros_(self.bias)
@@ -54,23 +63,24 @@ class SameConvTranspose3d(nn.ConvTranspose3d):
 
 
 def linear(inputs: int, outputs: int) -> nn.Linear:
+    """Linear layer with the authors' initialisation."""
     layer = nn.Linear(inputs, outputs)
     nn.init.normal_(layer.weight, std=_INIT_STD)
     nn.init.zeros_(layer.bias)
     return layer
 
 
-def normalised(
+def add_norm_activation(
     layer: nn.Module, norm: Callable[[int], nn.Module] | None, width: int, activation: nn.Module
 ) -> nn.Sequential:
-    """layer -> batch norm (where there is one) -> activation."""
+    """Returns layer -> norm -> activation; no norm if `norm` is None. `width`: channels of the layer's output."""
     return nn.Sequential(layer, *([norm(width)] if norm else []), activation)
 
 
-class _ByBatch(nn.modules.batchnorm._BatchNorm):
-    """Batch norm by the statistics of the batch at hand, when clips are made too.
+class _BatchStatisticsNorm(nn.modules.batchnorm._BatchNorm):
+    """Batch norm that uses the statistics of the current batch in eval mode, too.
 
-    One item has no statistics to speak of (TensorFlow would turn it into zeros): it takes the running ones.
+    A batch of one uses the running statistics: its own would turn it into zeros, as they do in TensorFlow.
     """
 
     def forward(self, features: Tensor) -> Tensor:
@@ -79,25 +89,25 @@ class _ByBatch(nn.modules.batchnorm._BatchNorm):
         return functional.batch_norm(features, None, None, self.weight, self.bias, training=True, eps=self.eps)
 
 
-class ByBatchNorm1d(_ByBatch, nn.BatchNorm1d):
-    pass
+class BatchStatisticsNorm1d(_BatchStatisticsNorm, nn.BatchNorm1d):
+    """`_BatchStatisticsNorm` of [batch, channels]."""
 
 
-class ByBatchNorm2d(_ByBatch, nn.BatchNorm2d):
-    pass
+class BatchStatisticsNorm2d(_BatchStatisticsNorm, nn.BatchNorm2d):
+    """`_BatchStatisticsNorm` of [batch, channels, height, width]."""
 
 
-class SyncByBatchNorm(_ByBatch, nn.SyncBatchNorm):
-    """In training by the statistics of all workers' clips; when clips are made, by those of the batch at hand."""
+class SyncBatchStatisticsNorm(_BatchStatisticsNorm, nn.SyncBatchNorm):
+    """Uses the statistics of all ranks' batches in training, and of the current batch in eval mode."""
 
 
 def convert_sync_batch_norm(network: nn.Module) -> nn.Module:
-    """`nn.SyncBatchNorm.convert_sync_batchnorm`, which would turn layers that use batch statistics into plain ones.
+    """Converts batch norms to synchronised ones and keeps parameters, buffers and their names.
 
-    Parameters, buffers and their names stay the same.
+    Unlike `nn.SyncBatchNorm.convert_sync_batchnorm`, it keeps eval-mode batch statistics of layers that use them.
     """
-    if isinstance(network, _ByBatch):
-        synced = SyncByBatchNorm(network.num_features, network.eps, network.momentum)
+    if isinstance(network, _BatchStatisticsNorm):
+        synced = SyncBatchStatisticsNorm(network.num_features, network.eps, network.momentum)
         synced.weight, synced.bias = network.weight, network.bias
         for name, buffer in network.named_buffers(recurse=False):
             setattr(synced, name, buffer)
@@ -110,17 +120,22 @@ def convert_sync_batch_norm(network: nn.Module) -> nn.Module:
 
 
 def require_multiples(clip: ClipConfig, kind: str, **multiples: int) -> None:
-    """Raises ConfigError for a `clip` whose frames, height or width is not the multiple that its layers can make."""
+    """Raises ConfigError unless the named dimensions of `clip` are multiples of the given values.
+
+    `kind` names the model in the message.
+    """
     for name, multiple in multiples.items():
-        if getattr(clip, name) % multiple:
-            raise ConfigError(f"clip.{name}: {kind} needs a multiple of {multiple} (value {getattr(clip, name)})")
+        size = getattr(clip, name)
+        if size % multiple:
+            raise ConfigError(f"clip.{name}: {kind} needs a multiple of {multiple} (value {size})")
 
 
 def leaky_relu() -> nn.LeakyReLU:
+    """Leaky ReLU with the authors' slope."""
     return nn.LeakyReLU(_LEAKY_SLOPE)
 
 
-def _initialised(convolution: Convolution) -> Convolution:
+def _initialise(convolution: Convolution) -> Convolution:
     nn.init.trunc_normal_(convolution.weight, std=_INIT_STD, a=-2 * _INIT_STD, b=2 * _INIT_STD)
     assert convolution.bias is not None
     nn.init.zeros_(convolution.bias)

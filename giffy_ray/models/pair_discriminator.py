@@ -1,4 +1,4 @@
-"""The judge of `between`: tells real frames from made ones, knowing the two images that they lie between."""
+"""Conditional discriminator of `between`: separates target from generated frames, given both end images."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from giffy_ray.config import BetweenConfig, ClipConfig
 from giffy_ray.core.tensor_types import ClipFloats, PerClip
 from giffy_ray.models.layers import leaky_relu
 
-AUGMENT_DRAWS = 7
-# What is made differs from what is real by a few grey levels, which spectral norm would keep as small in the logits.
-_AMPLIFIED, _LOGIT = 30.0, 10.0
-_SHIFT, _HOLE = 1 / 8, 1 / 2  # of the size: the largest translation, and the side of what is cut out
+AUGMENT_DRAWS = 7  # random numbers per clip
+# Generated and target frames differ by a few grey levels. With spectral norm, the logits would differ as little.
+_INPUT_GAIN = 30.0
+_LOGIT_GAIN = 10.0
+_MAX_SHIFT = 1 / 8  # largest translation, as a fraction of the size
+_CUTOUT_SIDE = 1 / 2  # side of the cutout, as a fraction of the size
 
 
 class PairDiscriminator(nn.Module):
-    """(real, made) -> logits of both, [batch] each: the mean over places of what each place says.
+    """Maps (target, generated) to the logits of both, [batch] each, averaged over the positions of a patch classifier.
 
-    Both are whole clips in even steps, with their end frames, which are the same in both. Each frame between is seen
-    with both end images joined as channels (pix2pix, Isola et al. 2017, arXiv 1611.07004, in time as well), and with
-    what it adds to linear interpolation between them, amplified. Spectral norm (Miyato et al. 2018, arXiv 1802.05957)
-    and no batch norm, so that a clip's logit does not depend on the others.
+    Both are whole clips with equal time steps and share their end frames. The input channels of each frame between are
+    the frame, both end images (pix2pix, Isola et al. 2017, arXiv 1611.07004, extended in time) and its amplified
+    difference from linear interpolation. The layers use spectral norm (Miyato et al. 2018, arXiv 1802.05957) and no
+    batch norm, so a clip's logit does not depend on the other clips of the batch.
     """
 
     def __init__(self, model: BetweenConfig, clip: ClipConfig):
@@ -35,47 +37,52 @@ class PairDiscriminator(nn.Module):
             inputs = width
         self.layers = nn.Sequential(*layers, spectral_norm(nn.Conv3d(inputs, 1, (1, 3, 3), padding=(0, 1, 1))))
 
-    def forward(self, real: ClipFloats, made: ClipFloats) -> tuple[PerClip, PerClip]:
-        return self._logits(real), self._logits(made)
+    def forward(self, target: ClipFloats, generated: ClipFloats) -> tuple[PerClip, PerClip]:
+        return self._compute_logits(target), self._compute_logits(generated)
 
-    def _logits(self, clip: ClipFloats) -> PerClip:
+    def _compute_logits(self, clip: ClipFloats) -> PerClip:
         between = clip[:, :, 1:-1]
-        start, end = (clip[:, :, place].unsqueeze(2).expand_as(between) for place in (0, -1))
+        start = clip[:, :, 0].unsqueeze(2).expand_as(between)
+        end = clip[:, :, -1].unsqueeze(2).expand_as(between)
         times = torch.linspace(0, 1, clip.shape[2], dtype=clip.dtype, device=clip.device)[1:-1].view(1, 1, -1, 1, 1)
-        added = _AMPLIFIED * (between - torch.lerp(start, end, times))
-        seen = torch.cat([2 * torch.cat([between, start, end], dim=1) - 1, added], dim=1)
-        return _LOGIT * self.layers(seen).flatten(1).mean(1)
+        residual = _INPUT_GAIN * (between - torch.lerp(start, end, times))
+        inputs = torch.cat([2 * torch.cat([between, start, end], dim=1) - 1, residual], dim=1)
+        return _LOGIT_GAIN * self.layers(inputs).flatten(1).mean(1)
 
 
-def augmented(clip: ClipFloats, draws: Tensor) -> ClipFloats:
-    """What a discriminator is shown in place of `clip`, differentiable: DiffAugment (Zhao et al. 2020, arXiv
-    2006.10738) with colour, translation and cutout, the same for all frames of a clip.
+def diff_augment(clip: ClipFloats, draws: Tensor) -> ClipFloats:
+    """Differentiable augmentation of a discriminator's input: DiffAugment (Zhao et al. 2020, arXiv 2006.10738).
 
-    draws: [batch, AUGMENT_DRAWS], uniform in [0, 1).
+    Applies colour, translation and cutout, equally to all frames of a clip.
+
+    Args:
+        clip: The clips to augment.
+        draws: Uniform random numbers in [0, 1), [batch, AUGMENT_DRAWS].
     """
     brightness, saturation, contrast, down, right, y, x = (draws[:, i].view(-1, 1, 1, 1, 1) for i in range(7))
     clip = clip + brightness - 0.5
     grey = clip.mean(1, keepdim=True)
     clip = grey + (clip - grey) * 2 * saturation
-    middle = clip.mean((1, 2, 3, 4), keepdim=True)
-    clip = middle + (clip - middle) * (0.5 + contrast)
-    return _with_hole(_shifted(clip, down, right), y, x)
+    mean = clip.mean((1, 2, 3, 4), keepdim=True)
+    clip = mean + (clip - mean) * (0.5 + contrast)
+    return _cut_out(_shift(clip, down, right), y, x)
 
 
-def _shifted(clip: ClipFloats, down: Tensor, right: Tensor) -> ClipFloats:
-    """Each clip moved by up to an eighth of its size, to whole pixels; what comes in is black."""
+def _shift(clip: ClipFloats, down: Tensor, right: Tensor) -> ClipFloats:
+    """Translates each clip by whole pixels, up to an eighth of its size, and fills with black."""
     batch, _, _, height, width = clip.shape
-    tall, wide = round(height * _SHIFT), round(width * _SHIFT)
-    around = pad(clip, (wide, wide, tall, tall))
-    rows = (down.view(-1) * (2 * tall + 1)).long()[:, None] + torch.arange(height, device=clip.device)
-    columns = (right.view(-1) * (2 * wide + 1)).long()[:, None] + torch.arange(width, device=clip.device)
-    which = torch.arange(batch, device=clip.device)[:, None, None]
-    return around.permute(0, 3, 4, 1, 2)[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
+    max_y, max_x = round(height * _MAX_SHIFT), round(width * _MAX_SHIFT)
+    padded = pad(clip, (max_x, max_x, max_y, max_y))
+    rows = (down.view(-1) * (2 * max_y + 1)).long()[:, None] + torch.arange(height, device=clip.device)
+    columns = (right.view(-1) * (2 * max_x + 1)).long()[:, None] + torch.arange(width, device=clip.device)
+    clips = torch.arange(batch, device=clip.device)[:, None, None]
+    # [batch, height, width, channel, time] while indexing
+    return padded.permute(0, 3, 4, 1, 2)[clips, rows[:, :, None], columns[:, None, :]].permute(0, 3, 4, 1, 2)
 
 
-def _with_hole(clip: ClipFloats, y: Tensor, x: Tensor) -> ClipFloats:
-    """Black in a square of half the size around (y, x), shares of the height and width."""
+def _cut_out(clip: ClipFloats, y: Tensor, x: Tensor) -> ClipFloats:
+    """Blackens a square of half the size, centred at (y, x) in fractions of the height and width."""
     height, width = clip.shape[-2:]
-    far_y = (torch.arange(height, device=clip.device).view(-1, 1) + 0.5) / height - y
-    far_x = (torch.arange(width, device=clip.device) + 0.5) / width - x
-    return clip * ((far_y.abs() > _HOLE / 2) | (far_x.abs() > _HOLE / 2))
+    distance_y = (torch.arange(height, device=clip.device).view(-1, 1) + 0.5) / height - y
+    distance_x = (torch.arange(width, device=clip.device) + 0.5) / width - x
+    return clip * ((distance_y.abs() > _CUTOUT_SIDE / 2) | (distance_x.abs() > _CUTOUT_SIDE / 2))

@@ -1,1 +1,1 @@
-"""Everything that talks to MLflow."""
+"""MLflow: experiment tracking, the model registry, and a local server."""

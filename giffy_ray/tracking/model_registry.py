@@ -1,7 +1,7 @@
-"""MLflow's model registry: versions of a name, and the alias of one of them.
+"""MLflow's model registry: versions of a model, one of which has the alias `champion`.
 
-A version is a folder of an `MLmodel` file and a checkpoint. MLflow's flavour `python_function` names the module that
-loads it, so there is no code in the folder, and no pickle.
+A version is a folder with an `MLmodel` file and a checkpoint. MLflow's `python_function` flavour names the module that
+loads it, so the folder holds no code and no pickle.
 """
 
 from __future__ import annotations
@@ -15,110 +15,134 @@ from pathlib import Path
 
 from giffy_ray.config import ClipConfig, ConfigError
 from giffy_ray.core.storage import redact_credentials
-from giffy_ray.tracking.uploader import client_of
+from giffy_ray.tracking.uploader import create_client
 
-CHAMPION = "champion"
-CHECKPOINT = "checkpoint"  # the folder beside MLmodel
-_DIGEST = "giffy_ray.sha256"  # tag: of what a version makes clips with
-_STORE_S = 600  # for a server that takes an upload through itself to a bucket
+CHAMPION = "champion"  # alias
+CHECKPOINT = "checkpoint"  # folder next to MLmodel
+_DIGEST_TAG = "giffy_ray.sha256"  # of the checkpoint's manifest
+_UPLOAD_TIMEOUT_S = 600  # for a server that passes uploads on to a bucket
 
 
 @dataclass(frozen=True)
 class Version:
+    """A registered version of a model."""
+
     name: str
     number: int
     tags: Mapping[str, str]
 
 
-def write_mlmodel(folder: Path, clip: ClipConfig, latent: int, loader: str) -> None:
-    """Writes the MLmodel file of the checkpoint below `folder`, with the signature of what `loader` loads."""
+def write_mlmodel(folder: Path, clip: ClipConfig, latent: int, loader_module: str) -> None:
+    """Writes the MLmodel file, with the model's signature.
+
+    Args:
+        folder: The folder that holds the checkpoint.
+        clip: Size and length of the clips.
+        latent: Size of the latent; with one, the signature has the parameter `seed`.
+        loader_module: Loads the model.
+    """
     import numpy as np
     from mlflow import pyfunc
     from mlflow.models import Model, ModelSignature
     from mlflow.types import ParamSchema, ParamSpec, Schema, TensorSpec
 
-    picture, byte = (clip.height, clip.width, 3), np.dtype(np.uint8)
-    ends = Schema([TensorSpec(byte, (-1, *picture), name) for name in ("start", "end")])
-    clips = Schema([TensorSpec(byte, (-1, clip.frames, *picture), "clip")])
-    seed = {"params": ParamSchema([ParamSpec("seed", "long", None)])} if latent else {}
-    model = Model(signature=ModelSignature(ends, clips, **seed))
-    pyfunc.add_to_model(model, loader_module=loader, data=CHECKPOINT)
+    frame_shape = (clip.height, clip.width, 3)
+    dtype = np.dtype(np.uint8)
+    inputs = Schema([TensorSpec(dtype, (-1, *frame_shape), name) for name in ("start", "end")])
+    outputs = Schema([TensorSpec(dtype, (-1, clip.frames, *frame_shape), "clip")])
+    params = {"params": ParamSchema([ParamSpec("seed", "long", None)])} if latent else {}
+    model = Model(signature=ModelSignature(inputs, outputs, **params))
+    pyfunc.add_to_model(model, loader_module=loader_module, data=CHECKPOINT)
     model.save(folder / "MLmodel")
 
 
-def add(uri: str, name: str, run_id: str, folder: Path, digest: str, tags: Mapping[str, str]) -> Version:
-    """A version of `folder`, kept among the run's files; one of this run and digest that is there is returned."""
-    from mlflow.exceptions import MlflowException
+def add_version(uri: str, name: str, run_id: str, folder: Path, digest: str, tags: Mapping[str, str]) -> Version:
+    """Registers `folder`, or returns the version that this run registered with the same digest.
 
-    client = client_of(uri)
-    try:
-        client.create_registered_model(name)
-    except MlflowException as known:
-        if known.error_code != "RESOURCE_ALREADY_EXISTS":
-            raise
-    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
-        if version.tags.get(_DIGEST) == digest:
-            return Version(name, int(version.version), version.tags)
-    with _time_to_store():
-        client.log_artifacts(run_id, str(folder), _place(digest))
-    source = f"{client.get_run(run_id).info.artifact_uri}/{_place(digest)}"
-    known = {**tags, _DIGEST: digest}
-    added = client.create_model_version(name, source, run_id, tags=known, await_creation_for=0)  # it is there at once
-    return Version(name, int(added.version), added.tags)
-
-
-def champion(uri: str, name: str) -> Version | None:
-    from mlflow.exceptions import MlflowException
-
-    try:
-        found = client_of(uri).get_model_version_by_alias(name, CHAMPION)
-    except MlflowException as unknown:
-        if unknown.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
-            raise
-        return None
-    return Version(name, int(found.version), found.tags)
-
-
-def set_champion(uri: str, version: Version) -> None:
-    client_of(uri).set_registered_model_alias(version.name, CHAMPION, str(version.number))
-
-
-def fetch(uri: str, model: str, folder: Path) -> str:
-    """Brings `models:/NAME@champion` or `models:/NAME/3` into `folder`. Returns where its checkpoint lies.
-
-    Raises ConfigError where there is no such model, or it is not one of ours.
+    Args:
+        uri: The MLflow server or database.
+        name: Name of the model.
+        run_id: MLflow's id of the run, among whose artifacts the folder is stored.
+        folder: The version's files.
+        digest: Identifies the weights.
+        tags: More tags of the version.
     """
     from mlflow.exceptions import MlflowException
 
-    asked = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
-    if not asked:
+    client = create_client(uri)
+    try:
+        client.create_registered_model(name)
+    except MlflowException as failure:
+        if failure.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    for version in client.search_model_versions(f"name = '{name}' and run_id = '{run_id}'"):
+        if version.tags.get(_DIGEST_TAG) == digest:
+            return Version(name, int(version.version), version.tags)
+    with _long_http_timeout():
+        client.log_artifacts(run_id, str(folder), _artifact_path(digest))
+    source = f"{client.get_run(run_id).info.artifact_uri}/{_artifact_path(digest)}"
+    version_tags = {**tags, _DIGEST_TAG: digest}
+    # Does not wait for the version: it is ready at once.
+    version = client.create_model_version(name, source, run_id, tags=version_tags, await_creation_for=0)
+    return Version(name, int(version.version), version.tags)
+
+
+def get_champion(uri: str, name: str) -> Version | None:
+    """Returns the version with the alias `champion`, or None."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        version = create_client(uri).get_model_version_by_alias(name, CHAMPION)
+    except MlflowException as failure:
+        if failure.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+            raise
+        return None
+    return Version(name, int(version.version), version.tags)
+
+
+def set_champion(uri: str, version: Version) -> None:
+    create_client(uri).set_registered_model_alias(version.name, CHAMPION, str(version.number))
+
+
+def download_checkpoint(uri: str, model: str, folder: Path) -> str:
+    """Downloads the checkpoint of `models:/NAME@champion` or `models:/NAME/3` into `folder`. Returns its path.
+
+    Raises:
+        ConfigError: There is no such model, or giffy_ray did not register it.
+    """
+    from mlflow.exceptions import MlflowException
+
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", model)
+    if not match:
         raise ConfigError("a registered model is models:/NAME@champion or models:/NAME/3")
-    client, (name, alias, number) = client_of(uri), asked.groups()
+    client = create_client(uri)
+    name, alias, number = match.groups()
     try:
         by_alias = client.get_model_version_by_alias(name, alias) if alias else None
         version = by_alias or client.get_model_version(name, number)
-        if _DIGEST not in version.tags:
+        if _DIGEST_TAG not in version.tags:
             raise ConfigError(f"{name} {version.version} was not registered by giffy_ray")
-        checkpoint = f"{_place(version.tags[_DIGEST])}/{CHECKPOINT}"
+        checkpoint = f"{_artifact_path(version.tags[_DIGEST_TAG])}/{CHECKPOINT}"
         return client.download_artifacts(version.run_id or "", checkpoint, str(folder))
     except MlflowException as error:
-        raise ConfigError(redact_credentials(f"MLflow at {uri} says: {error}")) from error
+        raise ConfigError(redact_credentials(f"MLflow at {uri} reports: {error}")) from error
 
 
-def _place(digest: str) -> str:
-    """Among the run's files. A run that goes on may be registered again, and takes nothing from earlier versions."""
+def _artifact_path(digest: str) -> str:
+    """Returns the folder among the run's artifacts, which differs if a resumed run is registered again."""
     return f"model-{digest[:12]}"
 
 
 @contextmanager
-def _time_to_store() -> Iterator[None]:
-    """Inside, MLflow waits for answers for as long as it takes to store weights of gigabytes."""
-    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
-    before, os.environ[name] = os.environ.get(name), str(_STORE_S)
+def _long_http_timeout() -> Iterator[None]:
+    """Raises MLflow's HTTP timeout to the time that gigabytes of weights may take."""
+    variable = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    previous = os.environ.get(variable)
+    os.environ[variable] = str(_UPLOAD_TIMEOUT_S)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
+        if previous is None:
+            del os.environ[variable]
         else:
-            os.environ[name] = before
+            os.environ[variable] = previous

@@ -1,4 +1,4 @@
-"""MLflow's server as a process of its own, on loopback: for `make ui`, the tests and the benchmarks."""
+"""A local MLflow server in a separate process, for `make ui`, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,31 +14,36 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from giffy_ray.tracking.ui_view import OPENED
+from giffy_ray.tracking.ui_view import VIEW_QUERY
 from giffy_ray.tracking.uri import sqlite_address
 
-_START_S = 300  # two busy cores take one
+_START_TIMEOUT_S = 300  # a start on two busy cores takes a minute
 
 
 class Server:
-    """`mlflow server`, which answers at `address`."""
+    """A running `mlflow server`.
+
+    Attributes:
+        address: http://127.0.0.1:PORT.
+    """
 
     def __init__(self, address: str, process: subprocess.Popen):
-        self.address, self._process = address, process
+        self.address = address
+        self._process = process
 
-    def end(self, number: signal.Signals = signal.SIGTERM) -> None:
-        """Ends it and the processes below it, which outlive it otherwise."""
+    def stop(self, signal_number: signal.Signals = signal.SIGTERM) -> None:
+        """Ends the server and its child processes, which would outlive it."""
         if self._process.poll() is None:
-            os.killpg(self._process.pid, number)
+            os.killpg(self._process.pid, signal_number)
         self._process.wait()
 
     def wait(self) -> int:
-        """Until it ends by itself. Returns its exit code."""
+        """Waits until the server ends by itself. Returns its exit code."""
         return self._process.wait()
 
-    def answers(self) -> bool:
-        """Waits for its first answer; False where it ended before."""
-        deadline_s = time.monotonic() + _START_S
+    def wait_until_ready(self) -> bool:
+        """Returns True at the server's first answer, or False if it ends before that or takes too long."""
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
         while self._process.poll() is None and time.monotonic() < deadline_s:
             try:
                 with urllib.request.urlopen(f"{self.address}/health", timeout=5):
@@ -50,53 +55,68 @@ class Server:
 
 @contextmanager
 def mlflow_server(
-    backend: str, port: int, words: Sequence[str] = (), environment: Mapping[str, str] | None = None
+    backend: str, port: int, arguments: Sequence[str] = (), environment: Mapping[str, str] | None = None
 ) -> Iterator[Server]:
-    """A server over the database `backend` that answers. Raises RuntimeError where it does not start."""
+    """Runs a server on loopback.
+
+    Args:
+        backend: The address of its database.
+        port: The port.
+        arguments: More arguments of `mlflow server`.
+        environment: More environment variables.
+
+    Raises:
+        RuntimeError: The server did not start.
+    """
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", backend, "--workers", "1"]
-    command += ["--host", "127.0.0.1", "--port", str(port), *words]
-    # Its jobs are for language models, and would be two processes more.
-    ours = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-    environment = {**ours, **os.environ, **(environment or {})}
+    command += ["--host", "127.0.0.1", "--port", str(port), *arguments]
+    # MLflow's jobs are for language models, and would run in two more processes.
+    defaults = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = {**defaults, **os.environ, **(environment or {})}
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, process_group=0)
         server = Server(f"http://127.0.0.1:{port}", process)
         try:
-            if not server.answers():
+            if not server.wait_until_ready():
                 log.seek(0)
                 raise RuntimeError(f"MLflow's server did not start:\n{log.read()[-3000:]}")
             yield server
         finally:
-            server.end()
+            server.stop()
 
 
-def show(storage: Path, port: int) -> None:
-    """Serves the runs of a local storage until it is interrupted. Raises SystemExit with what is wrong."""
+def serve_ui(storage: Path, port: int) -> None:
+    """Serves the runs of a local storage until interrupted. Raises SystemExit if it cannot."""
     database = storage / "mlflow.db"
     if not database.is_file():
         sys.exit(
-            f"{database}: there is no such file, so there are no runs to show; 'make demo' makes some, and "
-            "'make ui RUNS=FOLDER' shows those of another storage"
+            f"{database}: no such file, so there are no runs to show; create some with 'make demo', or show those of "
+            "another storage with 'make ui RUNS=FOLDER'"
         )
-    if not is_free(port):
-        sys.exit(f"port {port}: another program listens there; 'make ui PORT={port + 1}' takes another one")
+    if not is_port_free(port):
+        sys.exit(f"port {port}: another program uses it; choose another one with 'make ui PORT={port + 1}'")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
-    print("MLflow's server is starting; that takes half a minute", flush=True)
+    print("starting MLflow's server; this takes about half a minute", flush=True)
     try:
         with mlflow_server(sqlite_address(database.absolute()), port) as server:
-            print(f"{server.address} shows the runs of {storage}; Ctrl-C ends it. Curves and samples:", flush=True)
-            print(f"{server.address}/#/experiments/1/runs?{OPENED}", flush=True)  # the first that a database holds
-            sys.exit(f"MLflow's server ended by itself, with code {server.wait()}")
+            print(
+                f"MLflow shows the runs of {storage} at {server.address}; Ctrl-C stops it. Curves and moving clips:",
+                flush=True,
+            )
+            # The first experiment of a new database has id 1; 0 is MLflow's `Default`.
+            print(f"{server.address}/#/experiments/1/runs?{VIEW_QUERY}", flush=True)
+            sys.exit(f"MLflow's server ended unexpectedly, with exit code {server.wait()}")
     except KeyboardInterrupt:
-        print("\nended")
+        print("\nstopped")
     except RuntimeError as failure:
         sys.exit(str(failure))
 
 
-def is_free(port: int) -> bool:
+def is_port_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended may be in TIME_WAIT
+        # Otherwise a port whose server has just ended would seem to be in use (TIME_WAIT).
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind(("127.0.0.1", port))
         except OSError:
@@ -104,11 +124,11 @@ def is_free(port: int) -> bool:
     return True
 
 
-def _port(text: str) -> int:
+def _parse_port(text: str) -> int:
     if not text.isdecimal() or not 0 < int(text) < 2**16:
         sys.exit(f"port {text}: must be a number from 1 to 65535; 'make ui PORT=5001'")
     return int(text)
 
 
 if __name__ == "__main__":
-    show(Path(sys.argv[1]), _port(sys.argv[2]))
+    serve_ui(Path(sys.argv[1]), _parse_port(sys.argv[2]))

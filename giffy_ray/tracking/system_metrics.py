@@ -1,7 +1,7 @@
-"""What a training's machine does and what the training takes of the cluster, sampled in a thread.
+"""System metrics of a training's machine, and the CPU and GPU hours it uses, sampled in a thread.
 
-Names and units are those of MLflow's own monitor (`system/cpu_utilization_percentage`), so its page finds them. That
-monitor itself asks the server at each sample, and ends for good when one is not answered.
+Names and units are those of MLflow's own monitor (`system/cpu_utilization_percentage`), so its page shows them. That
+monitor sends each sample to the server itself, and stops for good when one is not accepted.
 """
 
 from __future__ import annotations
@@ -19,84 +19,93 @@ import pynvml
 
 from giffy_ray.core.storage import join, read_text, write_text
 
-EVERY_S = 10.0  # MLflow's interval
-_NO_DRIVER = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
-_NOTHING = {"samples": 0, "cpu_hours": 0.0, "gpu_hours": 0.0}
+INTERVAL_S = 10.0  # MLflow's interval
+_NO_DRIVER_ERRORS = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+_NO_USAGE = {"samples": 0, "cpu_hours": 0.0, "gpu_hours": 0.0}
 _log = logging.getLogger(__name__)
 
 
-class Sampler:
-    """Samples until it is ended, and once more then.
+class SystemMetricsSampler:
+    """Samples in a thread until `stop`, which takes a last sample."""
 
-    `log` takes named values and their step, which counts the samples of all starts of the run. `cpus` and `gpus` are
-    what the training holds; their hours since its first start are kept in the run's folder, `place`, with each sample.
-    """
+    def __init__(self, log: Callable[[dict[str, float], int], None], run_dir: str, cpus: float, gpus: float):
+        """Starts the thread.
 
-    def __init__(self, log: Callable[[dict[str, float], int], None], place: str, cpus: float, gpus: float):
-        self._log, self._file, self._held = log, join(place, "tracking", "used.json"), (cpus, gpus)
-        self._ended, self._sample_at_end = threading.Event(), True
+        Args:
+            log: Receives the metrics and their step, which counts the samples of all starts of the run.
+            run_dir: The run's folder, where the usage since the run's first start is stored.
+            cpus: CPUs that the training holds.
+            gpus: GPUs that it holds.
+        """
+        self._log = log
+        self._usage_path = join(run_dir, "tracking", "used.json")
+        self._cpus = cpus
+        self._gpus = gpus
+        self._stopped = threading.Event()
+        self._sample_at_stop = True
         self._thread = threading.Thread(target=self._run, name="system metrics", daemon=True)
         self._thread.start()
 
-    def end(self, sample: bool = True) -> None:
-        """`sample`: once more."""
-        self._sample_at_end = sample
-        self._ended.set()
+    def stop(self, sample: bool = True) -> None:
+        """Ends the thread, after a last sample unless `sample` is False."""
+        self._sample_at_stop = sample
+        self._stopped.set()
         self._thread.join()
 
     def _run(self) -> None:
-        gpus: list[Any] | None = None
-        ended, fails, sampled_s = False, False, time.monotonic()
-        machine()  # psutil measures CPU use since the previous call
-        while not ended:
-            ended = self._ended.wait(EVERY_S)
-            if ended and not self._sample_at_end:
+        gpu_handles: list[Any] | None = None
+        stopped = False
+        has_failed = False
+        last_sample_s = time.monotonic()
+        read_machine()  # psutil measures CPU utilization since the previous call
+        while not stopped:
+            stopped = self._stopped.wait(INTERVAL_S)
+            if stopped and not self._sample_at_stop:
                 return
             now_s = time.monotonic()
             try:
-                gpus = gpus_here() if gpus is None else gpus
-                used = self._used(now_s - sampled_s)
-                sampled_s = now_s
-                hours = {f"cost/{name}": used[name] for name in ("cpu_hours", "gpu_hours")}
-                self._log(machine() | of_gpus(gpus) | hours, used["samples"])
-            except Exception as failure:  # a full disk, a bucket that is away: no training ends for want of a sample
-                if not fails:
-                    _log.warning("this machine was not sampled: %r; trying again", failure)
-                fails = True
+                gpu_handles = open_gpus() if gpu_handles is None else gpu_handles
+                usage = self._add_usage(now_s - last_sample_s)
+                last_sample_s = now_s
+                hours = {f"cost/{name}": usage[name] for name in ("cpu_hours", "gpu_hours")}
+                self._log(read_machine() | read_gpus(gpu_handles) | hours, usage["samples"])
+            except Exception as failure:  # a full disk or an unreachable bucket must not end the training
+                if not has_failed:
+                    _log.warning("could not sample this machine, will retry: %r", failure)
+                has_failed = True
             else:
-                fails = False
+                has_failed = False
 
-    def _used(self, seconds: float) -> dict[str, Any]:
-        """What the run has used by now; in the file before it is logged, so no step is logged twice."""
-        used = _parsed(read_text(self._file, "replace"), self._file)
-        cpus, gpus = self._held
-        used["samples"] += 1
-        used["cpu_hours"] += cpus * seconds / 3600
-        used["gpu_hours"] += gpus * seconds / 3600
-        write_text(self._file, json.dumps(used))
-        return used
+    def _add_usage(self, duration_s: float) -> dict[str, Any]:
+        """Adds to the stored usage. Writes it before it is logged, so that no step is logged twice."""
+        usage = _parse_usage(read_text(self._usage_path, "replace"), self._usage_path)
+        usage["samples"] += 1
+        usage["cpu_hours"] += self._cpus * duration_s / 3600
+        usage["gpu_hours"] += self._gpus * duration_s / 3600
+        write_text(self._usage_path, json.dumps(usage))
+        return usage
 
 
-def _parsed(text: str | None, known_as: str) -> dict[str, Any]:
-    """What the file of an earlier start says; nothing where there is none, or it is damaged."""
+def _parse_usage(text: str | None, path: str) -> dict[str, Any]:
+    """Parses the usage that an earlier start stored. Zero if there is none, or if it is damaged."""
     if text is None:
-        return dict(_NOTHING)
+        return dict(_NO_USAGE)
     try:
-        said = json.loads(text)
-        return {name: type(nothing)(said[name]) for name, nothing in _NOTHING.items()}
+        fields = json.loads(text)
+        return {name: type(zero)(fields[name]) for name, zero in _NO_USAGE.items()}
     except (ValueError, KeyError, TypeError) as damage:
-        _warn_once(f"{known_as} is damaged ({damage!r}): cost/ counts from here on")
-        return dict(_NOTHING)
+        _warn_once(f"{path} is damaged ({damage!r}): cost/ restarts from zero")
+        return dict(_NO_USAGE)
 
 
-def machine() -> dict[str, float]:
-    """CPU use since the previous call, and memory now, of the whole machine; without what cannot be read."""
+def read_machine() -> dict[str, float]:
+    """Reads CPU utilization since the previous call and current memory of the machine; omits unreadable values."""
 
     def memory_percentage() -> float:
         memory = psutil.virtual_memory()
         return 100 * memory.used / memory.total
 
-    return _readable(
+    return _read_each(
         {
             "system/cpu_utilization_percentage": psutil.cpu_percent,
             "system/system_memory_usage_megabytes": lambda: psutil.virtual_memory().used / 1e6,
@@ -105,73 +114,74 @@ def machine() -> dict[str, float]:
     )
 
 
-def gpus_here() -> list[Any]:
-    """NVML's handles of the machine's GPUs, whoever uses them; none without NVIDIA's driver.
+def open_gpus() -> list[Any]:
+    """Returns NVML handles of all GPUs of the machine, or an empty list without NVIDIA's driver.
 
-    None stands for a GPU that cannot be asked, so that the others keep their numbers.
+    An entry is None if its GPU fails, so that the others keep their numbers.
     """
     try:
         pynvml.nvmlInit()
         count = pynvml.nvmlDeviceGetCount()
-    except Exception as failure:  # some of pynvml's are no NVMLError
-        if getattr(failure, "value", None) not in _NO_DRIVER:  # as after an update of the driver without a restart
-            _warn_once(f"GPUs cannot be sampled: {failure!r}")
+    except Exception as failure:  # some errors of pynvml are not NVMLError
+        # Warns, for example, after a driver update without a reboot, but not on a machine without GPUs.
+        if getattr(failure, "value", None) not in _NO_DRIVER_ERRORS:
+            _warn_once(f"cannot sample GPUs: {failure!r}")
         return []
-    return [_handle(number) for number in range(count)]
+    return [_open_gpu(index) for index in range(count)]
 
 
-def of_gpus(gpus: Sequence[Any]) -> dict[str, float]:
-    """What NVML says of each GPU; without the values that one lacks, as on MIG, vGPU or with unified memory."""
+def read_gpus(handles: Sequence[Any]) -> dict[str, float]:
+    """Reads each GPU; omits values that it does not support, as on MIG, vGPU or with unified memory."""
     readers = {}
-    for number, gpu in enumerate(gpus):
-        if gpu is not None:
-            readers |= {f"system/gpu_{number}_{name}": read for name, read in _readers(gpu).items()}
-    return _readable(readers)
+    for index, handle in enumerate(handles):
+        if handle is not None:
+            readers |= {f"system/gpu_{index}_{name}": read for name, read in _gpu_readers(handle).items()}
+    return _read_each(readers)
 
 
-def _handle(number: int) -> Any:
+def _open_gpu(index: int) -> Any:
     try:
-        return pynvml.nvmlDeviceGetHandleByIndex(number)
+        return pynvml.nvmlDeviceGetHandleByIndex(index)
     except Exception as failure:  # it fell off the bus, or this user has no permission
-        _warn_once(f"GPU {number} cannot be sampled: {failure!r}")
+        _warn_once(f"cannot sample GPU {index}: {failure!r}")
         return None
 
 
-def _readers(gpu: Any) -> Mapping[str, Callable[[], float]]:
+def _gpu_readers(handle: Any) -> Mapping[str, Callable[[], float]]:
     def memory() -> Any:
-        return pynvml.nvmlDeviceGetMemoryInfo(gpu)
+        return pynvml.nvmlDeviceGetMemoryInfo(handle)
 
     def memory_percentage() -> float:
-        now = memory()
-        return 100 * now.used / now.total
+        info = memory()
+        return 100 * info.used / info.total
 
     def utilization() -> Any:
-        return pynvml.nvmlDeviceGetUtilizationRates(gpu)
+        return pynvml.nvmlDeviceGetUtilizationRates(handle)
 
     def power_watts() -> float:
-        return pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000
+        return pynvml.nvmlDeviceGetPowerUsage(handle) / 1000
 
     return {
         "memory_usage_percentage": memory_percentage,
         "memory_usage_megabytes": lambda: memory().used / 1e6,
         "utilization_percentage": lambda: utilization().gpu,
         "power_usage_watts": power_watts,
-        "power_usage_percentage": lambda: 100_000 * power_watts() / pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu),
+        "power_usage_percentage": lambda: 100_000 * power_watts() / pynvml.nvmlDeviceGetEnforcedPowerLimit(handle),
     }
 
 
-def _readable(readers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
-    """Reads each value by itself: one that cannot be read costs no other."""
+def _read_each(readers: Mapping[str, Callable[[], float]]) -> dict[str, float]:
+    """Reads each value separately, so that a failure loses no other value."""
     values = {}
     for name, read in readers.items():
         try:
             values[name] = float(read())
         except Exception as failure:  # NotSupported, a power limit of 0 W, a /proc that a container hides
-            _warn_once(f"{name} cannot be sampled: {failure!r}")
+            _warn_once(f"{name} cannot be read: {failure!r}")
     return values
 
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    """Logs a warning once a process, as samples are taken every few seconds."""
+    """Logs a warning once per process, because samples are taken every few seconds."""
     _log.warning("%s", message)

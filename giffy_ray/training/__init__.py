@@ -1,1 +1,1 @@
-"""Training loop, checkpoints, and the Ray Train driver."""
+"""Training: the loop that every worker runs, checkpoints, and the driver around Ray Train."""

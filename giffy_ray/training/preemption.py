@@ -1,4 +1,4 @@
-"""What a running training is told from outside: to stop, that a machine goes away, or that its lease is lost."""
+"""Stop requests, node preemption notices and the loss of the run lock, for a running training."""
 
 from __future__ import annotations
 
@@ -13,26 +13,27 @@ from giffy_ray.config import Experiment
 from giffy_ray.core import distributed
 from giffy_ray.core.run_lock import RunLockLost, RunLockWatcher
 from giffy_ray.core.storage import delete_file, is_file, join, write_text
-from giffy_ray.training import restarts
+from giffy_ray.training import planned_restarts
 
-_STOP = "stop"  # a file of this name in a run's folder ends it, with a checkpoint
-_LOOK_S = 1.0
-_ASK_S = 5.0
+_STOP_FILE = "stop"  # a file of this name in the run folder stops the training, with a checkpoint
+_STOP_POLL_S = 1.0
+_PREEMPTION_POLL_S = 5.0  # also the interval of the run lock, and the longest wait for the thread to end
 _log = logging.getLogger(__name__)
 
 
 def request_stop(experiment: Experiment) -> None:
-    write_text(join(experiment.storage, experiment.name, _STOP), "")
+    write_text(join(experiment.storage, experiment.name, _STOP_FILE), "")
 
 
 def clear_stop_request(experiment: Experiment) -> None:
-    delete_file(join(experiment.storage, experiment.name, _STOP))
+    delete_file(join(experiment.storage, experiment.name, _STOP_FILE))
 
 
 class PreemptionMonitor:
-    """Rank 0 looks at the storage in a thread; at each step all workers hear of what it had seen at the one before.
+    """Polls for stop requests and preemption notices, and gives all ranks the same answer at the same step.
 
-    Used as a context manager, which ends the thread however the block is left. `watch` follows the lease of the run.
+    A thread of rank 0 polls the storage; every rank sees its flags one step later, through an asynchronous all-reduce.
+    Use it as a context manager: the thread ends however the block exits.
     """
 
     def __init__(
@@ -40,75 +41,97 @@ class PreemptionMonitor:
         experiment: Experiment,
         rank: int,
         device: torch.device,
-        notice: Callable[[], Any],
-        watch: RunLockWatcher | None = None,
+        get_preemption_info: Callable[[], Any],
+        lock_watcher: RunLockWatcher | None = None,
     ):
-        self.location = join(experiment.storage, experiment.name, _STOP)
-        self.notice, self._any_of_each, self._watch = notice, distributed.DelayedAnyReduce(device), watch
-        self._stop, self._ask, self._ended = threading.Event(), threading.Event(), threading.Event()
-        self._known, self._lost = None, ""
-        self._thread = threading.Thread(target=self._look, name="listener", daemon=True) if rank == 0 else None
-        if self._thread:
+        """Starts the thread on rank 0.
+
+        Args:
+            device: Where the process group reduces the flags.
+            get_preemption_info: Returns a new value when a node of the training is about to be preempted.
+            lock_watcher: Watches the run lock, if given.
+        """
+        self.location = join(experiment.storage, experiment.name, _STOP_FILE)
+        self._get_preemption_info = get_preemption_info
+        self._reduce_flags = distributed.DelayedAnyReduce(device)
+        self._lock_watcher = lock_watcher
+        self._stop_requested = threading.Event()
+        self._preemption_poll_due = threading.Event()
+        self._closed = threading.Event()
+        self._last_preemption_info: Any = None
+        self._lock_lost_reason = ""
+        self._thread: threading.Thread | None = None
+        if rank == 0:
+            self._thread = threading.Thread(target=self._poll_storage, name="preemption-monitor", daemon=True)
             self._thread.start()
 
     def __enter__(self) -> PreemptionMonitor:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind:  # on this worker alone, perhaps: the others would not answer
-            self._end_thread()
+        if kind:  # perhaps on this rank alone: the others would not join the last all-reduce
+            self._join_thread()
         else:
-            self.end()
+            self.close()
 
     def poll(self) -> tuple[bool, bool]:
-        """Whether the training is to stop, and whether it is to take a checkpoint, as its workers will be restarted.
+        """Returns the same on all ranks. Every rank must call it once per step.
 
-        The same on all workers, which must call it equally often. Each notice that a machine goes away, and each
-        request of Ray Train's controller, is reported once. Raises LeaseLost, on all workers at the same step, where
-        another process trains the run now.
+        Returns:
+            Whether the training must stop; and whether the workers are about to be restarted and must take a checkpoint
+            first. The second is true once for each preemption notice and each request of Ray Train's controller.
+
+        Raises:
+            RunLockLost: Another process trains the run now. All ranks raise at the same step.
         """
-        asked = self._ask.is_set()
-        flags = [self._stop.is_set(), asked, restarts.take_checkpoint_request(), bool(self._lost)]
-        stop, ask, requested, lost = self._any_of_each(flags)
-        if lost:
-            raise RunLockLost(self._lost or "rank 0 has found the lease of the run to be lost")
-        if asked:
-            self._ask.clear()
-        notice = self.notice() if ask else self._known
-        is_new, self._known = notice is not None and notice != self._known, notice
-        return stop, is_new or requested
+        poll_due = self._preemption_poll_due.is_set()
+        flags = [
+            self._stop_requested.is_set(),
+            poll_due,
+            planned_restarts.pop_checkpoint_request(),
+            bool(self._lock_lost_reason),
+        ]
+        stop, poll_preemption, checkpoint_requested, lock_lost = self._reduce_flags(flags)
+        if lock_lost:
+            raise RunLockLost(self._lock_lost_reason or "rank 0 lost the run lock")
+        if poll_due:
+            self._preemption_poll_due.clear()
+        info = self._get_preemption_info() if poll_preemption else self._last_preemption_info
+        is_new_notice = info is not None and info != self._last_preemption_info
+        self._last_preemption_info = info
+        return stop, is_new_notice or checkpoint_requested
 
-    def end(self) -> None:
-        """Ends the thread, and waits for the answer to the last question, which all workers have asked."""
-        self._end_thread()
-        self._any_of_each.end()
+    def close(self) -> None:
+        """Ends the thread and waits for the last all-reduce, which all ranks have started."""
+        self._join_thread()
+        self._reduce_flags.wait()
 
-    def _end_thread(self) -> None:
-        self._ended.set()
+    def _join_thread(self) -> None:
+        self._closed.set()
         if self._thread:
-            self._thread.join(_ASK_S)  # a read that hangs keeps nobody waiting
+            self._thread.join(_PREEMPTION_POLL_S)  # a read that hangs must not block the training
 
-    def _look(self) -> None:
-        waited_s, fails = 0.0, False
-        while not self._ended.wait(_LOOK_S):
-            waited_s += _LOOK_S
-            due = waited_s >= _ASK_S
-            if due:
-                waited_s = 0.0
-                self._ask.set()
+    def _poll_storage(self) -> None:
+        since_preemption_poll_s, failing = 0.0, False
+        while not self._closed.wait(_STOP_POLL_S):
+            since_preemption_poll_s += _STOP_POLL_S
+            poll_due = since_preemption_poll_s >= _PREEMPTION_POLL_S
+            if poll_due:
+                since_preemption_poll_s = 0.0
+                self._preemption_poll_due.set()
             try:
-                self._read(due)
+                self._read_storage(check_lock=poll_due)
             except Exception as failure:
-                if not fails:
-                    _log.warning("%s: the storage cannot be read (%r); trying again", self.location, failure)
-                fails = True
+                if not failing:
+                    _log.warning("%s: cannot read the storage (%r); retrying", self.location, failure)
+                failing = True
             else:
-                if fails:
-                    _log.warning("%s: the storage can be read again", self.location)
-                fails = False
+                if failing:
+                    _log.warning("%s: the storage is readable again", self.location)
+                failing = False
 
-    def _read(self, due: bool) -> None:
-        if is_file(self.location):  # its content does not matter: some shells write UTF-16
-            self._stop.set()
-        if due and self._watch and not self._lost:
-            self._lost = self._watch.look()
+    def _read_storage(self, check_lock: bool) -> None:
+        if is_file(self.location):  # the content is ignored: some shells write UTF-16
+            self._stop_requested.set()
+        if check_lock and self._lock_watcher and not self._lock_lost_reason:
+            self._lock_lost_reason = self._lock_watcher.poll()

@@ -1,4 +1,4 @@
-"""A training as the process sees it that asks for one: what is checked, the TorchTrainer, and how it is ended."""
+"""Driver side of a training: config checks, the TorchTrainer, and signal handling."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import Any
 
 import ray
 import ray.train
@@ -38,174 +39,206 @@ from giffy_ray.config import (
 from giffy_ray.core.run_lock import RunLock, RunLockLost, RunLockWatcher, run_lock
 from giffy_ray.core.storage import delete_file, filesystem_of, is_local, join, read_text, redact_credentials, write_text
 from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.data.prune import DATA_SET_LOCATION
-from giffy_ray.training import checkpoints, learners, preemption, restarts
-from giffy_ray.training.train_loop import FAILURE, RunFailure, train_loop
-
-_WORKER = RayTrainWorker.__name__
-_log = logging.getLogger(__name__)
-# What may differ when a run is started again under its name.
-MAY_CHANGE = (
-    *(
-        "train.epochs",
-        "train.checkpoint_every",
-        "train.keep_checkpoints",
-        "train.max_skipped_steps",
-        "train.validate_clips",
-    ),
-    *("storage", "data.root", "data.node_cache_gb", "speed.", "cluster.", "tracking.", "evaluate.", "search."),
+from giffy_ray.data.prune import DATASET_LOCATION_FILE
+from giffy_ray.training import (
+    checkpoint_format,
+    checkpoint_selection,
+    checkpoints,
+    learners,
+    planned_restarts,
+    preemption,
 )
-# Ray Train looks for reports and dead workers this often; its default of 2 s is the price of every report.
-_POLL_S = 0.2
-# Seconds between looks whether a training that was asked to end has workers that could hear of it, and how many of
-# these looks find none before its process ends.
-_LOOK_S, _LOOKS_WITHOUT_WORKERS = 1.0, 5
-_RESIZE_S = 60.0  # between looks whether there is room for more workers, each of which costs a restart
+from giffy_ray.training.train_loop import FAILURE_FILE, RunFailure, train_loop_per_worker
+
+# Fields, and sections that end with a dot, that may differ when a run resumes.
+MUTABLE_FIELDS = (
+    "train.epochs",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_skipped_steps",
+    "train.validate_clips",
+    "storage",
+    "data.root",
+    "data.node_cache_gb",
+    "speed.",
+    "cluster.",
+    "tracking.",
+    "evaluate.",
+    "search.",
+)
+
+_EXPERIMENT_FILE, _FINGERPRINT_FILE = "experiment.yaml", "data_set"  # in the run folder
+_WORKER_ACTOR_CLASS = RayTrainWorker.__name__
+_MIN_CHECKPOINTS = 2  # that a run keeps at once: the last one stays until the next is complete
+# Interval at which Ray Train polls for reports and dead workers. Its default of 2 s would delay every report.
+_HEALTH_CHECK_S = 0.2
+# Interval at which a training that was asked to stop is checked for workers that can react, and the number of checks
+# without any after which the process exits.
+_STOP_POLL_S, _MAX_POLLS_WITHOUT_WORKERS = 1.0, 5
+_RESIZE_POLL_S = 60.0  # interval of checks for capacity for more workers, each of which costs a restart
 _START_TIMEOUT_S = 900  # a cloud node has to boot
-# A machine that is lost while workers start spoils that start, and the next two, which still count on it.
+# How long an elastic training waits for its maximum number of workers before it starts with fewer.
+_MIN_WORKERS_TIMEOUT_S = 60
+# A node that is lost while workers start fails this start and the next two, which still count on it.
 _START_RETRIES = 3
-_FEWEST_CHECKPOINTS = 2  # that a run keeps at once
-_MIN_WORKERS_TIMEOUT_S = 60  # before a training that may do with fewer workers starts with those that there are
+_log = logging.getLogger(__name__)
 
 
 def train(
     experiment: Experiment,
-    store: ClipDataset,
-    share: WorkerResources,
+    dataset: ClipDataset,
+    worker_resources: WorkerResources,
     parent: str | None = None,
     callbacks: Sequence[ray.train.UserCallback] = (),
-    searched: Collection[str] = (),
+    searched_fields: Collection[str] = (),
 ) -> str:
-    """Trains to the end, or goes on where the run of this name was cut. Returns where the last checkpoint lies.
+    """Trains to the end, or resumes an interrupted run of this name.
 
-    `parent` is the place of the run that this one is shown under. `searched`: in a trial, the fields that its search
-    varies. Raises ConfigError before anything starts,
-    ray.train.TrainingFailedError or loop.RunFailure after. On SIGTERM and Ctrl-C the training ends after the
-    step that it is at, with a checkpoint; then SystemExit is raised. Where it has no workers, as it waits for machines,
-    the process ends.
+    On SIGTERM or Ctrl-C the training stops after the current step and saves a checkpoint. Without workers, as while it
+    waits for nodes, the process exits.
+
+    Args:
+        experiment: The training; its name identifies the run.
+        dataset: The training and validation clips.
+        worker_resources: CPUs and GPUs of each worker.
+        parent: Folder of the parent run in MLflow.
+        callbacks: Passed to Ray Train.
+        searched_fields: In a trial, the fields that its study varies.
+
+    Returns:
+        The location of the latest checkpoint.
+
+    Raises:
+        ConfigError: Before anything starts.
+        ray.train.TrainingFailedError: The workers failed more than `cluster.max_failures` times.
+        RunFailure: The training failed in a way that a restart would repeat.
+        RunLockLost: Another process trains the run now.
+        SystemExit: The training stopped after a signal.
     """
-    failure = join(experiment.storage, experiment.name, FAILURE)
-    # Beside the main thread, where Ray would take the signals for itself and leave no checkpoint.
-    aside = ThreadPoolExecutor(1)
-    with locked_run(experiment, store, searched=searched) as lease, _ended_by_signals(experiment) as signals:
-        _warn_of_little_space(experiment)
-        delete_file(failure)
-        checkpoints.forget_reported(experiment)
-        shared_storage.leave_token(experiment, lease.holder)
-        if share.summary:
-            print(share.summary, flush=True)
-        training = aside.submit(_trainer(experiment, store, share, parent, callbacks, lease.holder).fit)
-        aside.shutdown(wait=False)  # its thread ends with the training
-        looks, asked = 0, False
-        while wait([training], _LOOK_S).not_done and looks < _LOOKS_WITHOUT_WORKERS:
-            asked = asked or (bool(signals) and _ask_to_stop(experiment))
-            looks = looks + 1 if signals and not _worker_runs() else 0
+    failure_file = join(experiment.storage, experiment.name, FAILURE_FILE)
+    # `fit` does not run in the main thread: there Ray would handle the signals and leave no checkpoint.
+    executor = ThreadPoolExecutor(1)
+    with (
+        locked_run(experiment, dataset, searched_fields=searched_fields) as lock,
+        _handle_signals(experiment) as signals,
+    ):
+        _warn_if_disk_is_small(experiment)
+        delete_file(failure_file)
+        checkpoints.delete_ray_checkpoint_list(experiment)
+        shared_storage.write_token(experiment, lock.holder)
+        if worker_resources.summary:
+            print(worker_resources.summary, flush=True)
+        trainer = _build_trainer(experiment, dataset, worker_resources, parent, callbacks, lock.holder)
+        training = executor.submit(trainer.fit)
+        executor.shutdown(wait=False)  # its thread ends with the training
+        polls_without_workers, stop_requested = 0, False
+        while wait([training], _STOP_POLL_S).not_done and polls_without_workers < _MAX_POLLS_WITHOUT_WORKERS:
+            if signals and not stop_requested:
+                stop_requested = _try_request_stop(experiment)
+            polls_without_workers = polls_without_workers + 1 if signals and not _has_live_worker() else 0
         if training.done():
-            shared_storage.remove_token(experiment, lease.holder)
-            _end(training, RunLockWatcher(experiment.run_dir, lease.holder))
+            shared_storage.remove_token(experiment, lock.holder)
+            _raise_training_error(training, RunLockWatcher(experiment.run_dir, lock.holder))
     if not training.done():
-        print("no worker runs, so there is nothing to save", flush=True)
-        os._exit(128 + signals[0])  # while Ray waits for machines, `fit` cannot be interrupted
-    why = read_text(failure)
-    if why is not None:
-        raise RunFailure(why)
+        print("No worker is running, so there is nothing to save.", flush=True)
+        os._exit(128 + signals[0])  # while Ray waits for nodes, `fit` cannot be interrupted
+    failure = read_text(failure_file)
+    if failure is not None:
+        raise RunFailure(failure)
     if signals:
         raise SystemExit(128 + signals[0])
-    return checkpoints.latest_checkpoint(experiment)
+    return checkpoint_selection.latest_checkpoint(experiment)
 
 
-def _end(training: Future, watch: RunLockWatcher) -> None:
-    """Raises what `fit` raised, or LeaseLost where its workers have ended because another process has the run."""
+def _raise_training_error(training: Future, lock_watcher: RunLockWatcher) -> None:
+    """Raises what `fit` raised, or RunLockLost if the workers ended because another process has the run."""
     try:
         result = training.result()
     except ray.train.TrainingFailedError as error:
-        lost = _look(watch)
-        if lost:
-            raise RunLockLost(lost) from error
+        reason = _read_lock_lost_reason(lock_watcher)
+        if reason:
+            raise RunLockLost(reason) from error
         raise
-    # Rank 0 may have found it to be lost when this process did not, as where it was paused and goes on.
-    lost = (result and result.return_value) or _look(watch)
-    if lost:
-        raise RunLockLost(lost)
+    # Rank 0 may have found the lock lost when this process did not, as after this process was paused and continued.
+    reason = (result and result.return_value) or _read_lock_lost_reason(lock_watcher)
+    if reason:
+        raise RunLockLost(reason)
 
 
-def _look(watch: RunLockWatcher) -> str:
-    """As `watch.look`. A storage that fails does not hide how the training ended: the lease has its own deadline."""
+def _read_lock_lost_reason(lock_watcher: RunLockWatcher) -> str:
+    """Polls the lock. An unreadable storage does not hide how the training ended: the lock expires on its own."""
     try:
-        return watch.look()
+        return lock_watcher.poll()
     except Exception as failure:
-        _log.warning("%s: could not be read (%r)", watch.location, failure)
+        _log.warning("%s: cannot read the run lock (%r)", lock_watcher.path, failure)
         return ""
 
 
 @contextmanager
 def locked_run(
     experiment: Experiment,
-    store: ClipDataset,
-    may_change: tuple[str, ...] = MAY_CHANGE,
-    searched: Collection[str] = (),
+    dataset: ClipDataset,
+    mutable_fields: tuple[str, ...] = MUTABLE_FIELDS,
+    searched_fields: Collection[str] = (),
 ) -> Iterator[RunLock]:
-    """Inside, the run of the experiment's name is ours, and is of this experiment and these clips. Raises ConfigError.
+    """Holds the lock of the run, whose folder records or matches this experiment and dataset.
 
-    LeaseLost at the end of the block where it was lost. `may_change`: what may differ from before, fields, and sections
-    that end with a point. `searched`: see learners.check.
+    Args:
+        mutable_fields: Fields, and sections that end with a dot, that may differ from those the run started with.
+        searched_fields: In a trial, the fields that its study varies.
+
+    Raises:
+        ConfigError: The experiment or dataset cannot be trained, or the run started with different ones.
+        RunLockLost: At the end of the block, if the lock was lost inside.
     """
-    check(experiment, store, searched)
-    with run_lock(experiment.run_dir) as lease:
-        _claim(experiment, store, may_change)
-        yield lease
+    check_run(experiment, dataset, searched_fields)
+    with run_lock(experiment.run_dir) as lock:
+        _validate_run_config(experiment, dataset, mutable_fields)
+        yield lock
 
 
-def _trainer(
+# ------------------------------------------------------------------------------------------------- the TorchTrainer
+def _build_trainer(
     experiment: Experiment,
-    store: ClipDataset,
-    share: WorkerResources,
+    dataset: ClipDataset,
+    worker_resources: WorkerResources,
     parent: str | None,
     callbacks: Sequence[ray.train.UserCallback],
     holder: str,
-) -> restarts.Trainer:
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_POLL_S))
-    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(restarts.POLL_DRAINS_S))
-    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # train.init_from may be a path from where the job was started
-    cluster = experiment.cluster
+) -> planned_restarts.ElasticTorchTrainer:
+    cluster, data = experiment.cluster, experiment.data
     timeout_s = _START_TIMEOUT_S if cluster.min_workers == cluster.max_workers else _MIN_WORKERS_TIMEOUT_S
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", str(_HEALTH_CHECK_S))
+    os.environ.setdefault("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", str(planned_restarts.DRAIN_POLL_S))
+    os.environ["RAY_CHDIR_TO_TRIAL_DIR"] = "0"  # train.init_from may be relative to the job's working directory
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(timeout_s)
-    resources = {"CPU": share.cpus_per_worker, "GPU": share.gpus_per_worker}
-    root = store.root if not experiment.data.cache_decoded and is_local(store.root) else None
-    return restarts.Trainer(
-        train_loop,
-        decodes=not experiment.data.cache_decoded,
-        train_loop_config={
-            "experiment": SecretStr(to_yaml(experiment)),  # Ray's dashboard shows these settings
-            "store": store.location,
-            "fingerprint": store.fingerprint,
-            "parent": parent,
-            "holder": holder,
-            "token": holder if is_local(experiment.storage) else None,
-            **({"root": root, "files": shared_storage.sample_files(filesystem_of(root)[1])} if root else {}),
-        },
+    resources = {"CPU": worker_resources.cpus_per_worker, "GPU": worker_resources.gpus_per_worker}
+    return planned_restarts.ElasticTorchTrainer(
+        train_loop_per_worker,
+        decodes=not data.cache_decoded,
+        train_loop_config=_worker_settings(experiment, dataset, parent, holder),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.workers,
-            elastic_resize_monitor_interval_s=_RESIZE_S,
-            use_gpu=share.gpus_per_worker > 0,
-            # GPUs of a node have the fastest links among each other; cores are shared less the farther apart we are.
-            placement_strategy="PACK" if share.gpus_per_worker else "SPREAD",
+            elastic_resize_monitor_interval_s=_RESIZE_POLL_S,
+            use_gpu=worker_resources.gpus_per_worker > 0,
+            # GPUs of one node have the fastest links to each other; CPU workers compete less for memory when spread.
+            placement_strategy="PACK" if worker_resources.gpus_per_worker else "SPREAD",
             resources_per_worker={name: amount for name, amount in resources.items() if amount},
         ),
         run_config=ray.train.RunConfig(
             name=experiment.name,
             storage_path=experiment.storage,
             worker_runtime_env={"env_vars": MALLOC_ENV},
-            # Ray takes its controller's own kind of callbacks here too.
-            callbacks=[*callbacks, restarts.CheckpointBeforePreemption()],  # type: ignore[list-item]
-            # All: rank 0 removes those that are not kept, as Ray Train keeps only the newest besides the best.
+            # Ray also accepts its controller's own kind of callbacks here.
+            callbacks=[*callbacks, planned_restarts.CheckpointBeforePreemption()],  # type: ignore[list-item]
+            # Ray keeps all, and rank 0 removes superseded ones: Ray itself would keep only the best and the newest.
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=None),
             failure_config=ray.train.FailureConfig(
                 max_failures=cluster.max_failures,
                 controller_failure_limit=_START_RETRIES * max(1, cluster.max_failures),
                 max_preemption_failures=cluster.max_preemptions,
-                # The callback sets it anew once it knows how long a checkpoint takes, and which workers are lost.
-                preemption_grace_s=restarts.compute_grace_s(None),
+                # CheckpointBeforePreemption updates it once it knows the checkpoint's duration and the preempted ranks.
+                preemption_grace_s=planned_restarts.compute_grace_s(None),
                 relax_collectives_on_preemption=True,
             ),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
@@ -213,174 +246,219 @@ def _trainer(
     )
 
 
-def check_experiment(experiment: Experiment, searched: Collection[str] = ()) -> None:
-    """What can be known to be wrong without clips and a cluster. `searched`: see learners.check. Raises ConfigError."""
-    learners.check(experiment, searched)
+def _worker_settings(experiment: Experiment, dataset: ClipDataset, parent: str | None, holder: str) -> dict[str, Any]:
+    """The argument of `train_loop_per_worker`, which documents the keys."""
+    settings: dict[str, Any] = {
+        "experiment": SecretStr(to_yaml(experiment)),  # Ray's dashboard shows these settings
+        "dataset": dataset.location,
+        "fingerprint": dataset.fingerprint,
+        "parent": parent,
+        "holder": holder,
+        "token": holder if is_local(experiment.storage) else None,
+    }
+    root = dataset.root if not experiment.data.cache_decoded and is_local(dataset.root) else None
+    if root:
+        settings["root"] = root
+        settings["files"] = shared_storage.sample_files(filesystem_of(root)[1])
+    return settings
+
+
+def _has_live_worker() -> bool:
+    """Whether this job has a Ray Train worker, of any training, on any node."""
+    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
+    actors = state.actor_table(None, job_id=job, actor_state_name="ALIVE")
+    return any(actor["ActorClassName"].startswith(_WORKER_ACTOR_CLASS) for actor in actors.values())
+
+
+# ------------------------------------------------------------------------------------------------------- signals
+@contextmanager
+def _handle_signals(experiment: Experiment) -> Iterator[list[int]]:
+    """Yields a list that collects SIGTERM and SIGINT. A second signal exits the process at once.
+
+    Handles none in a thread of Ray Tune, which stops its trials itself.
+    """
+    preemption.clear_stop_request(experiment)
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous_handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        received.append(number)
+        if len(received) > 1:
+            os._exit(128 + number)
+        with suppress(OSError):  # stdout may be closed
+            print("Stopping after this step; saving a checkpoint. Press Ctrl-C again to quit immediately.", flush=True)
+
+    for number in previous_handlers:
+        signal.signal(number, handle)
+    try:
+        yield received
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+        try:
+            preemption.clear_stop_request(experiment)
+        except Exception as failure:  # must not hide what the block raises; the next start clears it too
+            _log.warning("cannot remove the stop file of the run %r (%r)", experiment.name, failure)
+
+
+def _try_request_stop(experiment: Experiment) -> bool:
+    """Whether the request was written. Not called in the signal handler, whose errors would end the training."""
+    try:
+        preemption.request_stop(experiment)
+    except Exception as failure:
+        _log.warning("cannot write the stop file of the run %r (%r); retrying", experiment.name, failure)
+        return False
+    return True
+
+
+# -------------------------------------------------------------------------------------------------------- checks
+def check_experiment(experiment: Experiment, searched_fields: Collection[str] = ()) -> None:
+    """Checks all that needs neither clips nor a cluster.
+
+    Args:
+        searched_fields: In a trial, the fields that its study varies.
+
+    Raises:
+        ConfigError: The experiment cannot be trained.
+    """
+    learners.check(experiment, searched_fields)
     _build_on_meta(experiment.model, experiment.clip, experiment.data.segments.frames)
-    batch, workers = experiment.train.global_batch_size, experiment.cluster.max_workers
-    if batch < workers:
+    batch_size, workers = experiment.train.global_batch_size, experiment.cluster.max_workers
+    if batch_size < workers:
         raise ConfigError(
-            f"train.global_batch_size: there must be a clip for each of cluster.workers={workers} (value {batch})"
+            f"train.global_batch_size: must have a clip for each of cluster.workers={workers} (value {batch_size})"
         )
-    if read_text(join(experiment.storage, experiment.name, "experiment.yaml")) is None:
-        _check_start(experiment)
+    if read_text(join(experiment.storage, experiment.name, _EXPERIMENT_FILE)) is None:
+        _check_init_from(experiment)
+
+
+def check_run(experiment: Experiment, dataset: ClipDataset, searched_fields: Collection[str] = ()) -> None:
+    """Checks all that can be known before anything starts: `check_experiment`, and that there are clips.
+
+    Raises:
+        ConfigError: The experiment cannot be trained on the dataset.
+    """
+    check_experiment(experiment, searched_fields)
+    for split in ("training", "validation"):
+        if not len(dataset.split_indices(split)):
+            raise ConfigError(f"data.root: contains no {split} clips; {dataset.location} lists the rejected videos")
 
 
 @functools.lru_cache(maxsize=32)
-def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int, ema: float = 0.0) -> learners.Learner:
-    """The learner, without the memory that it takes, that trains on parts of `frames` frames, or on whole clips if 0.
+def _build_on_meta(model: ModelConfig, clip: ClipConfig, frames: int, ema_decay: float = 0.0) -> learners.Learner:
+    """Builds the learner on the meta device, where it takes no memory.
 
-    Raises ConfigError for what the model cannot do.
+    Args:
+        frames: `data.segments.frames`: frames of the training segments, or 0 for whole clips.
+
+    Raises:
+        ConfigError: The model cannot have these sizes.
     """
     data = DataConfig(segments=SegmentsConfig(frames=frames))
     try:
         with torch.device("meta"):
-            experiment = Experiment(model=model, clip=clip, data=data, optim=OptimConfig(ema_decay=ema))
+            experiment = Experiment(model=model, clip=clip, data=data, optim=OptimConfig(ema_decay=ema_decay))
             return learners.build(experiment, torch.device("meta"))
-    except (RuntimeError, TypeError, OverflowError) as error:  # sizes whose product torch cannot hold
-        why = str(error).partition("\n")[0]
-        raise ConfigError(f"model: torch cannot build a {model.kind} of these sizes: {why}") from error
+    except (RuntimeError, TypeError, OverflowError) as error:  # a tensor size beyond what torch supports
+        reason = str(error).partition("\n")[0]
+        raise ConfigError(f"model: torch cannot build a {model.kind} of these sizes: {reason}") from error
 
 
-def check(experiment: Experiment, store: ClipDataset, searched: Collection[str] = ()) -> None:
-    """What can be known to be wrong before anything starts. Raises ConfigError."""
-    check_experiment(experiment, searched)
-    for split in ("training", "validation"):
-        if not len(store.split_indices(split)):
-            raise ConfigError(f"data.root: no {split} clips in it; see {store.location} for what was rejected")
+def estimate_checkpoint_bytes(experiment: Experiment) -> int:
+    """Approximate size of one checkpoint of the experiment's training."""
+    frames, ema_decay = experiment.data.segments.frames, experiment.optim.ema_decay
+    return checkpoints.estimate_bytes(_build_on_meta(experiment.model, experiment.clip, frames, ema_decay))
 
 
-def checkpoint_bytes(experiment: Experiment) -> int:
-    """About how much a checkpoint of the experiment's training takes."""
-    frames, ema = experiment.data.segments.frames, experiment.optim.ema_decay
-    return checkpoints.estimate_bytes(_build_on_meta(experiment.model, experiment.clip, frames, ema))
-
-
-def _check_space(experiment: Experiment) -> None:
-    """Raises ConfigError where a checkpoint does not fit into the storage, beside the one that it takes over from."""
-    size, free = checkpoint_bytes(experiment), checkpoints.free_bytes(experiment)
-    if _FEWEST_CHECKPOINTS * size > free:
+def _check_disk_space(experiment: Experiment) -> None:
+    """Raises ConfigError if the storage has no room for a checkpoint next to the one that it supersedes."""
+    size, available = estimate_checkpoint_bytes(experiment), checkpoint_selection.available_bytes(experiment)
+    if _MIN_CHECKPOINTS * size > available:
         raise ConfigError(
             f"storage: a checkpoint of {experiment.name!r} takes about {size / 1e9:.2g} GB, and the last one stays "
-            f"until the next is complete, but {free / 1e9:.2g} GB are free on its disk (value {experiment.storage!r}); "
-            "free some, or give another folder"
+            f"until the next is complete, but only {available / 1e9:.2g} GB are available on the disk "
+            f"(value {experiment.storage!r}); free some space, or use another folder"
         )
 
 
-def _warn_of_little_space(experiment: Experiment) -> None:
+def _warn_if_disk_is_small(experiment: Experiment) -> None:
     train = experiment.train
-    size, free = checkpoint_bytes(experiment), checkpoints.free_bytes(experiment)
-    most = train.keep_checkpoints + 3  # those of the best validations, the newest two, and one that is being written
+    size, available = estimate_checkpoint_bytes(experiment), checkpoint_selection.available_bytes(experiment)
+    max_checkpoints = train.keep_checkpoints + 3  # the best validations, the newest two, and one that is being written
     if not train.checkpoint_every:
-        most = min(most, math.ceil(train.epochs / train.validate_every))
-    if most * size > free:
+        max_checkpoints = min(max_checkpoints, math.ceil(train.epochs / train.validate_every))
+    if max_checkpoints * size > available:
         print(
-            f"warning: train.keep_checkpoints: up to {most} checkpoints of {size / 1e9:.2g} GB each are kept at once "
-            f"(value "
-            f"{train.keep_checkpoints}), and {free / 1e9:.2g} GB are free on the disk of {experiment.storage}",
+            f"warning: train.keep_checkpoints: up to {max_checkpoints} checkpoints of {size / 1e9:.2g} GB each are "
+            f"kept at once (value {train.keep_checkpoints}), but only {available / 1e9:.2g} GB are available on the "
+            f"disk of {experiment.storage}",
             file=sys.stderr,
             flush=True,
         )
 
 
-@contextmanager
-def _ended_by_signals(experiment: Experiment) -> Iterator[list[int]]:
-    """Inside, a second SIGTERM or Ctrl-C ends this process at once. Yields the list of those that came, one for now.
+def _validate_run_config(experiment: Experiment, dataset: ClipDataset, mutable_fields: tuple[str, ...]) -> None:
+    """Records the experiment and dataset in the folder of a new run, or compares them with those of an existing run.
 
-    In a thread of Ray Tune's there are none: Tune stops its trials itself.
+    Also records the dataset's location, which `jobs/prepare.py --prune` leaves alone while the run lock is held.
+
+    Raises:
+        ConfigError: The run started with other clips, or with other values of fields that are not mutable.
     """
-    preemption.clear_stop_request(experiment)
-    came: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield came
+    run_dir = join(experiment.storage, experiment.name)
+    recorded_yaml = read_text(join(run_dir, _EXPERIMENT_FILE), "replace")
+    if recorded_yaml is None:
+        _check_init_from(experiment)
+        _check_disk_space(experiment)
+        write_text(join(run_dir, _FINGERPRINT_FILE), dataset.fingerprint)
+        write_text(join(run_dir, DATASET_LOCATION_FILE), dataset.location)
+        write_text(join(run_dir, _EXPERIMENT_FILE), to_yaml(experiment))
         return
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-
-    def ask(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        if len(came) > 1:
-            os._exit(128 + number)
-        with suppress(OSError):  # nobody may read it any more
-            print("stopping after this step, with a checkpoint; a second signal ends the job at once", flush=True)
-
-    for number in before:
-        signal.signal(number, ask)
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        try:
-            preemption.clear_stop_request(experiment)
-        except Exception as failure:  # must not hide what the block raises; the next start forgets it too
-            _log.warning("the stop file of %r could not be removed (%r)", experiment.name, failure)
-
-
-def _ask_to_stop(experiment: Experiment) -> bool:
-    """Whether the request has reached the storage. Not in the signal handler: what it raises would end the training."""
-    try:
-        preemption.request_stop(experiment)
-    except Exception as failure:
-        _log.warning("the stop file of %r could not be written (%r); trying again", experiment.name, failure)
-        return False
-    return True
-
-
-def _worker_runs() -> bool:
-    """Whether this job has a worker of Ray Train, of any training, on any node."""
-    job = ray.JobID.from_hex(ray.get_runtime_context().get_job_id())
-    actors = state.actor_table(None, job_id=job, actor_state_name="ALIVE")
-    return any(actor["ActorClassName"].startswith(_WORKER) for actor in actors.values())
-
-
-def _claim(experiment: Experiment, store: ClipDataset, may_change: tuple[str, ...]) -> None:
-    """Leaves the experiment and its clips' fingerprint in the run's folder, or compares them with what is there.
-
-    Also where its clips are, which `jobs/prepare.py --prune` leaves alone while the run's lease is held.
-    """
-    folder = join(experiment.storage, experiment.name)
-    text = read_text(join(folder, "experiment.yaml"), "replace")
-    if text is None:
-        _check_start(experiment)
-        _check_space(experiment)
-        write_text(join(folder, "data_set"), store.fingerprint)
-        write_text(join(folder, DATA_SET_LOCATION), store.location)
-        write_text(join(folder, "experiment.yaml"), to_yaml(experiment))
-        return
-    if read_text(join(folder, "data_set")) != store.fingerprint:
+    if read_text(join(run_dir, _FINGERPRINT_FILE)) != dataset.fingerprint:
         raise ConfigError(
-            f"data.root: the run {experiment.name!r} was started with other clips than there are now in "
-            f"{store.location}; give another name=..., or remove {folder}"
+            f"data.root: the run {experiment.name!r} was started with other clips than those that are now in "
+            f"{dataset.location}; use another name=..., or remove {run_dir}"
         )
+    _check_immutable_fields(experiment, recorded_yaml, mutable_fields)
+    _check_disk_space(experiment)
+    write_text(join(run_dir, DATASET_LOCATION_FILE), dataset.location)
+
+
+def _check_immutable_fields(experiment: Experiment, recorded_yaml: str, mutable_fields: tuple[str, ...]) -> None:
+    run_dir = join(experiment.storage, experiment.name)
     try:
-        before, now = flatten(from_yaml(text)), flatten(experiment)
+        before, now = flatten(from_yaml(recorded_yaml)), flatten(experiment)
     except ConfigError as error:
-        raise ConfigError(f"{join(folder, 'experiment.yaml')}, which the run was started with: {error}") from error
+        raise ConfigError(
+            f"{join(run_dir, _EXPERIMENT_FILE)}: cannot read the experiment that the run was started with: {error}"
+        ) from error
     if experiment.optim.schedule == "cosine" and before["train.epochs"] != now["train.epochs"]:
         raise ConfigError(
             f"train.epochs: the cosine schedule of the run {experiment.name!r} ends after {before['train.epochs']} "
-            f"epochs, so its learning rate would jump (value {now['train.epochs']}); give another name=... and "
+            f"epochs, so its learning rate would jump (value {now['train.epochs']}); use another name=... and "
             f"train.init_from={experiment.name}"
         )
-    for name in ("model.kind", *now):  # the kind first: another one has other fields
-        if redact_credentials(str(before[name])) != redact_credentials(str(now[name])) and not name.startswith(
-            may_change
-        ):
+    for name in ("model.kind", *now):  # the kind first: another model has other fields
+        if name.startswith(mutable_fields):
+            continue
+        if redact_credentials(str(before[name])) != redact_credentials(str(now[name])):
             raise ConfigError(
                 f"{name}: the run {experiment.name!r} was started with {before[name]!r} (value {now[name]!r}); "
-                f"give another name=..., or remove {folder}"
+                f"use another name=..., or remove {run_dir}"
             )
-    _check_space(experiment)
-    write_text(join(folder, DATA_SET_LOCATION), store.location)
 
 
-def _check_start(experiment: Experiment) -> None:
-    """Raises ConfigError where a new run is to start from what is not there, or from a network of other layers."""
+def _check_init_from(experiment: Experiment) -> None:
+    """Raises ConfigError if `train.init_from` has no valid checkpoint, or one whose networks do not match."""
     try:
-        origin = checkpoints.resolve_init_from(experiment)
-        if origin is not None:
-            ours = _build_on_meta(experiment.model, experiment.clip, experiment.data.segments.frames)
-            checkpoints.check_start(origin, ours)
-    except (ConfigError, checkpoints.DamagedCheckpoint) as error:
-        start = experiment.train.init_from
-        raise ConfigError(f"train.init_from: {error} (value {start!r}; a path is read from {os.getcwd()})") from error
+        checkpoint = checkpoint_selection.resolve_init_from(experiment)
+        if checkpoint is not None:
+            learner = _build_on_meta(experiment.model, experiment.clip, experiment.data.segments.frames)
+            checkpoints.check_pretrained(checkpoint, learner)
+    except (ConfigError, checkpoint_format.CorruptCheckpoint) as error:
+        raise ConfigError(
+            f"train.init_from: {error} (value {experiment.train.init_from!r}; relative paths start at {os.getcwd()})"
+        ) from error

@@ -1,6 +1,6 @@
-"""A search's trials -> one HTML file that shows what was tried, what came of it, and the clips that the best make.
+"""Renders a study as one self-contained HTML file: plots of all trials, and clips of the best ones.
 
-The trials and their clips lie in it as JSON; `html_report.html` draws them, each trial in all of its plots.
+The file holds trials and clips as JSON; the script of `html_report.html` draws them.
 """
 
 from __future__ import annotations
@@ -14,106 +14,129 @@ from typing import Any
 from giffy_ray.config import ClipConfig, Distribution, Experiment
 from giffy_ray.core.media import sprite_columns
 from giffy_ray.evaluation.html_report import render_template
-from giffy_ray.tuning.tables import WHY_NONE_IS_CUT
-from giffy_ray.tuning.tuner import Study, Trial, objectives
+from giffy_ray.tuning.objectives import resolve_objectives
+from giffy_ray.tuning.tables import NO_PRUNING_NOTE
+from giffy_ray.tuning.tuner import Study, Trial
 
 _TEMPLATE = Path(__file__).with_suffix(".html")
-NO_IMPORTANCES = "Too few trials to tell what mattered."
-CHANGING = "Values changed while the trials trained: what one reached is not due to those that it has last."
+_TOO_FEW_TRIALS_NOTE = "Too few trials to estimate importances."
+_POPULATION_NOTE = "Importances are undefined: values changed while the trials trained."
 
 
 @dataclass(frozen=True)
 class ClipStrip:
-    """The same clips by one maker: a trial, or the real ones."""
+    """The shown clips of one trial, or the target clips.
+
+    Attributes:
+        name: Name of the trial, or REAL.
+        sprites: `media.encode_sprite` of each clip.
+        missing_reason: Why there are no sprites, or an empty string.
+    """
 
     name: str
-    sprites: tuple[bytes, ...]  # `render.sprite` of each clip
-    missing: str = ""  # why there are none
+    sprites: tuple[bytes, ...]
+    missing_reason: str = ""
 
 
 def render_study(
-    study: Experiment, found: Study, clip: ClipConfig, clips: Sequence[str], reels: Sequence[ClipStrip]
+    experiment: Experiment, study: Study, clip: ClipConfig, clip_ids: Sequence[str], strips: Sequence[ClipStrip]
 ) -> bytes:
-    """The HTML. `clips`: ids of those that each reel holds."""
-    measured, best = objectives(study.search), {trial.number for trial in found.best}
+    """Renders the HTML page of a search.
+
+    Args:
+        experiment: The experiment of the study.
+        study: The result of the study.
+        clip: Size and frame rate of the clips.
+        clip_ids: Of the clips in each strip.
+        strips: Clips to play side by side.
+    """
+    best = {trial.number for trial in study.best}
+    is_population = experiment.search.sampler == "pbt"
     data = {
-        "name": study.name,
-        "about": _about(study, found),
-        "search": _how(study),
-        "objectives": [{"name": name, "better": better} for name, better in measured.items()],
-        "fields": [_field(name, spec) for name, spec in study.search.space.items()],
-        "trials": [_plain(trial, trial.number in best) for trial in found.trials],
-        "importances": found.importances,
-        "unimportant": CHANGING if study.search.sampler == "pbt" else NO_IMPORTANCES,
+        "name": experiment.name,
+        "summary": _summarize(experiment, study),
+        "method": _describe_method(experiment),
+        "objectives": [
+            {"name": name, "direction": direction} for name, direction in resolve_objectives(experiment.search).items()
+        ],
+        "fields": [_field_data(name, spec) for name, spec in experiment.search.space.items()],
+        "trials": [_trial_data(trial, trial.number in best) for trial in study.trials],
+        "importances": study.importances,
+        "importances_note": _POPULATION_NOTE if is_population else _TOO_FEW_TRIALS_NOTE,
         "clips": {
-            "ids": list(clips),
+            "ids": list(clip_ids),
             "size": [clip.height, clip.width],
             "frames": clip.frames,
             "fps": clip.fps,
-            "across": sprite_columns(clip.frames),
-            "reels": [
-                {"name": reel.name, "missing": reel.missing, "sprites": [_text(sprite) for sprite in reel.sprites]}
-                for reel in reels
-            ],
+            "sprite_columns": sprite_columns(clip.frames),
+            "strips": [_strip_data(strip) for strip in strips],
         },
     }
     return render_template(_TEMPLATE, data)
 
 
-def _field(name: str, spec: Mapping[Distribution, Sequence[Any]]) -> dict[str, Any]:
-    kind, values = next(iter(spec.items()))
+def _field_data(name: str, spec: Mapping[Distribution, Sequence[Any]]) -> dict[str, Any]:
+    ((kind, values),) = spec.items()
     if kind == "choice":
         return {"name": name, "kind": kind, "choices": list(values)}
     return {"name": name, "kind": kind, "low": values[0], "high": values[1]}
 
 
-def _plain(trial: Trial, best: bool) -> dict[str, Any]:
+def _trial_data(trial: Trial, is_best: bool) -> dict[str, Any]:
     return {
         "number": trial.number,
         "name": trial.name,
         "values": trial.values,
         "epochs": trial.epochs,
-        "reached": [] if trial.ended else list(trial.objectives),
-        "state": "failed" if trial.ended else "cut" if trial.cut else "whole",
-        "ended": trial.ended,
-        "best": best,
+        "results": [] if trial.failure else list(trial.objectives),
+        "state": _state(trial),
+        "failure": trial.failure,
+        "best": is_best,
         "reports": [list(report) for report in trial.reports.items()],
     }
 
 
-def _about(study: Experiment, found: Study) -> str:
-    best = [
-        f"{name} {value:.4g}" for name, value in zip(objectives(study.search), found.best[0].objectives, strict=True)
-    ]
-    which = f"The best is {found.best[0].name}: {', '.join(best)}."
-    if len(best) > 1:
-        which = f"{len(found.best)} are on the Pareto front, which no other beats in all objectives."
-    return f"{_counted(found.trials)}. {which} It ended as {found.stop_reason}."
+def _strip_data(strip: ClipStrip) -> dict[str, Any]:
+    sprites = [base64.b64encode(sprite).decode() for sprite in strip.sprites]
+    return {"name": strip.name, "missing_reason": strip.missing_reason, "sprites": sprites}
 
 
-def _counted(trials: Sequence[Trial]) -> str:
-    """'12 trials: 5 to their end, 6 ended early, 1 failed'."""
-    failed, cut = sum(bool(trial.ended) for trial in trials), sum(trial.cut for trial in trials)
-    counts = {"to their end": len(trials) - failed - cut, "ended early": cut, "failed": failed}
-    named = ", ".join(f"{count} {what}" for what, count in counts.items() if count)
-    return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}: {named}"
+def _state(trial: Trial) -> str:
+    if trial.failure:
+        return "failed"
+    return "pruned" if trial.pruned else "completed"
 
 
-def _how(study: Experiment) -> str:
-    search = study.search
+def _summarize(experiment: Experiment, study: Study) -> str:
+    objectives = resolve_objectives(experiment.search)
+    if len(objectives) > 1:
+        outcome = f"Trials on the Pareto front: {len(study.best)}."
+    else:
+        best = study.best[0]
+        ((name, value),) = zip(objectives, best.objectives, strict=True)
+        outcome = f"The best is {best.name}: {name} {value:.4g}."
+    return f"{_count_states(study.trials)}. {outcome} Stop reason: {study.stop_reason}."
+
+
+def _count_states(trials: Sequence[Trial]) -> str:
+    """Returns '12 trials: 5 completed, 6 pruned, 1 failed'."""
+    states = [_state(trial) for trial in trials]
+    counts = [(states.count(state), state) for state in ("completed", "pruned", "failed")]
+    description = ", ".join(f"{count} {state}" for count, state in counts if count)
+    return f"{len(trials)} {'trial' if len(trials) == 1 else 'trials'}: {description}"
+
+
+def _describe_method(experiment: Experiment) -> str:
+    search = experiment.search
     if search.sampler == "pbt":
         return (
-            f"A population that trains for {search.epochs} epochs. After each validation the worst quarter takes over "
-            "weights and values of the best, and changes the values a little. Values shown are the last."
+            f"Population-based training for {search.epochs} epochs: after each validation, the worst quarter copies "
+            "weights and values of the best quarter, and perturbs the values. The page shows each trial's last values."
         )
-    drawn = {"tpe": "by Optuna's TPE", "random": "by chance"}[search.sampler]
-    longest = f"Values are drawn {drawn}, a trial has {search.epochs} epochs at most."
+    sampler = {"tpe": "Optuna's TPE sampler", "random": "random sampling"}[search.sampler]
+    budget = f"Values from {sampler}, at most {search.epochs} epochs per trial."
     if len(search.objectives) > 1:
-        return f"{longest} {WHY_NONE_IS_CUT}"
+        return f"{budget} {NO_PRUNING_NOTE}"
     if not search.asha:
-        return f"{longest} None is ended early (search.asha=false)."
-    return f"{longest} Poor trials are ended early, by asynchronous successive halving."
-
-
-def _text(sprite: bytes) -> str:
-    return base64.b64encode(sprite).decode()
+        return f"{budget} No trial is pruned (search.asha=false)."
+    return f"{budget} Weak trials are pruned by asynchronous successive halving (ASHA)."

@@ -1,13 +1,21 @@
-"""The metrics that a search can optimise: which direction is better, and which ones a training reports."""
+"""The metrics that a search can optimise: their directions, and which of them a training reports."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator
 
-from giffy_ray.config import Adversarial, BetweenConfig, ConfigError, Direct3DConfig, Experiment, SearchConfig, override
+from giffy_ray.config import (
+    AdversarialConfig,
+    BetweenConfig,
+    ConfigError,
+    Direct3DConfig,
+    Experiment,
+    SearchConfig,
+    override,
+)
 
-# Metric -> which is better; "" where neither is: logits of a discriminator are to balance, not to grow or shrink.
+# Metric -> direction. Discriminator logits have none: they should stay balanced.
 _DIRECTIONS = {
     "val/l2_paper": "minimize",
     "val/psnr": "maximize",
@@ -34,12 +42,18 @@ _DIRECTIONS = {
     "speed/gpu_memory_gb": "minimize",
     "speed/model_flop_utilisation": "maximize",
 }
-_JUDGED = ("g_loss", "d_loss", "d_real", "d_made")
-# Loss -> the fields that it is computed from: trials with other values of these report it on another scale.
-_COMPUTED_FROM = {
+_DISCRIMINATOR_METRICS = {"g_loss", "d_loss", "d_real", "d_made"}
+# Loss -> the fields that change its scale. Trials that differ in one of them cannot be compared by this loss.
+_SCALED_BY = {
     "train/loss": (
-        *("model.reconstruction_weight", "model.ends_weight", "model.kl_weight", "model.adversarial_weight"),
-        *("model.kl_warmup_steps", "model.free_nats", "model.error_epsilon", "model.posterior_fraction"),
+        "model.reconstruction_weight",
+        "model.ends_weight",
+        "model.kl_weight",
+        "model.adversarial_weight",
+        "model.kl_warmup_steps",
+        "model.free_nats",
+        "model.error_epsilon",
+        "model.posterior_fraction",
         "model.adversarial_from_step",
     ),
     "train/kl": ("model.free_nats",),
@@ -52,58 +66,65 @@ _COMPUTED_FROM = {
 }
 
 
-def objectives(settings: SearchConfig) -> dict[str, str]:
-    """Metric -> which is better, smaller or larger. Raises ConfigError for a `search.metric` without a direction."""
-    if settings.objectives:
-        return dict(settings.objectives)
-    better = _DIRECTIONS.get(settings.metric)
-    if better is None:
-        raise ConfigError(f"search.metric: no such metric (value {settings.metric!r}){_suggest(settings.metric)}")
-    if not better:
+def resolve_objectives(search: SearchConfig) -> dict[str, str]:
+    """Maps each metric to optimise to "minimize" or "maximize".
+
+    Raises:
+        ConfigError: `search.metric` is unknown or has no direction.
+    """
+    if search.objectives:
+        return dict(search.objectives)
+    direction = _DIRECTIONS.get(search.metric)
+    if direction is None:
+        raise ConfigError(f"search.metric: no such metric (value {search.metric!r}){_suggest(search.metric)}")
+    if not direction:
         raise ConfigError(
-            f"search.metric: {settings.metric} has no direction of its own; state it, as "
-            f"search.objectives={{{settings.metric}: maximize}} or minimize"
+            f"search.metric: {search.metric} has no default direction; use "
+            f"search.objectives={{{search.metric}: maximize}} or minimize (value {search.metric!r})"
         )
-    return {settings.metric: better}
+    return {search.metric: direction}
 
 
 def check_metrics(experiment: Experiment) -> None:
-    """Raises ConfigError for an objective that a trial does not report, or that is computed from what is searched."""
+    """Raises ConfigError if trials do not report an objective, or if a searched field changes its scale."""
     field = "search.objectives" if experiment.search.objectives else "search.metric"
-    for metric in objectives(experiment.search):
-        for what, trained in _variants(experiment):
-            known = reported_by(trained)
-            if metric not in known:
+    for metric in resolve_objectives(experiment.search):
+        for description, variant in _list_variants(experiment):
+            metrics = list_reported_metrics(variant)
+            if metric not in metrics:
                 raise ConfigError(
-                    f"{field}: a training with {what} does not report it (value {metric!r}){_suggest(metric, known)}"
+                    f"{field}: a training with {description} does not report it (value {metric!r})"
+                    f"{_suggest(metric, metrics)}"
                 )
         for name in experiment.search.space:
-            if name in _COMPUTED_FROM.get(metric, ()):
+            if name in _SCALED_BY.get(metric, ()):
                 raise ConfigError(
-                    f"{field}: {metric} is computed from {name}, which search.space varies, so its values cannot be "
-                    f"compared; use a metric of val/, such as val/l2_paper"
+                    f"{field}: {metric} depends on {name}, which search.space varies, so trials cannot be compared by "
+                    f"it; use a validation metric such as val/l2_paper (value {metric!r})"
                 )
 
 
-def reported_by(experiment: Experiment) -> set[str]:
-    """The metrics in every report of a training, but for those of a GPU, which cannot be known here."""
+def list_reported_metrics(experiment: Experiment) -> set[str]:
+    """Lists the metrics in every report of a training. The two GPU metrics are included, but need a GPU."""
     model = experiment.model
     if isinstance(model, BetweenConfig):
         losses = {"loss", "kl", "relative_error"}
         if 0 < model.posterior_fraction < 1:
             losses |= {"posterior_error", "prior_error"}
-        if model.adversarial_weight and not model.adversarial_from_step:  # before that step they are missing
-            losses |= {*_JUDGED}
-    elif isinstance(model, Adversarial):
-        losses = {*_JUDGED, "frame_loss"} | ({"reconstruction"} if isinstance(model, Direct3DConfig) else set())
+        if model.adversarial_weight and not model.adversarial_from_step:  # not reported before that step
+            losses |= _DISCRIMINATOR_METRICS
+    elif isinstance(model, AdversarialConfig):
+        losses = {*_DISCRIMINATOR_METRICS, "frame_loss"}
+        if isinstance(model, Direct3DConfig):
+            losses.add("reconstruction")
     else:
         losses = {"loss", "kl", "reconstruction", "ends"}
-    others = {name for name in _DIRECTIONS if not name.startswith("train/")}
-    return others | {f"train/{name}" for name in (*losses, "skipped")}
+    common = {name for name in _DIRECTIONS if not name.startswith("train/")}
+    return common | {f"train/{name}" for name in (*losses, "skipped")}
 
 
-def _variants(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
-    """The experiment, and it with each bound and choice of a model's field: what is reported may depend on these."""
+def _list_variants(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
+    """Yields the experiment, and a variant for each bound and choice of a model field: they may report other losses."""
     yield f"model.kind={experiment.model.kind}", experiment
     for name, spec in experiment.search.space.items():
         if name.startswith("model."):
@@ -113,7 +134,7 @@ def _variants(experiment: Experiment) -> Iterator[tuple[str, Experiment]]:
 
 def _suggest(metric: str, known: set[str] | None = None) -> str:
     names = sorted(known or _DIRECTIONS)
-    near = difflib.get_close_matches(metric, names, n=1, cutoff=0.6) or [
-        name for name in names if name.rpartition("/")[2] == metric.rpartition("/")[2]
-    ]
-    return f"; did you mean {near[0]!r}?" if near else f"; known: {', '.join(names)}"
+    matches = difflib.get_close_matches(metric, names, n=1, cutoff=0.6)
+    if not matches:
+        matches = [name for name in names if name.rpartition("/")[2] == metric.rpartition("/")[2]]
+    return f"; did you mean {matches[0]!r}?" if matches else f"; known: {', '.join(names)}"

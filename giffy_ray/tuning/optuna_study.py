@@ -1,16 +1,12 @@
-"""What a search knows: an Optuna study in a storage that outlives the process that searches.
+"""The trials of a study, in an Optuna storage that outlives the process that runs them.
 
-Trials that such a process left behind are handed out again first, under their numbers. Poor ones are ended by
-asynchronous successive halving (ASHA; Li et al. 2020, arXiv 1810.05934), Optuna's, since its rungs lie in the same
-storage; Ray Tune's forgets them with the process. A space of finitely many points is never searched twice at one point.
+`IndependentTrials` and `Population` decide which trial runs next; both keep their trials here.
 """
 
 from __future__ import annotations
 
-import math
 import random
 import time
-from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -21,242 +17,220 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState
 
 from giffy_ray.config import ConfigError, Experiment, SearchConfig
-from giffy_ray.tuning.objectives import objectives
-from giffy_ray.tuning.optuna_storage import opened
-from giffy_ray.tuning.search_space import Values, combinations, distributions, key_of, untried
+from giffy_ray.tuning.objectives import resolve_objectives
+from giffy_ray.tuning.optuna_storage import open_storage
+from giffy_ray.tuning.search_space import (
+    Values,
+    build_distributions,
+    count_combinations,
+    draw_untried_point,
+    point_key,
+)
 
-ENDED = "ended"  # attribute of a trial that did not end well: why
-EPOCH = "epoch"  # attribute of a trial with several objectives: that of its last report
-_SEARCHED_S = "searched_s"
-# What a trial counts for that failed: finite, so that the sampler learns to keep away from it.
-WORST = 1e6
-_FIRST_RANDOM = 4  # trials, before TPE has something to tell apart
-_FEWEST_TO_TELL = 8  # trials, with which the most important field is named rightly three times in four
+FAILURE_ATTR = "ended"  # user attribute of a failed trial: the reason
+WORST = 1e6  # objective of a failed trial; finite, so that the sampler learns to avoid its region
+_SEARCH_TIME_ATTR = "searched_s"  # user attribute of the study: time that all processes have spent on it
+_RANDOM_TRIALS = 4  # before TPE, which needs some trials to tell good values from bad ones
+_MIN_TRIALS_FOR_IMPORTANCES = 8  # with these, the top field is right three times in four
+_MAX_REDRAWS = 10  # of the sampler, before an untried point is drawn at random
 _DIRECTIONS = {"minimize": StudyDirection.MINIMIZE, "maximize": StudyDirection.MAXIMIZE}
-_REDRAWS = 10  # of the sampler, before an untried point is taken at random
 
 
 class OptunaStudy:
-    """Numbers are those of the trials, from 0; values are those of `search.space`."""
+    """The Optuna study of a search.
+
+    Attributes:
+        objectives: Metric -> "minimize" or "maximize".
+        space: Dotted field -> distribution.
+        combinations: Number of points in the space, or None if a field is continuous.
+        orphans: Trials that an earlier process left running.
+    """
 
     def __init__(self, experiment: Experiment, points: Iterable[Values] = ()):
-        """Opens the study of the experiment's name, or a new one, which tries `points` first."""
+        """Loads the study called `experiment.name`, or creates it.
+
+        Args:
+            experiment: The experiment of the study.
+            points: Tried first in a new study.
+
+        Raises:
+            ConfigError: The storage cannot be opened, or the stored study has other directions.
+        """
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        self._settings, self._space = experiment.search, distributions(experiment)
-        self._combinations = combinations(self._space)
-        self.objectives = objectives(self._settings)
-        # Of what is measured, times this: the smaller the better.
-        self._sign = 1 if next(iter(self.objectives.values())) == "minimize" else -1
-        directions = [_DIRECTIONS[better] for better in self.objectives.values()]
+        self._settings = experiment.search
+        self.space = build_distributions(experiment)
+        self.combinations = count_combinations(self.space)
+        self.objectives = resolve_objectives(self._settings)
+        directions = [_DIRECTIONS[direction] for direction in self.objectives.values()]
         self._study = optuna.create_study(
-            storage=opened(experiment), study_name=experiment.name, directions=directions, load_if_exists=True
+            storage=open_storage(experiment), study_name=experiment.name, directions=directions, load_if_exists=True
         )
         if self._study.directions != directions:
-            stored, asked = (
-                ", ".join(one.name.lower() for one in some) for some in (self._study.directions, directions)
-            )
+            stored_directions = ", ".join(direction.name.lower() for direction in self._study.directions)
+            requested_directions = ", ".join(direction.name.lower() for direction in directions)
             raise ConfigError(
-                f"search.metric: the stored search {experiment.name!r} would {stored} {', '.join(self.objectives)}, "
-                f"and the experiment asks to {asked}; start a new search with --resume never"
+                f"search.metric: the stored study {experiment.name!r} would {stored_directions} "
+                f"{', '.join(self.objectives)}, but the experiment asks to {requested_directions}; start a new "
+                "study with --resume never"
             )
-        self._study.sampler = _sampler(self._settings, len(self._study.trials))
+        self._study.sampler = _build_sampler(self._settings, len(self._study.trials))
         self._study.pruner = optuna.pruners.SuccessiveHalvingPruner(
             self._settings.grace_period, self._settings.reduction_factor
         )
-        if not self.trials():  # also where a process was killed before it had noted all points
+        if not self.trials():  # an earlier process may have stopped before it had enqueued every point
             for point in points:
                 self._study.enqueue_trial(point, skip_if_exists=True)
-        self._orphaned = deque(self._study.get_trials(states=[TrialState.RUNNING]))
-        self._running: dict[int, optuna.Trial] = {}
-        self._began_s, self._before_s = time.monotonic(), self._study.user_attrs.get(_SEARCHED_S, 0.0)
+        self.orphans = self._study.get_trials(states=[TrialState.RUNNING])
+        self._start_s = time.monotonic()
+        self._earlier_s = self._study.user_attrs.get(_SEARCH_TIME_ATTR, 0.0)
 
-    def ask(self) -> tuple[int, Values] | None:
-        """The next trial, or None where the search has come to its end."""
-        if self._orphaned:
-            left = self._orphaned.popleft()
-            self._running[left.number] = self._reopened(left)
-            return left.number, self.values(left.number)
-        if self.stop_reason():
-            return None
-        number = self._begun()
-        return number, self.values(number)
+    @property
+    def user_attrs(self) -> dict[str, Any]:
+        return self._study.user_attrs
 
-    def trial_directive(self, number: int) -> dict[str, Any]:
-        """What else the trial is to know that was handed out."""
-        return {}
-
-    def values(self, number: int) -> Values:
-        """Those of a trial that was handed out and is not over."""
-        return dict(self._running[number].params)
-
-    def params_of(self, trial: FrozenTrial) -> Values:
-        """Those of any trial."""
-        return dict(trial.params)
-
-    def stop_reason(self) -> str:
-        """Why no more trials are begun, or an empty string."""
-        settings, begun = self._settings, self.trials()
-        if len(begun) >= settings.trials:
-            return f"search.trials={settings.trials} are done"
-        if self._hours_over():
-            return self._hours_over()
-        if self._combinations is not None and len(self._tried()) >= self._combinations:
-            return f"all {self._combinations} combinations of search.space have been tried"
-        done = [trial for trial in begun if trial.state.is_finished()]
-        if settings.patience and len(self.objectives) == 1 and len(done) > settings.patience:
-            best = self.best()[0].number if self.best() else -1
-            since = sum(trial.number > best for trial in done)
-            if since >= settings.patience:
-                return f"none of the last search.patience={settings.patience} trials was better"
-        return ""
-
-    def report(self, number: int, epoch: int, reported: Mapping[str, Any]) -> bool:
-        """Takes down a report. Returns whether the trial is to end: it diverged, or is worse than others by then."""
-        if number not in self._running:
-            return True
-        values = [reported.get(name, math.nan) for name in self.objectives]
-        for name, value in zip(self.objectives, values, strict=True):
-            if not math.isfinite(value):
-                self.end(number, f"diverged: {name} was {value} after epoch {epoch}")
-                return True
-        trial = self._running[number]
-        if len(values) > 1:  # Optuna keeps intermediate values of a single objective only, and ASHA needs one
-            trial.set_user_attr("values", values)
-            trial.set_user_attr(EPOCH, epoch)
-            return False
-        if epoch not in self._frozen(trial).intermediate_values:
-            trial.report(values[0], epoch)
-        if not self._settings.asha or epoch >= self._settings.epochs or not trial.should_prune():
-            return False
-        self._tell(number, state=TrialState.PRUNED)
-        return True
-
-    def end(self, number: int, why: str = "") -> None:
-        """A trial is over: well, with its best values, or without any because of `why`. Once is enough."""
-        if number not in self._running:
-            return
-        trial = self._running[number]
-        values = self.values_of(self._frozen(trial))
-        if not values:
-            why = why or "it reported nothing"
-        if why:
-            trial.set_user_attr(ENDED, why)
-            values = [WORST if better == "minimize" else -WORST for better in self.objectives.values()]
-        self._tell(number, values=values)
-
-    def unfinished(self) -> bool:
-        """Whether trials are to be handed out again that were left behind."""
-        return bool(self._orphaned)
+    def set_user_attr(self, name: str, value: Any) -> None:
+        self._study.set_user_attr(name, value)
 
     def trials(self) -> list[FrozenTrial]:
-        """Those that were begun, in order."""
+        """Returns all trials that have started, in order."""
         return [trial for trial in self._study.get_trials(deepcopy=False) if trial.state != TrialState.WAITING]
 
     def best(self) -> list[FrozenTrial]:
-        """The best trial that ended well, or, of several objectives, those that no other is better than in all.
+        """Returns the best completed trial, or, with several objectives, the Pareto front.
 
-        Told from these alone: Optuna would count WORST, which a metric on a large scale may be worse than.
+        Failed trials are left out. Optuna would rank them by WORST, which a metric on a large scale can exceed.
         """
-        well = [
-            trial for trial in self.trials() if trial.state == TrialState.COMPLETE and ENDED not in trial.user_attrs
+        completed_trials = [
+            trial
+            for trial in self.trials()
+            if trial.state == TrialState.COMPLETE and FAILURE_ATTR not in trial.user_attrs
         ]
-        signs = [1 if better == "minimize" else -1 for better in self.objectives.values()]
+        signs = [self.sign(name) for name in self.objectives]
         costs = {
-            trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)] for trial in well
+            trial.number: [sign * value for sign, value in zip(signs, trial.values, strict=True)]
+            for trial in completed_trials
         }
         if len(signs) == 1:
-            return [min(well, key=lambda trial: costs[trial.number])] if well else []
-        return [trial for trial in well if not any(_dominates(other, costs[trial.number]) for other in costs.values())]
+            return [min(completed_trials, key=lambda trial: costs[trial.number])] if completed_trials else []
+        return [
+            trial
+            for trial in completed_trials
+            if not any(_dominates(cost, costs[trial.number]) for cost in costs.values())
+        ]
 
-    def values_of(self, trial: FrozenTrial) -> list[float]:
-        """Its best of the single objective, or its last of several; nothing where it reported nothing."""
-        if len(self.objectives) > 1:
-            return trial.user_attrs.get("values", [])
-        best = min if next(iter(self.objectives.values())) == "minimize" else max
-        return [best(trial.intermediate_values.values())] if trial.intermediate_values else []
+    def sign(self, objective: str) -> int:
+        """Returns the factor that turns the objective into a cost, which is minimized."""
+        return 1 if self.objectives[objective] == "minimize" else -1
 
-    def importances(self) -> dict[str, dict[str, float]]:
-        """Objective -> field -> its share of the variance of what trials reached, largest first.
+    def time_limit_reason(self) -> str:
+        """Returns why `search.max_hours` ends the study, or an empty string. Time before an interruption counts."""
+        max_hours = self._settings.max_hours
+        if max_hours is None or self._total_search_s() / 3600 < max_hours:
+            return ""
+        return f"search.max_hours={max_hours:g} elapsed"
 
-        By functional ANOVA (Hutter et al. 2014), with the trials that were ended early as far as they came and without
-        those that failed. Nothing where there are too few trials to tell.
-        """
-        told = [trial for trial in self.trials() if ENDED not in trial.user_attrs and self.values_of(trial)]
-        if len(told) < _FEWEST_TO_TELL:
-            return {}
-        reached = optuna.create_study(directions=self._study.directions)
-        for trial in told:
-            distributions, values = trial.distributions, self.values_of(trial)
-            reached.add_trial(optuna.create_trial(params=trial.params, distributions=distributions, values=values))
-        return {name: _importances_for(place, reached) for place, name in enumerate(self.objectives)}
-
-    def _begun(self) -> int:
-        point = self._untried_point()
+    def start_trial(self) -> optuna.Trial:
+        """Starts the next trial: an enqueued point, or one that the sampler draws. Never repeats a finite point."""
+        point = self._draw_untried_point()
         if point is not None:
-            self._study.enqueue_trial(point)  # and whoever is killed before the next line begins with it
-        trial = self._study.ask(self._space)
-        self._running[trial.number] = trial
-        return trial.number
+            self._study.enqueue_trial(point)  # a process that stops before the next line leaves it for its successor
+        return self._study.ask(self.space)
 
-    def _untried_point(self) -> Values | None:
-        """Where the space is finite, a point that no trial had; None where the sampler is free to draw any.
+    def reopen(self, orphan: FrozenTrial) -> optuna.Trial:
+        """Returns a running trial for an orphan. One whose process stopped while it drew values lacks some of them."""
+        trial = optuna.Trial(self._study, orphan._trial_id)
+        for name, distribution in self.space.items():
+            trial._suggest(name, distribution)  # as Study.ask does; returns the stored value if there is one
+        return trial
 
-        The sampler is asked a few times, on a copy of the study, as one that nears the best draws the same again.
+    def freeze(self, trial: optuna.Trial) -> FrozenTrial:
+        """Reads the current state of a running trial from the storage."""
+        return trial.storage.get_trial(trial._trial_id)
+
+    def complete(self, trial: optuna.Trial, values: Sequence[float], failure: str = "") -> None:
+        """Ends a trial with its objective values, or, with a failure or without values, with the worst ones."""
+        if not values:
+            failure = failure or "reported no metrics"
+        if failure:
+            trial.set_user_attr(FAILURE_ATTR, failure)
+            values = [self.sign(name) * WORST for name in self.objectives]
+        self._study.tell(trial, values=values)
+        self._save_search_time()
+
+    def prune(self, trial: optuna.Trial) -> None:
+        """Ends a trial early, with its last reported value."""
+        self._study.tell(trial, state=TrialState.PRUNED)
+        self._save_search_time()
+
+    def tried_points(self) -> set[tuple[Any, ...]]:
+        """Returns the point of each trial that has started, whatever its state."""
+        params = [trial.params for trial in self.trials()]
+        return {point_key(values, self.space) for values in params if self.space.keys() <= values.keys()}
+
+    def importances(self, values: Mapping[int, Sequence[float]]) -> dict[str, dict[str, float]]:
+        """Computes hyperparameter importances by functional ANOVA (Hutter et al. 2014).
+
+        Args:
+            values: Trial number -> its objective values, for all trials to include.
+
+        Returns:
+            Objective -> field -> share of the variance, largest first. Empty if there are too few trials.
         """
-        tried = self._tried()
-        waiting = self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
-        if waiting or self._combinations is None or len(tried) >= self._combinations:
+        if len(values) < _MIN_TRIALS_FOR_IMPORTANCES:
+            return {}
+        copy = optuna.create_study(directions=self._study.directions)
+        for trial in self.trials():
+            if trial.number in values:
+                copy.add_trial(
+                    optuna.create_trial(
+                        params=trial.params, distributions=trial.distributions, values=values[trial.number]
+                    )
+                )
+        return {name: _compute_importances(copy, index) for index, name in enumerate(self.objectives)}
+
+    def _draw_untried_point(self) -> Values | None:
+        """Returns an untried point of a finite space, or None if the sampler may draw any point.
+
+        Asks the sampler a few times, on a copy of the study: close to the optimum it draws the same points again.
+        """
+        tried_points = self.tried_points()
+        waiting_trials = self._study.get_trials(deepcopy=False, states=[TrialState.WAITING])
+        if waiting_trials or self.combinations is None or len(tried_points) >= self.combinations:
             return None
         copy = optuna.create_study(directions=self._study.directions, sampler=self._study.sampler)
         copy.add_trials(self._study.get_trials(deepcopy=False))
-        for _ in range(_REDRAWS):
-            point = copy.ask(self._space).params
-            if key_of(point, self._space) not in tried:
+        for _ in range(_MAX_REDRAWS):
+            point = copy.ask(self.space).params
+            if point_key(point, self.space) not in tried_points:
                 return point
-        return untried(self._space, tried, random.Random(f"{self._settings.seed} {len(tried)}"))
+        return draw_untried_point(self.space, tried_points, random.Random(f"{self._settings.seed} {len(tried_points)}"))
 
-    def _tried(self) -> set[tuple[Any, ...]]:
-        """The points of all trials that were begun, however they ended."""
-        params = [trial.params for trial in self.trials()]
-        return {key_of(values, self._space) for values in params if self._space.keys() <= values.keys()}
+    def _total_search_s(self) -> float:
+        return self._earlier_s + time.monotonic() - self._start_s
 
-    def _reopened(self, left: FrozenTrial) -> optuna.Trial:
-        """A trial that another process left running. One killed while it drew the values has only some of them."""
-        trial = optuna.Trial(self._study, left._trial_id)
-        for name, distribution in self._space.items():
-            trial._suggest(name, distribution)  # what it has already, or what it lacks: as Study.ask does
-        return trial
-
-    def _hours_over(self) -> str:
-        most, hours = self._settings.max_hours, (self._before_s + time.monotonic() - self._began_s) / 3600
-        return f"search.max_hours={most:g} are over" if most is not None and hours >= most else ""
-
-    def _tell(self, number: int, **what: Any) -> None:
-        self._study.tell(self._running.pop(number), **what)
-        self._study.set_user_attr(_SEARCHED_S, self._before_s + time.monotonic() - self._began_s)
-
-    def _frozen(self, trial: optuna.Trial) -> FrozenTrial:
-        return trial.storage.get_trial(trial._trial_id)
+    def _save_search_time(self) -> None:
+        self._study.set_user_attr(_SEARCH_TIME_ATTR, self._total_search_s())
 
 
-def _importances_for(objective: int, study: optuna.Study) -> dict[str, float]:
+def _compute_importances(study: optuna.Study, objective: int) -> dict[str, float]:
     if len({trial.values[objective] for trial in study.trials}) == 1:
-        return {}  # nothing made a difference
+        return {}  # no field made a difference
     evaluator = FanovaImportanceEvaluator(seed=0)
     shares = get_param_importances(study, evaluator=evaluator, target=lambda trial: trial.values[objective])
     return {name: float(share) for name, share in shares.items()}
 
 
-def _dominates(costs: Sequence[float], others: Sequence[float]) -> bool:
-    """Whether `costs`, where smaller is better, are nowhere worse than `others` and somewhere better."""
-    pairs = list(zip(costs, others, strict=True))
-    return all(one <= other for one, other in pairs) and any(one < other for one, other in pairs)
+def _dominates(costs: Sequence[float], other_costs: Sequence[float]) -> bool:
+    """Returns whether `costs` are nowhere higher than `other_costs`, and somewhere lower."""
+    pairs = list(zip(costs, other_costs, strict=True))
+    return all(cost <= other_cost for cost, other_cost in pairs) and any(
+        cost < other_cost for cost, other_cost in pairs
+    )
 
 
-def _sampler(settings: SearchConfig, trials: int) -> BaseSampler:
-    # Another seed where a search goes on, which would else draw the same values again.
-    seed = settings.seed + trials
+def _build_sampler(settings: SearchConfig, trials: int) -> BaseSampler:
+    seed = settings.seed + trials  # with the same seed, a resumed study would draw the same values again
     if settings.sampler in ("random", "pbt"):
         return RandomSampler(seed)
-    # Without warnings of what is experimental: how trials that run beside are counted in, and parameters together.
-    return TPESampler(seed=seed, n_startup_trials=_FIRST_RANDOM, multivariate=True, constant_liar=True)
+    # multivariate: samples fields jointly. constant_liar: counts running trials as poor ones.
+    return TPESampler(seed=seed, n_startup_trials=_RANDOM_TRIALS, multivariate=True, constant_liar=True)

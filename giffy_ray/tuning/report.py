@@ -1,4 +1,4 @@
-"""What a search ends with: the table of its trials and study.html."""
+"""The outputs of a finished study: a table of its trials, and the page study.html."""
 
 from __future__ import annotations
 
@@ -10,43 +10,59 @@ from giffy_ray.config import ConfigError, Experiment
 from giffy_ray.core import media
 from giffy_ray.core.storage import join, redact_credentials, write_bytes
 from giffy_ray.data.clip_dataset import ClipDataset
-from giffy_ray.evaluation.evaluator import (
-    REAL,
-)
-from giffy_ray.evaluation.report import _log_files, _typical
-from giffy_ray.evaluation.tables import (
-    WIDTH,
-)
-from giffy_ray.models.sampling import learner_method
+from giffy_ray.evaluation.evaluator import REAL
+from giffy_ray.evaluation.report import log_files, select_typical_clips
+from giffy_ray.evaluation.tables import TABLE_WIDTH
+from giffy_ray.models.sampling import LearnerMethod
 from giffy_ray.tracking.tracker import Tracker
-from giffy_ray.training import checkpoints
+from giffy_ray.training import checkpoint_format, checkpoint_selection
 from giffy_ray.tuning.html_report import ClipStrip, render_study
 from giffy_ray.tuning.tables import trials_table
-from giffy_ray.tuning.tuner import Study, experiment_of
+from giffy_ray.tuning.tuner import Study, trial_experiment
 
-_MOST_TRIALS, _MOST_CLIPS = 5, 6  # of a search, and of each of these, that its page shows
+_MAX_TRIALS = 5  # that the page shows clips of
+_MAX_CLIPS = 6  # of each of these trials
 
 
-def show_search(study: Experiment, found: Study, store: ClipDataset, tracker: Tracker) -> None:
-    """A search's trials as a table, and as `study.html` in its folder and in MLflow: plots, and clips of the best."""
-    print(found.stop_reason)
-    Console(width=WIDTH).print(trials_table(found, study.search))
-    rows = np.asarray(_typical(store, store.split_indices("validation"))[:_MOST_CLIPS])
-    ids = [store.ids[row] for row in rows]
-    real = torch.from_numpy(store.get_clips(rows))
-    reels = [ClipStrip(REAL, tuple(media.sprite(clip) for clip in real.numpy()))]
-    best = {trial.number for trial in found.best}
-    others = [trial for trial in found.trials if trial.number not in best and not trial.ended]
-    for trial in [*found.best, *others][:_MOST_TRIALS]:
+def show_search(experiment: Experiment, study: Study, dataset: ClipDataset, tracker: Tracker) -> None:
+    """Prints the table of trials, and saves study.html in the study's folder and in MLflow.
+
+    Args:
+        experiment: The experiment of the study.
+        study: The result of the study.
+        dataset: The clips of the study; validation clips are shown.
+        tracker: MLflow run of the study.
+    """
+    print(f"study ended: {study.stop_reason}")
+    Console(width=TABLE_WIDTH).print(trials_table(study, experiment.search))
+    indices = np.asarray(select_typical_clips(dataset, dataset.split_indices("validation"))[:_MAX_CLIPS])
+    clip_ids = [dataset.ids[index] for index in indices]
+    target = torch.from_numpy(dataset.get_clips(indices))
+    strips = _generate_strips(experiment, study, target, clip_ids)
+    page = render_study(experiment, study, dataset.clip, clip_ids, strips)
+    path = join(experiment.storage, experiment.name, "study.html")
+    write_bytes(path, page)
+    print(f"  {path}")
+    log_files({"study.html": page}, [tracker])
+
+
+def _generate_strips(
+    experiment: Experiment, study: Study, target: torch.Tensor, clip_ids: list[str]
+) -> list[ClipStrip]:
+    """Returns the target clips, then the clips that each of the best trials generates from their endpoints."""
+    strips = [ClipStrip(REAL, tuple(media.encode_sprite(clip) for clip in target.numpy()))]
+    best = {trial.number for trial in study.best}
+    others = [trial for trial in study.trials if trial.number not in best and not trial.failure]
+    for trial in [*study.best, *others][:_MAX_TRIALS]:
         try:
-            location = checkpoints.select(experiment_of(study, trial.number, trial.values))
-            learner, trained = checkpoints.load(location)
-        except ConfigError as error:  # it was removed since; the others are shown
-            reels.append(ClipStrip(trial.name, (), redact_credentials(str(error))))
+            checkpoint = checkpoint_selection.select_checkpoint(
+                trial_experiment(experiment, trial.number, trial.values)
+            )
+            learner, trained_experiment = checkpoint_format.load_learner(checkpoint)
+        except ConfigError as error:  # the checkpoint has been deleted since
+            strips.append(ClipStrip(trial.name, (), redact_credentials(str(error))))
             continue
-        made = learner_method(learner, trained.train.seed)(real[:, 0], real[:, -1], ids)
-        reels.append(ClipStrip(trial.name, tuple(media.sprite(clip) for clip in made.numpy())))
-    files = {"study.html": render_study(study, found, store.clip, ids, reels)}
-    write_bytes(join(study.storage, study.name, "study.html"), files["study.html"])
-    print(f"  {join(study.storage, study.name, 'study.html')}")
-    _log_files(files, [tracker])
+        method = LearnerMethod(learner, trained_experiment.train.seed)
+        generated = method(target[:, 0], target[:, -1], clip_ids)
+        strips.append(ClipStrip(trial.name, tuple(media.encode_sprite(clip) for clip in generated.numpy())))
+    return strips

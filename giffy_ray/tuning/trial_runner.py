@@ -1,11 +1,11 @@
-"""One trial of a search, as Ray Tune's actor runs it."""
+"""Runs one trial of a study in a Ray Tune actor."""
 
 from __future__ import annotations
 
 import contextlib
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,121 +13,173 @@ from ray import tune
 from ray.tune.integration.ray_train import TuneReportCallback
 
 from giffy_ray.cluster.resources import WorkerResources
-from giffy_ray.cluster.shared_storage import storage_problem
+from giffy_ray.cluster.shared_storage import find_storage_problem
 from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.core.run_lock import RunLockWatcher
 from giffy_ray.core.storage import filesystem_of, join, redact_credentials
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.tracking.tracker import open_run, tracking_uri
-from giffy_ray.training import checkpoints, train_loop
+from giffy_ray.training import checkpoint_selection, checkpoints, train_loop
 from giffy_ray.training.checkpoints import Snapshot
-from giffy_ray.training.trainer import MAY_CHANGE, locked_run, train
+from giffy_ray.training.trainer import MUTABLE_FIELDS, locked_run, train
 from giffy_ray.tuning.search_space import Values
 
-Take = Callable[[], Snapshot] | None  # of what is reported, where it is to be kept
-FAILED = "failed"  # what a trial reports instead of a metric: why it ended
-# A trial that is ended leaves its loop at the next report, and its actor is used again if that takes no longer.
-_LEAVE_S = 60
+MakeSnapshot = Callable[[], Snapshot] | None  # see train_loop.ReportFn
+FAILURE_KEY = "failed"  # key that a failed trial reports instead of metrics; its value is the reason
+# A stopped trial leaves its training loop at the next report. Ray Tune reuses its actor if that takes no longer.
+_STOP_TIMEOUT_S = 60
+_EXPLOITABLE_EPOCHS = 2  # epochs whose checkpoints a population keeps: slower trials may still copy the previous one
 
 
-def name_of(number: int) -> str:
+def trial_name(number: int) -> str:
+    """Formats a trial number as the name of its run: `trial-0003`."""
     return f"trial-{number:04}"
 
 
-def experiment_of(study: Experiment, number: int, values: Values) -> Experiment:
-    """The training that a trial is: in the study's folder, under its number, with its values."""
+def trial_experiment(experiment: Experiment, number: int, values: Values) -> Experiment:
+    """Returns the experiment that a trial trains, with its run in the study's folder."""
     changes = {
-        "name": name_of(number),
-        "storage": join(study.storage, study.name),
-        "tracking.uri": tracking_uri(study),
-        "train.epochs": study.search.epochs,
-        "cluster.workers": study.search.workers,
+        "name": trial_name(number),
+        "storage": join(experiment.storage, experiment.name),
+        "tracking.uri": tracking_uri(experiment),
+        "train.epochs": experiment.search.epochs,
+        "cluster.workers": experiment.search.workers,
     }
-    return override(study, changes | values)
+    return override(experiment, changes | values)
 
 
-def trial(
-    config: dict[str, Any], study: str, store: str, share: WorkerResources, parent: str, token: str | None = None
+def run_trial(
+    config: dict[str, Any],
+    experiment_yaml: str,
+    dataset_path: str,
+    worker_resources: WorkerResources,
+    parent: str,
+    token: str | None = None,
 ) -> None:
-    """`config`: {"number", "values"}, of a population also {"until", "take"}.
+    """Trains one trial, or one generation of a trial in a population.
 
-    A failure is reported, then raised: it ends this trial and its process. The next trial gets a new process, as an
-    error of CUDA stays in the one that it came up in.
+    A failure is reported, then raised. This ends the actor's process too, because a CUDA error would make every later
+    trial in it fail.
+
+    Args:
+        config: `number` and `values`; in a population also `stop_epoch` and `exploit_from`.
+        experiment_yaml: The experiment of the study.
+        dataset_path: Where the clips of the study are.
+        worker_resources: Of each worker.
+        parent: Folder of the run that MLflow shows the trial under.
+        token: Proves that this node shares the study's local storage. None if it is a bucket.
     """
-    os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # which train.init_from may be a path from
-    whole = from_yaml(study)
-    problem = storage_problem(whole, token)
+    os.chdir(os.environ["TUNE_ORIG_WORKING_DIR"])  # train.init_from may be a relative path
+    study_experiment = from_yaml(experiment_yaml)
+    problem = find_storage_problem(study_experiment, token)
     if problem:
-        raise RuntimeError(problem)  # of this node, not of the values: the trial is tried again, on any node
-    experiment = experiment_of(whole, config["number"], config["values"])
-    clips = functools.partial(ClipDataset, store, experiment.data.node_cache_gb)
+        raise RuntimeError(problem)  # a problem of this node, not of the values: Ray Tune retries on any node
+    experiment = trial_experiment(study_experiment, config["number"], config["values"])
+    space = study_experiment.search.space
+    open_dataset = functools.partial(ClipDataset, dataset_path, experiment.data.node_cache_gb)
     try:
         if experiment.cluster.max_workers > 1:
-            train(experiment, clips(), share, parent, [TuneReportCallback()], whole.search.space)
-        elif "until" in config:
-            _turn(experiment, whole, clips(), parent, config["until"], config["take"])
+            train(experiment, open_dataset(), worker_resources, parent, [TuneReportCallback()], space)
+        elif "stop_epoch" in config:
+            stop_epoch, exploit_from = config["stop_epoch"], config["exploit_from"]
+            _train_generation(experiment, study_experiment, open_dataset(), parent, stop_epoch, exploit_from)
         else:
-            _alone(experiment, clips(), parent)
+            _train_in_process(experiment, open_dataset(), parent)
     except Exception as failure:
-        tune.report({FAILED: redact_credentials(f"{type(failure).__name__}: {failure}")})
+        tune.report({FAILURE_KEY: redact_credentials(f"{type(failure).__name__}: {failure}")})
         raise
 
 
-def _alone(experiment: Experiment, store: ClipDataset, parent: str) -> None:
-    """The training in this process: neither a worker group nor Ray Train's reports, which take seconds."""
-    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_LEAVE_S)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tags = {"data.fingerprint": store.fingerprint}
-    with locked_run(experiment, store, searched=experiment.search.space) as lease:
-        done = checkpoints.last_metrics(experiment)
-        if done:  # it may have been cut before the search took it down
-            tune.report(done)
-        watch = RunLockWatcher(experiment.run_dir, lease.holder)
+def _train_in_process(experiment: Experiment, dataset: ClipDataset, parent: str) -> None:
+    """Trains in this process, which saves the seconds that a worker group and Ray Train's reports take."""
+    os.environ["TUNE_FUNCTION_THREAD_TIMEOUT_S"] = str(_STOP_TIMEOUT_S)
+    tags = {"data.fingerprint": dataset.fingerprint}
+    with locked_run(experiment, dataset, searched_fields=experiment.search.space) as lock:
+        last_metrics = checkpoint_selection.last_metrics(experiment)
+        if last_metrics:  # the driver may have stopped before it recorded this report
+            tune.report(last_metrics)
+        watcher = RunLockWatcher(experiment.run_dir, lock.holder)
         with open_run(experiment, parent=parent, tags=tags) as tracker:
-            tell = functools.partial(_report, experiment, watch)
-            train_loop.run(experiment, store, tracker, device, tell, watch=watch)
+            report_fn = functools.partial(_report, experiment, watcher)
+            train_loop.run(experiment, dataset, tracker, _select_device(), report_fn, lock_watcher=watcher)
 
 
-class _TurnIsOver(SystemExit):
-    """As a trial that Ray Tune ends leaves its loop."""
+class _GenerationFinished(SystemExit):
+    """Leaves the training loop at the end of a generation, as Ray Tune does when it stops a trial."""
 
 
-def _turn(
-    experiment: Experiment, study: Experiment, store: ClipDataset, parent: str, until: int, take: tuple[int, int] | None
+def _train_generation(
+    experiment: Experiment,
+    study_experiment: Experiment,
+    dataset: ClipDataset,
+    parent: str,
+    stop_epoch: int,
+    exploit_from: Sequence[int] | None,
 ) -> None:
-    """The training of one of a population, up to epoch `until`. `take`: (epoch, number) of whose weights it goes on.
+    """Trains a trial of a population in this process, up to the end of a generation.
 
-    Of what a run was started with, only the fields of `search.space` may be others by now.
+    Only fields in `search.space` may differ from the values the run started with.
+
+    Args:
+        experiment: The trial's experiment.
+        study_experiment: The experiment of the study.
+        dataset: The clips of the study.
+        parent: Folder of the run that MLflow shows the trial under.
+        stop_epoch: The last epoch of the generation.
+        exploit_from: (epoch, trial) of the checkpoint to copy first, or None.
     """
-    tags = {"data.fingerprint": store.fingerprint}
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    space = study.search.space
-    with locked_run(experiment, store, (*MAY_CHANGE, *space), space) as lease, contextlib.suppress(_TurnIsOver):
-        watch = RunLockWatcher(experiment.run_dir, lease.holder)
-        if take:
-            checkpoints.copy_checkpoint_from(experiment, override(experiment, {"name": name_of(take[1])}), take[0])
-        done = checkpoints.last_metrics(experiment)
-        if done and done["epoch"] == until:  # it was cut before the search took it down
-            tune.report(done)
-            if until < experiment.train.epochs:
+    tags = {"data.fingerprint": dataset.fingerprint}
+    space = study_experiment.search.space
+    with (
+        locked_run(experiment, dataset, (*MUTABLE_FIELDS, *space), space) as lock,
+        contextlib.suppress(_GenerationFinished),
+    ):
+        watcher = RunLockWatcher(experiment.run_dir, lock.holder)
+        if exploit_from:
+            source_epoch, source_number = exploit_from
+            source = override(experiment, {"name": trial_name(source_number)})
+            checkpoints.copy_checkpoint_from(experiment, source, source_epoch)
+        last_metrics = checkpoint_selection.last_metrics(experiment)
+        if last_metrics and last_metrics["epoch"] == stop_epoch:  # the driver stopped before it recorded this report
+            tune.report(last_metrics)
+            if stop_epoch < experiment.train.epochs:
                 return
         with open_run(experiment, parent=parent, tags=tags) as tracker:
-            values = flatten(experiment)
-            tracker.log_metrics({f"searched/{name}": values[name] for name in study.search.space}, until, "searched")
-            tell = functools.partial(_report_turn, experiment, watch, until)
-            train_loop.run(experiment, store, tracker, device, tell, watch=watch)
+            fields = flatten(experiment)
+            tracker.log_metrics({f"searched/{name}": fields[name] for name in space}, stop_epoch, "searched")
+            report_fn = functools.partial(_report_generation, experiment, watcher, stop_epoch)
+            train_loop.run(experiment, dataset, tracker, _select_device(), report_fn, lock_watcher=watcher)
 
 
-def _report_turn(experiment: Experiment, watch: RunLockWatcher, until: int, named: dict[str, Any], take: Take) -> None:
-    _report(experiment, watch, named, take, epochs=2)  # others may still take over the one before
-    if named.get("epoch") == until < experiment.train.epochs:
-        raise _TurnIsOver
+def _select_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _report(experiment: Experiment, watch: RunLockWatcher, named: dict[str, Any], take: Take, epochs: int = 0) -> None:
-    """The checkpoint first: what was reported need not be done again. Only the newest is kept, and of `epochs`."""
-    assert take
-    take().write(*filesystem_of(checkpoints.place_of_new(experiment)), watch.check)
-    checkpoints.remove_older(experiment, epochs)
-    if "epoch" in named:
-        tune.report(named)
+def _report_generation(
+    experiment: Experiment,
+    watcher: RunLockWatcher,
+    stop_epoch: int,
+    metrics: dict[str, Any],
+    make_snapshot: MakeSnapshot,
+) -> None:
+    _report(experiment, watcher, metrics, make_snapshot, _EXPLOITABLE_EPOCHS)
+    if metrics.get("epoch") == stop_epoch < experiment.train.epochs:
+        raise _GenerationFinished
+
+
+def _report(
+    experiment: Experiment,
+    watcher: RunLockWatcher,
+    metrics: dict[str, Any],
+    make_snapshot: MakeSnapshot,
+    kept_epochs: int = 0,
+) -> None:
+    """Writes a checkpoint, then reports: an epoch that was reported never has to run again.
+
+    Keeps the latest checkpoint, and those of the last `kept_epochs` epochs.
+    """
+    assert make_snapshot
+    make_snapshot().write(*filesystem_of(checkpoints.new_checkpoint_path(experiment)), watcher.check)
+    checkpoint_selection.remove_older(experiment, kept_epochs)
+    if "epoch" in metrics:
+        tune.report(metrics)

@@ -1,4 +1,4 @@
-"""The AWS cluster file: what Ray and EC2 would refuse, and what must never be open. No test has a network."""
+"""The AWS cluster file: validity for Ray and EC2, and security. The tests use no network."""
 
 import copy
 import inspect
@@ -27,18 +27,18 @@ README = (ROOT / "cluster" / "README.md").read_text()
 DOCKERFILE = (ROOT / "cluster" / "Dockerfile").read_text()
 
 
-class AskedAWSError(Exception):
-    pass
+class AWSRequestError(Exception):
+    """Ray would have sent a request to AWS."""
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*args, **_):
+    def fail(*args, **_):
         raise AssertionError(f"a test of the cluster file used the network: {args[1:]}")
 
     for name in ("connect", "connect_ex", "sendto"):
-        monkeypatch.setattr(socket.socket, name, refuse)
-    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+        monkeypatch.setattr(socket.socket, name, fail)
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
 
 
 @pytest.fixture
@@ -48,15 +48,15 @@ def config():
 
 @pytest.fixture
 def launch(monkeypatch):
-    """What `ray up` makes of a file before it starts a machine; any question to AWS raises AskedAWSError."""
+    """Processes a file as `ray up` does before it starts an instance; any request to AWS raises AWSRequestError."""
 
-    def ask(name, _):
-        raise AskedAWSError(name)
+    def fail(name, _):
+        raise AWSRequestError(name)
 
-    monkeypatch.setattr(aws, "_resource", ask)
-    for must_ask in ("_configure_key_pair", "_configure_subnet"):
-        monkeypatch.setattr(aws, must_ask, lambda config: config)
-    # The cluster launcher tells listeners which key it found; there is none here.
+    monkeypatch.setattr(aws, "_resource", fail)
+    for step in ("_configure_key_pair", "_configure_subnet"):  # they always send requests
+        monkeypatch.setattr(aws, step, lambda config: config)
+    # The launcher reports its key to listeners; there is none here.
     monkeypatch.setattr(aws.global_event_system, "execute_callback", lambda *_: None)
 
     def launch(config):
@@ -81,13 +81,13 @@ def pinned_ray():
 
 
 def ec2_errors(node_config):
-    """What EC2's own description of RunInstances has against the parameters of a machine; '' for nothing."""
+    """Validates an instance's parameters against EC2's description of RunInstances. Returns the errors, or ''."""
     shape = botocore.session.Session().get_service_model("ec2").operation_model("RunInstances").input_shape
     report = ParamValidator().validate({"MinCount": 1, "MaxCount": 1} | node_config, shape)
     return report.generate_report()
 
 
-def test_root_link():
+def test_the_root_has_a_link_to_the_file():
     link = ROOT / "ray-cluster.yaml"
     assert link.is_symlink()
     assert link.readlink() == Path("cluster/ray-cluster.yaml")
@@ -97,13 +97,13 @@ def test_root_link():
 def test_ray_accepts_the_file(config):
     prepared = prepare_config(copy.deepcopy(config))
     validate_config(prepared)
-    # Ray's defaults for what is left out: a nightly wheel.
+    # Ray's defaults would install a nightly wheel.
     assert "nightly" not in str(prepared)
     assert "ray-wheels" not in str(prepared)
 
 
 @pytest.mark.parametrize("path", [["idle_timeout_minuts"], ["docker", "runoptions"], ["auth", "user"]])
-def test_ray_refuses_a_misspelt_key(config, path):
+def test_ray_rejects_a_misspelt_key(config, path):
     *sections, key = path
     section = config
     for name in sections:
@@ -113,7 +113,7 @@ def test_ray_refuses_a_misspelt_key(config, path):
         validate_config(prepare_config(config))
 
 
-def test_ray_refuses_a_node_type_without_resources(config):
+def test_ray_rejects_a_node_type_without_resources(config):
     del node_types(config)["l4"]["resources"]
     with pytest.raises(jsonschema.ValidationError, match="resources"):
         validate_config(prepare_config(config))
@@ -122,24 +122,24 @@ def test_ray_refuses_a_node_type_without_resources(config):
 def test_ec2_knows_every_parameter(config):
     for node in node_types(config).values():
         assert ec2_errors(node["node_config"]) == ""
-    # Ray's schema does not look in here, so a misspelt key would otherwise be found by AWS.
+    # Ray's schema does not cover node_config, so only AWS would report a misspelt key.
     assert "HttpToken" in ec2_errors({"MetadataOptions": {"HttpToken": "required"}})
 
 
-def test_every_node(config):
+def test_every_node_has_an_image_a_group_and_a_profile(config):
     for node in node_types(config).values():
-        machine = node["node_config"]
+        instance = node["node_config"]
         assert node["resources"]["CPU"] >= 2
-        assert re.fullmatch(r"ami-(REPLACE|[0-9a-f]{8,17})", machine["ImageId"])
-        (group,) = machine["SecurityGroupIds"]
+        assert re.fullmatch(r"ami-(REPLACE|[0-9a-f]{8,17})", instance["ImageId"])
+        (group,) = instance["SecurityGroupIds"]
         assert re.fullmatch(r"sg-(REPLACE|[0-9a-f]{8,17})", group)
-        assert machine["MetadataOptions"]["HttpTokens"] == "required"
-        assert machine["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
-        assert set(machine["IamInstanceProfile"]) == {"Name"}
-        assert machine["IamInstanceProfile"]["Name"] in README
+        assert instance["MetadataOptions"]["HttpTokens"] == "required"
+        assert instance["MetadataOptions"]["HttpPutResponseHopLimit"] == 1
+        assert set(instance["IamInstanceProfile"]) == {"Name"}
+        assert instance["IamInstanceProfile"]["Name"] in README
 
 
-def test_head_stays_and_workers_are_spot(config):
+def test_the_head_is_on_demand_and_workers_are_spot_instances(config):
     head = node_types(config)[config["head_node_type"]]
     assert "InstanceMarketOptions" not in head["node_config"]
     assert "GPU" not in head["resources"]
@@ -151,7 +151,7 @@ def test_head_stays_and_workers_are_spot(config):
     assert config["provider"]["cache_stopped_nodes"] is False
 
 
-def test_ray_makes_no_group_and_no_role_of_its_own(config, launch):
+def test_ray_creates_no_security_group_and_no_role(config, launch):
     launched = launch(config)
     for name, node in node_types(launched).items():
         for field in ("SecurityGroupIds", "ImageId"):
@@ -167,10 +167,10 @@ def test_ray_makes_no_group_and_no_role_of_its_own(config, launch):
         ("head", "IamInstanceProfile", "iam"),
     ],
 )
-def test_ray_would_make_one_where_it_is_left_out(config, launch, node, field, service):
+def test_ray_would_create_a_missing_group_or_role(config, launch, node, field, service):
     del node_types(config)[node]["node_config"][field]
     node_types(config)[node]["node_config"]["SubnetIds"] = ["subnet-1"]
-    with pytest.raises(AskedAWSError, match=service):
+    with pytest.raises(AWSRequestError, match=service):
         launch(config)
 
 
@@ -178,19 +178,19 @@ def test_nothing_is_open_to_the_world(config):
     for text in (FILE.read_text(), README, DOCKERFILE):
         assert "0.0.0.0" not in text
         assert "::/0" not in text
-    # Rules given here would be added to Ray's own, which open SSH to all.
+    # Rules in the file would be added to Ray's own, which open SSH to the world.
     assert "security_group" not in config["provider"]
-    assert "--dashboard-host=127.0.0.1" in started(config, "head")
+    assert "--dashboard-host=127.0.0.1" in start_command(config, "head")
 
 
-def started(config, kind):
+def start_command(config, kind):
     (command,) = [line for line in config[f"{kind}_start_ray_commands"] if "ray start" in line]
     return command
 
 
 @pytest.mark.parametrize("kind", ["head", "worker"])
 def test_ray_starts_with_the_token(config, kind):
-    settings, _, arguments = started(config, kind).partition("ray start")
+    settings, _, arguments = start_command(config, kind).partition("ray start")
     assert "export RAY_AUTH_MODE=token RAY_worker_niceness=0;" in settings
     assert "ulimit -n 65536;" in settings
     assert ("--head" in arguments) == (kind == "head")
@@ -198,8 +198,8 @@ def test_ray_starts_with_the_token(config, kind):
 
 
 def test_jobs_have_time_to_write_their_last_checkpoint(config):
-    """On the head, where `ray job submit` runs them, and where Ray reads how long `ray job stop` waits."""
-    settings, _, _ = started(config, "head").partition("ray start")
+    """The head runs them, and its environment sets how long `ray job stop` waits."""
+    settings, _, _ = start_command(config, "head").partition("ray start")
     (name, wait_s), *_ = JOB_STOP_WAIT_ENV.items()
     assert f"export {name}={wait_s};" in settings
     assert f"{name}={wait_s}" in README
@@ -207,15 +207,15 @@ def test_jobs_have_time_to_write_their_last_checkpoint(config):
     assert re.search(rf'os\.environ\.get\(\s*"{name}"', supervisor)
 
 
-def test_the_token_goes_where_ray_looks(config):
-    (place,) = config["file_mounts"]
-    assert Path(place).expanduser() == authentication_token_setup._get_default_token_path()
-    assert config["file_mounts"][place] == place
+def test_the_token_is_where_ray_reads_it(config):
+    (path,) = config["file_mounts"]
+    assert Path(path).expanduser() == authentication_token_setup._get_default_token_path()
+    assert config["file_mounts"][path] == path
     command = docker_start_cmds(
         "ubuntu", "image", config["file_mounts"], "name", [], config["cluster_name"], "/home/ray", "docker"
     )
-    assert f"/{place}:/home/ray/.ray/auth_token " in command
-    assert "RAY_AUTH_TOKEN" not in FILE.read_text()  # never in a command, where it would be logged
+    assert f"/{path}:/home/ray/.ray/auth_token " in command
+    assert "RAY_AUTH_TOKEN" not in FILE.read_text()  # a command would be logged
 
 
 def test_nodes_wait_for_docker_and_the_driver(config):
@@ -228,14 +228,14 @@ def test_nodes_wait_for_docker_and_the_driver(config):
     assert "--gpus all" in config["docker"]["worker_run_options"]
 
 
-def test_commands_are_shell(config):
+def test_commands_are_valid_shell(config):
     prepared = prepare_config(config)
     commands = [line for name in prepared if name.endswith("_commands") for line in prepared[name]]
     for command in commands + [line for node in workers(config) for line in node["initialization_commands"]]:
         assert subprocess.run(["bash", "-n", "-c", command], check=False).returncode == 0, command
 
 
-def test_one_version_of_ray(config):
+def test_all_files_name_one_version_of_ray(config):
     ray = pinned_ray()
     assert config["docker"]["image"].endswith(f":{ray}")
     assert any(f"'{ray}'" in command for command in config["setup_commands"])
@@ -244,7 +244,7 @@ def test_one_version_of_ray(config):
     assert f"giffy-ray:{ray}" in README
 
 
-def test_readme_says_what_to_replace():
+def test_the_readme_explains_what_to_replace():
     for mark in set(re.findall(r"[\w-]*REPLACE[\w-]*", FILE.read_text().partition("\ncluster_name")[2])):
         assert f"`{mark}`" in README
     assert "aws ssm get-parameter" in README

@@ -1,4 +1,4 @@
-"""What workers warn of is shown by the driver, once, and no credentials with it."""
+"""The driver shows the workers' warnings once, and no credentials."""
 
 import ast
 import io
@@ -16,20 +16,20 @@ from ray import cloudpickle
 from rich.console import Console
 
 from giffy_ray.cluster.local import Head
-from giffy_ray.core.messages import MarkedHandler, messages_in, redact_output, worker_setup
+from giffy_ray.core.messages import MarkedHandler, make_worker_setup_hook, parse_messages, redact_output
 from giffy_ray.core.storage import redact_credentials
 from tests.conftest import submit
 
 
-def test_workers_warnings_and_nothing_else_are_shown_once(head: Head, tmp_path: Path):
-    said = submit(head, "tests/warning_job.py", str(tmp_path))
-    for who in ("a task", "a trial", "the driver"):
-        assert said.count(f"{who} warns of s3://***@bucket\nand goes on") == 1, said
-    assert said.count("all warn") == 2, said  # of the workers, and of the driver
-    assert "passed on: True" in said
+def test_only_the_warnings_of_workers_are_shown_and_only_once(head: Head, tmp_path: Path):
+    printed = submit(head, "tests/warning_job.py", str(tmp_path))
+    for source in ("a task", "a trial", "the driver"):
+        assert printed.count(f"{source} warns of s3://***@bucket\nand continues") == 1, printed
+    assert printed.count("all warn") == 2, printed  # once for the workers, once for the driver
+    assert "forwarded: True" in printed
     for unwanted in ("a task prints", "a task has noise", "informs", "of-the-driver", "[giffy_ray]"):
-        assert unwanted not in said
-    # Neither Ray's logs nor its dashboard show the value that was passed on.
+        assert unwanted not in printed
+    # Neither Ray's logs nor its dashboard show the forwarded value.
     folder = Path(head.environment["RAY_AUTH_TOKEN_PATH"]).parent
     logs = [path for path in folder.rglob("*") if path.is_file() and "/logs/" in str(path)]
     assert any(b"all warn" in path.read_bytes() for path in logs)
@@ -41,12 +41,13 @@ def test_workers_warnings_and_nothing_else_are_shown_once(head: Head, tmp_path: 
             assert b"of-the-driver" not in answer.read()
 
 
-# What is given -> what is shown of it.
+# Text -> the text without credentials.
 ADDRESSES = {
     "http://me:hush@host:5000/path": "http://***@host:5000/path",
     "https://hush@host": "https://***@host",
     "postgresql+psycopg://me:hush@host/optuna": "postgresql+psycopg://***@host/optuna",
     "postgresql://me:hu/sh@hush@host/optuna": "postgresql://***@host/optuna",
+    "postgresql://me:hush://hush@host/optuna": "postgresql://***@host/optuna",
     "postgresql://me:hush#?@host/optuna?sslmode=require": "postgresql://***@host/optuna?sslmode=require",
     "postgresql://host/optuna?user=me&password=hush&sslmode=require": (
         "postgresql://host/optuna?user=me&password=***&sslmode=require"
@@ -67,7 +68,7 @@ ADDRESSES = {
     "https://host/x#access_token=hush": "https://host/x#access_token=***",
     "host=db password=hush dbname=optuna": "host=db password=*** dbname=optuna",
     "Server=db;Pwd=hush;Database=optuna": "Server=db;Pwd=***;Database=optuna",
-    # Nothing in these is a secret.
+    # These contain no secrets.
     **{
         plain: plain
         for plain in (
@@ -82,19 +83,19 @@ ADDRESSES = {
         )
     },
 }
-FRAMES = ("{}", "tracking.uri: no answer (value '{}')", '{{"uri": "{}"}}', "[{0}, {0}]", "a\nstorage: {}\nb: c")
+TEMPLATES = ("{}", "tracking.uri: no answer (value '{}')", '{{"uri": "{}"}}', "[{0}, {0}]", "a\nstorage: {}\nb: c")
 
 
 @pytest.mark.parametrize("address", ADDRESSES)
-def test_no_credential_of_an_address_is_shown(address: str):
-    for frame in FRAMES:
-        assert redact_credentials(frame.format(address)) == frame.format(ADDRESSES[address])
-        assert redact_credentials(redact_credentials(frame.format(address))) == frame.format(ADDRESSES[address])
+def test_credentials_in_addresses_are_redacted(address: str):
+    for template in TEMPLATES:
+        assert redact_credentials(template.format(address)) == template.format(ADDRESSES[address])
+        assert redact_credentials(redact_credentials(template.format(address))) == template.format(ADDRESSES[address])
     assert "hush" not in redact_credentials(address)
 
 
 @given(st.text(string.ascii_letters + string.digits + string.punctuation, max_size=20))
-def test_no_password_is_shown_whatever_is_in_it(characters: str):
+def test_passwords_of_any_characters_are_redacted(characters: str):
     password = f"Zq{characters}qZ"
     for before, after in (("postgresql://me:", "@host/optuna"), ("data.root: s3://key:", "@bucket/x (value 3)")):
         shown = redact_credentials(f"{before}{password}{after}")
@@ -102,22 +103,22 @@ def test_no_password_is_shown_whatever_is_in_it(characters: str):
         assert shown.endswith(after)
 
 
-def test_what_is_printed_passes_through(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
+def test_output_without_credentials_is_unchanged(capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch):
     for name in ("stdout", "stderr"):
-        monkeypatch.setattr(sys, name, getattr(sys, name))  # is put back
+        monkeypatch.setattr(sys, name, getattr(sys, name))  # restored after the test
     redact_output()
     redact_output()
     print("to s3://me:secret@bucket", "and", 3)
     Console(width=80).print("[bold]from[/] s3://me:secret@bucket")
     logging.getLogger("giffy_ray.anything").warning("s3://me:secret@bucket is away")
     print(Path(), file=sys.stderr)
-    said = capsys.readouterr()
-    assert said.out == "to s3://***@bucket and 3\nfrom s3://***@bucket\n"
-    assert said.err.endswith(".\n")
-    assert sys.stdout.isatty() is False  # and what else a stream can do
+    captured = capsys.readouterr()
+    assert captured.out == "to s3://***@bucket and 3\nfrom s3://***@bucket\n"
+    assert captured.err.endswith(".\n")
+    assert sys.stdout.isatty() is False  # and other methods of a stream
 
 
-def test_a_warning_of_many_lines_is_one_line_of_a_worker():
+def test_a_warning_of_several_lines_is_one_line_of_worker_output():
     out = io.StringIO()
     handler = MarkedHandler()
     handler.setStream(out)
@@ -131,20 +132,20 @@ def test_a_warning_of_many_lines_is_one_line_of_a_worker():
     lines = out.getvalue().splitlines()
     assert len(lines) == 1
     noise = ["(pid=3) [giffy_ray]", 'x[giffy_ray] "half', "Ray says so", *lines]
-    (half, whole) = messages_in(noise)
-    assert half == '"half'
-    assert whole.startswith("read 3 é\nTraceback")
-    assert whole.endswith("OSError: s3://***@bucket\nis away")
+    partial, complete = parse_messages(noise)
+    assert partial == '"half'
+    assert complete.startswith("read 3 é\nTraceback")
+    assert complete.endswith("OSError: s3://***@bucket\nis away")
 
 
-def test_credentials_are_passed_on_in_what_ray_does_not_show():
+def test_the_setup_hook_forwards_credentials_without_showing_them():
     names = ("MLFLOW_TRACKING_PASSWORD", "AWS_SECRET_ACCESS_KEY", "GOOGLE_APPLICATION_CREDENTIALS")
-    hook = worker_setup(dict.fromkeys((*names, "PATH", "MY_AWS_KEY"), "value"))
+    hook = make_worker_setup_hook(dict.fromkeys((*names, "PATH", "MY_AWS_KEY"), "value"))
     assert "value" not in f"{hook!r} {hook.__name__}"
     code = "import os, sys, pickle; pickle.load(sys.stdin.buffer)(); print(sorted(os.environ)); import logging"
-    code += "; logging.getLogger('giffy_ray.x').warning('said')"
-    code += "; from giffy_ray.core.messages import say; say('said, not warned')"
+    code += "; logging.getLogger('giffy_ray.x').warning('warned')"
+    code += "; from giffy_ray.core.messages import print_message; print_message('printed')"
     pickled = cloudpickle.dumps(hook)  # type: ignore[attr-defined]
-    done = subprocess.run([sys.executable, "-c", code], input=pickled, env={}, capture_output=True, check=True)
-    assert set(ast.literal_eval(done.stdout.decode())) & {*names, "PATH", "MY_AWS_KEY"} == set(names)
-    assert messages_in(done.stderr.decode().splitlines()) == ["said", "said, not warned"]
+    result = subprocess.run([sys.executable, "-c", code], input=pickled, env={}, capture_output=True, check=True)
+    assert set(ast.literal_eval(result.stdout.decode())) & {*names, "PATH", "MY_AWS_KEY"} == set(names)
+    assert parse_messages(result.stderr.decode().splitlines()) == ["warned", "printed"]

@@ -1,4 +1,4 @@
-"""One process at a time trains a run."""
+"""The run lock: only one process at a time holds it, however processes are paused, killed or cut off."""
 
 import json
 import os
@@ -32,44 +32,46 @@ def experiment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Experiment:
 
 
 @pytest.fixture
-def in_bucket(bucket: str, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch) -> Experiment:
+def bucket_experiment(
+    bucket: str, tmp_path: Path, experiment: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> Experiment:
     monkeypatch.setattr(run_lock, "EXPIRES_S", 2.0)
     return override(experiment, {"storage": f"{bucket}/lease-{tmp_path.name}"})
 
 
-def file_of(experiment: Experiment) -> Path:
+def lease_file(experiment: Experiment) -> Path:
     return Path(experiment.storage, "run", "lease.json")
 
 
-def text_of(experiment: Experiment) -> str | None:
-    return read_text(run_lock.location_of(experiment.run_dir))
+def read_lease(experiment: Experiment) -> str | None:
+    return read_text(run_lock.lock_path(experiment.run_dir))
 
 
-def leave(experiment: Experiment, **other: Any) -> str:
-    """A lease of this very process, but for what is other; returns its text."""
-    text = json.dumps({"holder": "x", **run_lock._this_process(), **other, "renewed_s": 0})
-    write_text(run_lock.location_of(experiment.run_dir), text)
+def write_lease(experiment: Experiment, **fields: Any) -> str:
+    """Writes a lease of this process with some fields changed, and returns its text."""
+    text = json.dumps({"holder": "x", **run_lock._describe_this_process(), **fields, "renewed_s": 0})
+    write_text(run_lock.lock_path(experiment.run_dir), text)
     return text
 
 
-def seconds_to_get(experiment: Experiment) -> float:
+def measure_acquire_s(experiment: Experiment) -> float:
     began_s = time.monotonic()
     with run_lock.run_lock(experiment.run_dir):
         return time.monotonic() - began_s
 
 
-# What another process does: one line of JSON for each that it is told on its standard input.
-ANOTHER = """
+# Acquires and releases locks as told on its standard input: one line of JSON to acquire, an empty line to release.
+HOLDER_SCRIPT = """
 import json, sys
-from giffy_ray.core import run_lock as lease
 from giffy_ray.config import Experiment, override
-lease.EXPIRES_S, lease._RENEW_S, lease._SETTLE_S = json.loads(sys.argv[1])
+from giffy_ray.core import run_lock
+run_lock.EXPIRES_S, run_lock._RENEW_S, run_lock._SETTLE_S = json.loads(sys.argv[1])
 print("ready", flush=True)
 for line in sys.stdin:
     storage, name = json.loads(line)
     try:
-        with lease.held(override(Experiment(), {"storage": storage, "name": name}).run_dir) as held:
-            print(held.holder, flush=True)
+        with run_lock.run_lock(override(Experiment(), {"storage": storage, "name": name}).run_dir) as lock:
+            print(lock.holder, flush=True)
             sys.stdin.readline()
         print("released", flush=True)
     except Exception as error:
@@ -77,116 +79,121 @@ for line in sys.stdin:
 """
 
 
-class Another:
-    """A process that takes leases when it is told to."""
+class LockProcess:
+    """A separate process that acquires and releases run locks on request."""
 
     def __init__(self, expires_s: float = 1.0, renew_s: float = 0.05, settle_s: float = 0.1):
         times = json.dumps([expires_s, renew_s, settle_s])
         self.process = subprocess.Popen(
-            [sys.executable, "-c", ANOTHER, times], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", HOLDER_SCRIPT, times], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        assert self.said() == "ready"
+        assert self.read_line() == "ready"
 
-    def said(self) -> str:
+    def read_line(self) -> str:
         assert self.process.stdout
         while (line := self.process.stdout.readline().strip()).startswith("waiting up to"):
             pass
         return line
 
-    def tell(self, line: str) -> None:
+    def write_line(self, line: str) -> None:
         assert self.process.stdin
         self.process.stdin.write(f"{line}\n")
         self.process.stdin.flush()
 
-    def take(self, experiment: Experiment, name: str = "run") -> None:
-        self.tell(json.dumps([experiment.storage, name]))
+    def acquire(self, experiment: Experiment, name: str = "run") -> None:
+        self.write_line(json.dumps([experiment.storage, name]))
 
-    def end(self) -> None:
+    def release(self) -> None:
+        self.write_line("")
+
+    def kill(self) -> None:
         self.process.send_signal(signal.SIGCONT)
         self.process.kill()
         self.process.communicate()
 
 
 @contextmanager
-def others(number: int, **times: float) -> Iterator[list[Another]]:
-    started: list[Another] = []
+def lock_processes(count: int, **times: float) -> Iterator[list[LockProcess]]:
+    processes: list[LockProcess] = []
     try:
-        started += [Another(**times) for _ in range(number)]
-        yield started
+        processes += [LockProcess(**times) for _ in range(count)]
+        yield processes
     finally:
-        for one in started:
-            one.end()
+        for process in processes:
+            process.kill()
 
 
-def test_a_run_that_is_held_is_refused_and_one_that_was_left_is_not(experiment: Experiment):
+def test_lock_excludes_others_until_it_is_released(experiment: Experiment):
     with run_lock.run_lock(experiment.run_dir):
         message = rf"name: the run 'run' is being trained by process {os.getpid()} on {socket.gethostname()}"
         with pytest.raises(ConfigError, match=message), run_lock.run_lock(experiment.run_dir):
             pass
-        assert file_of(experiment).exists()
-    assert not file_of(experiment).exists()
+        assert lease_file(experiment).exists()
+    assert not lease_file(experiment).exists()
     with run_lock.run_lock(experiment.run_dir):
         pass
 
 
-def test_the_lease_of_a_process_of_this_machine_that_was_killed_is_free_at_once(experiment: Experiment):
-    with others(1) as (other,):
-        other.take(experiment)
-        assert other.said()
-        other.process.kill()
-        while "Z" not in Path(f"/proc/{other.process.pid}/stat").read_text().rpartition(")")[2]:
+def test_lease_of_a_killed_process_of_this_machine_is_free_at_once(experiment: Experiment):
+    with lock_processes(1) as (killed,):
+        killed.acquire(experiment)
+        assert killed.read_line()
+        killed.process.kill()
+        while "Z" not in Path(f"/proc/{killed.process.pid}/stat").read_text().rpartition(")")[2]:
             time.sleep(0.01)
-        assert seconds_to_get(experiment) < run_lock.EXPIRES_S  # nobody has waited for it yet
-        leave(experiment, pid=other.process.pid)
-        other.end()
-        assert seconds_to_get(experiment) < run_lock.EXPIRES_S
+        assert measure_acquire_s(experiment) < run_lock.EXPIRES_S  # nobody has reaped the process yet
+        write_lease(experiment, pid=killed.process.pid)
+        killed.kill()
+        assert measure_acquire_s(experiment) < run_lock.EXPIRES_S
 
 
-def test_a_process_that_has_the_number_of_the_holder_now_does_not_keep_its_lease(experiment: Experiment):
-    leave(experiment, started_ticks=1)
-    assert seconds_to_get(experiment) < run_lock.EXPIRES_S
+def test_reused_process_id_does_not_keep_a_lease(experiment: Experiment):
+    write_lease(experiment, started_ticks=1)
+    assert measure_acquire_s(experiment) < run_lock.EXPIRES_S
 
 
 @pytest.mark.parametrize(
-    "other",
+    "fields",
     [
         {"host": "another machine"},
         {"boot_id": "another machine of the same name"},
-        {"pid_namespace": 1},  # another container of this machine, where numbers of processes are others
+        {"pid_namespace": 1},  # another container of this machine, with other process ids
         {"boot_id": None},
         {"pid": "?"},
     ],
 )
-def test_what_cannot_be_looked_up_here_is_free_when_nobody_renews_it(
-    other: dict, experiment: Experiment, capsys: pytest.CaptureFixture
+def test_lease_of_an_unknown_process_is_free_if_nobody_renews_it(
+    fields: dict, experiment: Experiment, capsys: pytest.CaptureFixture
 ):
     with subprocess.Popen([sys.executable, "-c", ""]) as ended:
         ended.wait()
-    leave(experiment, **{"pid": ended.pid} | other)
-    assert seconds_to_get(experiment) >= run_lock.EXPIRES_S
+    write_lease(experiment, **{"pid": ended.pid} | fields)
+    assert measure_acquire_s(experiment) >= run_lock.EXPIRES_S
     assert "waiting up to 1 s to see whether 'run' is still being trained" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\0\0\0", b"\xff\xfe{", b"[" * 100_000], ids=range(5))
-def test_a_lease_that_cannot_be_read_expires_as_any_other(content: bytes, experiment: Experiment):
-    file_of(experiment).write_bytes(content)
-    assert "has taken the run" in RunLockWatcher(experiment.run_dir, "x").look()
-    assert seconds_to_get(experiment) >= run_lock.EXPIRES_S
+def test_invalid_lease_expires_like_any_other(content: bytes, experiment: Experiment):
+    lease_file(experiment).write_bytes(content)
+    assert "has taken over the run" in RunLockWatcher(experiment.run_dir, "x").poll()
+    assert measure_acquire_s(experiment) >= run_lock.EXPIRES_S
 
 
-def come_at_once(experiment: Experiment) -> list[str]:
-    together, outcomes = threading.Barrier(4), []
+def acquire_concurrently(experiment: Experiment) -> list[str]:
+    """Acquires the lock in four threads at once. Returns "acquired" or the error message of each."""
+    barrier = threading.Barrier(4)
+    outcomes = []
 
-    def come() -> None:
-        together.wait()
+    def acquire() -> None:
+        barrier.wait()
         try:
             with run_lock.run_lock(experiment.run_dir):
-                outcomes.append("held")
+                outcomes.append("acquired")
                 time.sleep(1.5 * run_lock.EXPIRES_S)
         except ConfigError as error:
             outcomes.append(str(error))
 
-    threads = [threading.Thread(target=come) for _ in range(4)]
+    threads = [threading.Thread(target=acquire) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -194,171 +201,172 @@ def come_at_once(experiment: Experiment) -> list[str]:
     return outcomes
 
 
-def test_of_several_that_come_at_once_one_gets_it(experiment: Experiment):
-    outcomes = come_at_once(experiment)
-    assert outcomes.count("held") == 1
+def test_only_one_of_several_threads_acquires_the_lock(experiment: Experiment):
+    outcomes = acquire_concurrently(experiment)
+    assert outcomes.count("acquired") == 1
     assert sum("is being trained by" in outcome for outcome in outcomes) == 3
 
 
-def test_of_several_that_come_at_once_to_a_bucket_one_gets_it(in_bucket: Experiment):
-    outcomes = come_at_once(in_bucket)
-    assert outcomes.count("held") == 1
+def test_only_one_of_several_threads_acquires_the_lock_in_a_bucket(bucket_experiment: Experiment):
+    outcomes = acquire_concurrently(bucket_experiment)
+    assert outcomes.count("acquired") == 1
     assert sum("is being trained by" in outcome for outcome in outcomes) == 3
-    assert text_of(in_bucket) is None
+    assert read_lease(bucket_experiment) is None
 
 
 @pytest.mark.parametrize("expired", [False, True], ids=["free", "expired"])
-def test_of_processes_that_come_at_once_one_gets_it_each_time(expired: bool, experiment: Experiment):
-    with others(3, expires_s=0.3, renew_s=0.02, settle_s=0.01) as processes:
+def test_only_one_of_several_processes_acquires_the_lock_each_time(expired: bool, experiment: Experiment):
+    with lock_processes(3, expires_s=0.3, renew_s=0.02, settle_s=0.01) as processes:
         for number in range(6 if expired else 20):
             name = f"run-{number}"
             if expired:
-                leave(override(experiment, {"name": name}), host="another machine")
+                write_lease(override(experiment, {"name": name}), host="another machine")
             for process in processes:
-                process.take(experiment, name)
-            said = [process.said() for process in processes]
-            (winner,) = (place for place, line in enumerate(said) if not line.startswith("ConfigError"))
-            assert sum("is being trained by" in line for line in said) == 2, said
-            processes[winner].tell("")
-            assert processes[winner].said() == "released"
+                process.acquire(experiment, name)
+            lines = [process.read_line() for process in processes]
+            (winner,) = (index for index, line in enumerate(lines) if not line.startswith("ConfigError"))
+            assert sum("is being trained by" in line for line in lines) == 2, lines
+            processes[winner].release()
+            assert processes[winner].read_line() == "released"
 
 
-def test_a_holder_that_was_paused_leaves_the_new_ones_lease_alone_and_is_told(experiment: Experiment):
-    with others(1) as (paused,):
-        paused.take(experiment)
-        assert paused.said()
+def test_paused_holder_keeps_the_new_lease_and_learns_of_its_loss(experiment: Experiment):
+    with lock_processes(1) as (paused,):
+        paused.acquire(experiment)
+        assert paused.read_line()
         paused.process.send_signal(signal.SIGSTOP)
-        with run_lock.run_lock(experiment.run_dir) as ours:
+        with run_lock.run_lock(experiment.run_dir) as lock:
             paused.process.send_signal(signal.SIGCONT)
             time.sleep(0.3)
-            paused.tell("")
-            line = paused.said()
-            assert line.startswith("LeaseLost: the lease of the run 'run' is lost"), line
-            assert json.loads(text_of(experiment) or "")["holder"] == ours.holder
-            assert not ours.lost
+            paused.release()
+            line = paused.read_line()
+            assert line.startswith("RunLockLost: the lock of the run 'run' is lost"), line
+            assert json.loads(read_lease(experiment) or "")["holder"] == lock.holder
+            assert not lock.lost_reason
 
 
-def test_a_holder_that_is_paused_while_it_writes_leaves_the_new_ones_lease_alone(
-    experiment: Experiment, in_bucket: Experiment
-):
-    """The moment between looking whose lease it is and writing it again."""
-    for each in (experiment, in_bucket):
-        file = run_lock._file_at(run_lock.location_of(each.run_dir))
-        leave(each)
-        seen = file.read()
-        theirs = leave(each, holder="y")
-        for text, before in (("ours", seen), (None, seen), ("ours", run_lock._Seen(None))):
-            with pytest.raises(run_lock._Changed):
-                file.write(text, before)
-        assert text_of(each) == theirs
+def test_write_after_a_concurrent_change_is_rejected(experiment: Experiment, bucket_experiment: Experiment):
+    """A holder may be paused between reading the lease and writing it again."""
+    for run in (experiment, bucket_experiment):
+        file = run_lock._open_lock_file(run_lock.lock_path(run.run_dir))
+        write_lease(run)
+        outdated = file.read()
+        new_lease = write_lease(run, holder="y")
+        for text, expected in (("ours", outdated), (None, outdated), ("ours", run_lock._FileVersion(None))):
+            with pytest.raises(run_lock._WriteConflict):
+                file.write(text, expected)
+        assert read_lease(run) == new_lease
         file.write("ours", file.read())
-        assert text_of(each) == "ours"
+        assert read_lease(run) == "ours"
         file.write(None, file.read())
-        assert text_of(each) is None
+        assert read_lease(run) is None
 
 
-def test_a_lease_in_a_bucket_is_renewed_and_taken_over(in_bucket: Experiment):
-    with run_lock.run_lock(in_bucket.run_dir) as held:
-        first = text_of(in_bucket)
-        with pytest.raises(ConfigError, match="is being trained by process"), run_lock.run_lock(in_bucket.run_dir):
+def test_lease_in_a_bucket_is_renewed_and_taken_over(bucket_experiment: Experiment):
+    with run_lock.run_lock(bucket_experiment.run_dir) as lock:
+        first = read_lease(bucket_experiment)
+        with (
+            pytest.raises(ConfigError, match="is being trained by process"),
+            run_lock.run_lock(bucket_experiment.run_dir),
+        ):
             pass
-        assert text_of(in_bucket) != first
-        assert not held.lost
-    leave(in_bucket, host="another machine")
-    assert seconds_to_get(in_bucket) >= run_lock.EXPIRES_S
-    assert text_of(in_bucket) is None
+        assert read_lease(bucket_experiment) != first
+        assert not lock.lost_reason
+    write_lease(bucket_experiment, host="another machine")
+    assert measure_acquire_s(bucket_experiment) >= run_lock.EXPIRES_S
+    assert read_lease(bucket_experiment) is None
 
 
-def test_a_bucket_without_conditional_requests_is_compared_before_each_write(
-    in_bucket: Experiment, monkeypatch: pytest.MonkeyPatch
+def test_bucket_without_conditional_requests_is_compared_before_each_write(
+    bucket_experiment: Experiment, monkeypatch: pytest.MonkeyPatch
 ):
-    """As of servers that answer "A header you provided implies functionality that is not implemented"."""
-    file: Any = run_lock._file_at(run_lock.location_of(in_bucket.run_dir))
+    """Some servers answer "A header you provided implies functionality that is not implemented"."""
+    file: Any = run_lock._open_lock_file(run_lock.lock_path(bucket_experiment.run_dir))
 
     def without_conditions(method: Any) -> Any:
-        def refuse(**request: Any) -> Any:
+        def reject_conditions(**request: Any) -> Any:
             if {"IfMatch", "IfNoneMatch"} & request.keys():
                 raise ClientError({"Error": {"Code": "NotImplemented"}}, method.__name__)
             return method(**request)
 
-        return refuse
+        return reject_conditions
 
     for name in ("put_object", "delete_object"):
         monkeypatch.setattr(file._client, name, without_conditions(getattr(file._client, name)))
     file.write("ours", file.read())
-    seen = file.read()
-    assert seen.text == "ours"
-    leave(in_bucket)
+    outdated = file.read()
+    assert outdated.text == "ours"
+    write_lease(bucket_experiment)
     for text in ("ours again", None):
-        with pytest.raises(run_lock._Changed):
-            file.write(text, seen)
+        with pytest.raises(run_lock._WriteConflict):
+            file.write(text, outdated)
     file.write(None, file.read())
-    assert text_of(in_bucket) is None
+    assert read_lease(bucket_experiment) is None
 
 
-def test_a_storage_that_fails_for_a_moment_costs_nothing(
+def test_short_storage_failure_does_not_lose_the_lock(
     experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
-    with run_lock.run_lock(experiment.run_dir) as held:
+    with run_lock.run_lock(experiment.run_dir) as lock:
         for broken in ("read_text", "write_text"):
-            before = text_of(experiment)
-            with monkeypatch.context() as away:
-                away.setattr(run_lock, broken, fail)
+            before = read_lease(experiment)
+            with monkeypatch.context() as patch:
+                patch.setattr(run_lock, broken, fail)
                 time.sleep(0.4)
-                assert text_of(experiment) == before
+                assert read_lease(experiment) == before
             time.sleep(0.4)
-            assert text_of(experiment) != before
-        assert not held.lost
-    told = [record.message for record in caplog.records if "could not be renewed" in record.message]
-    assert len(told) == 2 and "Input/output error" in told[0]
-    assert not file_of(experiment).exists()
+            assert read_lease(experiment) != before
+        assert not lock.lost_reason
+    warnings = [record.message for record in caplog.records if "could not be renewed" in record.message]
+    assert len(warnings) == 2 and "Input/output error" in warnings[0]
+    assert not lease_file(experiment).exists()
 
 
 def fail(*_: object) -> None:
     raise OSError("Input/output error")
 
 
-def test_a_lease_that_could_not_be_renewed_in_time_is_lost(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+def test_lock_is_lost_if_it_cannot_be_renewed_in_time(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     def hold() -> None:
-        with run_lock.run_lock(experiment.run_dir) as held:
+        with run_lock.run_lock(experiment.run_dir) as lock:
             monkeypatch.setattr(run_lock, "write_text", fail)
             time.sleep(0.5)
-            assert not held.lost
+            assert not lock.lost_reason
             time.sleep(0.8)
-            assert held.lost
+            assert lock.lost_reason
 
     with pytest.raises(RunLockLost, match=r"'run' is lost .*could not be renewed for 1 s .*Input/output error"):
         hold()
 
 
-def test_what_another_process_has_taken_stays_its_own(experiment: Experiment):
+def test_lease_taken_over_by_another_process_stays_its_own(experiment: Experiment):
     def hold(seconds: float) -> None:
-        with run_lock.run_lock(experiment.run_dir) as held:
-            leave(experiment, holder="y", host="there", pid=7)
+        with run_lock.run_lock(experiment.run_dir) as lock:
+            write_lease(experiment, holder="y", host="there", pid=7)
             time.sleep(seconds)
-            assert held.lost or not seconds
+            assert lock.lost_reason or not seconds
 
-    for seconds in (0.3, 0):  # without waiting it is seen at the end
-        with pytest.raises(RunLockLost, match=r"lost .*: process 7 on there has taken the run"):
+    for seconds in (0.3, 0):  # without waiting, the loss is found at release
+        with pytest.raises(RunLockLost, match=r"lost .*: process 7 on there has taken over the run"):
             hold(seconds)
-        assert json.loads(text_of(experiment) or "")["holder"] == "y"
-        file_of(experiment).unlink()
+        assert json.loads(read_lease(experiment) or "")["holder"] == "y"
+        lease_file(experiment).unlink()
 
 
-def test_an_error_inside_gives_it_back(experiment: Experiment):
+def test_error_inside_the_block_releases_the_lock(experiment: Experiment):
     with pytest.raises(ZeroDivisionError), run_lock.run_lock(experiment.run_dir):
         raise ZeroDivisionError
-    assert not file_of(experiment).exists()
+    assert not lease_file(experiment).exists()
 
 
-@pytest.mark.parametrize("broken", ["deleted", "storage away"])
-def test_what_goes_wrong_at_the_end_does_not_hide_the_error_inside(
+@pytest.mark.parametrize("broken", ["deleted", "storage unavailable"])
+def test_error_on_release_does_not_hide_the_error_inside_the_block(
     broken: str, experiment: Experiment, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ):
     def hold() -> None:
         with run_lock.run_lock(experiment.run_dir):
             if broken == "deleted":
-                file_of(experiment).unlink()
+                lease_file(experiment).unlink()
             else:
                 monkeypatch.setattr(run_lock, "read_text", fail)
             raise ZeroDivisionError
@@ -371,7 +379,7 @@ def test_what_goes_wrong_at_the_end_does_not_hide_the_error_inside(
         assert "could not be deleted" in caplog.text
 
 
-def test_no_thread_is_left(experiment: Experiment):
+def test_no_thread_is_left_running(experiment: Experiment):
     def hold() -> None:
         with run_lock.run_lock(experiment.run_dir):
             assert threading.active_count() == before + 1
@@ -383,54 +391,54 @@ def test_no_thread_is_left(experiment: Experiment):
     assert threading.active_count() == before
 
 
-def test_a_worker_follows_the_lease_of_its_training(experiment: Experiment):
-    with run_lock.run_lock(experiment.run_dir) as held:
-        watch = RunLockWatcher(experiment.run_dir, held.holder)
+def test_watcher_reports_why_the_lock_is_lost(experiment: Experiment):
+    with run_lock.run_lock(experiment.run_dir) as lock:
+        watcher = RunLockWatcher(experiment.run_dir, lock.holder)
         for _ in range(3):
-            assert watch.look() == ""
+            assert watcher.poll() == ""
             time.sleep(0.5)
-        watch.check()
-    # Outside: the holder looks too, and may be the first to find it.
-    leave(experiment, holder="y", host="there", pid=7)
-    assert "'run' is lost" in watch.look() and "process 7 on there" in watch.look()
+        watcher.check()
+    # Outside the block, where the holder cannot find the loss first.
+    write_lease(experiment, holder="y", host="there", pid=7)
+    assert "'run' is lost" in watcher.poll() and "process 7 on there" in watcher.poll()
     with pytest.raises(RunLockLost, match="process 7 on there"):
-        watch.check()
-    filesystem, path = filesystem_of(run_lock.location_of(experiment.run_dir))
+        watcher.check()
+    filesystem, path = filesystem_of(run_lock.lock_path(experiment.run_dir))
     filesystem.delete_file(path)
     with pytest.raises(RunLockLost, match="its file was deleted"):
-        watch.check()
+        watcher.check()
 
 
-def test_a_worker_notices_that_nobody_renews_the_lease_of_its_training(experiment: Experiment):
-    leave(experiment)
-    watch = RunLockWatcher(experiment.run_dir, "x")
-    watch.check()
+def test_watcher_reports_that_nobody_renews_the_lock(experiment: Experiment):
+    write_lease(experiment)
+    watcher = RunLockWatcher(experiment.run_dir, "x")
+    watcher.check()
     time.sleep(0.5)
-    watch.check()
-    leave(experiment, pid=3)  # renewed
+    watcher.check()
+    write_lease(experiment, pid=3)  # renewed
     time.sleep(0.7)
-    watch.check()
+    watcher.check()
     time.sleep(0.7)
-    watch.check()  # nothing was looked at for long: it counts from what was seen
+    watcher.check()  # without polls in between, the time counts from the last change seen
     time.sleep(1.1)
     with pytest.raises(RunLockLost, match="was not renewed for 1 s"):
-        watch.check()
+        watcher.check()
 
 
-def test_whether_a_lease_may_be_held_is_told_at_once(experiment):
-    location, now_s = run_lock.location_of(experiment.run_dir), time.time()
-    assert not run_lock.is_live(location)
+def test_is_live_answers_without_waiting(experiment):
+    path, now_s = run_lock.lock_path(experiment.run_dir), time.time()
+    assert not run_lock.is_live(path)
     with run_lock.run_lock(experiment.run_dir):
-        assert run_lock.is_live(location)
-    assert not run_lock.is_live(location)
+        assert run_lock.is_live(path)
+    assert not run_lock.is_live(path)
     ended = subprocess.Popen(["true"])
     ended.wait()
-    for other, is_live in (
+    for fields, is_live in (
         ({"pid": ended.pid}, False),
         ({"host": "another", "renewed_s": now_s - 60}, True),
-        ({"host": "another", "renewed_s": now_s + 300}, True),  # by its own clock
+        ({"host": "another", "renewed_s": now_s + 300}, True),  # by the clock of its machine
         ({"host": "another", "renewed_s": now_s - 2 * 3600}, False),
         ({"host": "another", "renewed_s": None}, True),
     ):
-        write_text(location, json.dumps({"renewed_s": now_s, **run_lock._this_process(), **other}))
-        assert run_lock.is_live(location) == is_live, other
+        write_text(path, json.dumps({"renewed_s": now_s, **run_lock._describe_this_process(), **fields}))
+        assert run_lock.is_live(path) == is_live, fields

@@ -1,4 +1,4 @@
-"""Where things are written: which addresses are understood, and what is tried before anything starts."""
+"""File access: locations, atomic writes, and the checks before a job starts."""
 
 import os
 import resource
@@ -15,8 +15,8 @@ from giffy_ray.core import storage
 from giffy_ray.core.storage import (
     check_readable,
     check_writable,
-    checked_location,
     filesystem_of,
+    normalize_location,
     read_text,
     write_bytes,
     write_text,
@@ -24,7 +24,7 @@ from giffy_ray.core.storage import (
 
 
 @pytest.mark.parametrize(
-    ("location", "same"),
+    ("location", "normalized"),
     [
         ("runs/", "runs/"),
         ("/data/a:b", "/data/a:b"),
@@ -33,27 +33,27 @@ from giffy_ray.core.storage import (
         ("./~runs", "./~runs"),
         ("S3://Bucket/Runs", "s3://Bucket/Runs"),
         ("GS://bucket", "gs://bucket"),
-        ("s3://bucket/a?b/c@d", "s3://bucket/a?b/c@d"),  # a key may hold them
+        ("s3://bucket/a?b/c@d", "s3://bucket/a?b/c@d"),  # valid in keys
         ("file:///data/a%20b", "/data/a b"),
         ("file://localhost/data", "/data"),
     ],
 )
-def test_a_location_has_one_spelling(location: str, same: str):
-    assert checked_location(location) == same
-    assert checked_location(same) == same
+def test_locations_are_normalized(location: str, normalized: str):
+    assert normalize_location(location) == normalized
+    assert normalize_location(normalized) == normalized
 
 
 @pytest.mark.parametrize("location", ["abfs://c@a.dfs.core.windows.net/x", "https://h/x", "hdfs://h/x", "mock://x", ""])
-def test_a_scheme_is_refused_before_any_client_is_made(location: str, monkeypatch: pytest.MonkeyPatch):
-    def refuse(*_: object):
-        raise AssertionError("a client was made")
+def test_a_scheme_is_rejected_before_a_client_is_created(location: str, monkeypatch: pytest.MonkeyPatch):
+    def fail(*_: object):
+        raise AssertionError("a client was created")
 
-    monkeypatch.setattr(storage, "_bucket", refuse)
+    monkeypatch.setattr(storage, "_open_bucket", fail)
     with pytest.raises(ValueError, match=r"not supported|is empty"):
         filesystem_of(location)
 
 
-def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path):
+def test_check_writable_creates_the_folder_and_leaves_it_empty(tmp_path: Path):
     check_writable(str(tmp_path / "new" / "runs"))
     assert list((tmp_path / "new" / "runs").iterdir()) == []
     check_readable(str(tmp_path / "new"))
@@ -61,10 +61,10 @@ def test_a_folder_that_can_be_written_is_made_and_left_empty(tmp_path: Path):
         check_readable(str(tmp_path / "other"))
 
 
-def test_what_cannot_be_written_is_an_os_error(tmp_path: Path):
+def test_check_writable_raises_os_error(tmp_path: Path):
     (tmp_path / "file").write_text("")
     for location, reason in (
-        (tmp_path / "file", "no folder"),
+        (tmp_path / "file", "not a folder"),
         (tmp_path / "file" / "runs", "Not a directory"),
         (Path("/proc/runs"), "No such file or directory"),
         (tmp_path / ("x" * 300), "too long"),
@@ -73,7 +73,7 @@ def test_what_cannot_be_written_is_an_os_error(tmp_path: Path):
             check_writable(str(location))
 
 
-def test_a_bucket_is_tried_by_a_process_of_its_own(bucket: str):
+def test_a_bucket_is_tested_in_a_separate_process(bucket: str):
     check_writable(f"{bucket}/probe/runs")
     assert read_text(f"{bucket}/probe/runs/nothing") is None
     write_text(f"{bucket}/probe/videos/one.mp4", "x")
@@ -87,18 +87,18 @@ def test_a_bucket_is_tried_by_a_process_of_its_own(bucket: str):
 
 @pytest.fixture
 def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The port of a server that takes connections and says nothing; S3 is sent there."""
+    """The port of a server that accepts connections and never answers; S3 requests go there."""
     with socket.create_server(("127.0.0.1", 0)) as server:
-        taken: list[socket.socket] = []
+        connections: list[socket.socket] = []
 
-        def take() -> None:
+        def accept() -> None:
             while True:
                 try:
-                    taken.append(server.accept()[0])
+                    connections.append(server.accept()[0])
                 except OSError:
                     return
 
-        threading.Thread(target=take, daemon=True).start()
+        threading.Thread(target=accept, daemon=True).start()
         port = server.getsockname()[1]
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
@@ -106,38 +106,36 @@ def silent_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
         monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         yield port
-        for one in taken:
-            one.close()
+        for connection in connections:
+            connection.close()
 
 
-def test_a_bucket_that_does_not_answer_is_waited_for_a_bounded_time(
-    silent_server: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(storage, "_PROBE_S", 3)
-    began_s = time.monotonic()
+def test_a_silent_bucket_times_out(silent_server: int, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(storage, "_PROBE_TIMEOUT_S", 3)
+    start_s = time.monotonic()
     with pytest.raises(TimeoutError, match="s3://bucket/runs did not answer within 3 s"):
         check_writable("s3://bucket/runs")
-    assert time.monotonic() - began_s < 20
+    assert time.monotonic() - start_s < 20
     assert os.environ["AWS_ENDPOINT_URL"].endswith(str(silent_server))
 
 
 @pytest.mark.parametrize("location", ["a://b", "1://b", "://b", "s3 ://b", "/data/a://b"])
-def test_what_looks_like_an_address_and_is_none_is_refused(location: str):
+def test_malformed_addresses_are_rejected(location: str):
     with pytest.raises(ValueError, match="expected a folder, s3://"):
-        checked_location(location)
+        normalize_location(location)
 
 
-def test_a_folder_called_tilde_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """The message about unknown home folders names this spelling."""
+def test_a_folder_named_tilde_is_not_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The message about unknown home folders suggests this spelling."""
     monkeypatch.chdir(tmp_path)
     assert storage.resolve_path("./~") == f"{tmp_path}/~"
     assert storage.resolve_path("~/runs") == f"{Path.home()}/runs"
 
 
-def test_what_could_not_be_written_leaves_no_partial_file(tmp_path: Path):
-    """As on a full disk: the file is as it was, and what was begun does not take the last room."""
+def test_a_failed_write_leaves_no_partial_file(tmp_path: Path):
+    """As on a full disk: the old file is unchanged, and the partial one does not take up space."""
     write_bytes(f"{tmp_path}/a.bin", b"before")
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
     try:
@@ -145,6 +143,6 @@ def test_what_could_not_be_written_leaves_no_partial_file(tmp_path: Path):
             write_bytes(f"{tmp_path}/a.bin", bytes(5000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        signal.signal(signal.SIGXFSZ, ignored)
+        signal.signal(signal.SIGXFSZ, handler)
     assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
     assert (tmp_path / "a.bin").read_bytes() == b"before"

@@ -1,4 +1,4 @@
-"""Frames are told apart by their grey level, so that each test knows which source frame came out."""
+"""Decoding selects the right frames and detects truncated files. Grey levels identify the source frames."""
 
 import functools
 import io
@@ -18,61 +18,62 @@ from av.stream import Disposition
 from av.video.reformatter import VideoReformatter
 
 from giffy_ray.config import ClipConfig
-from giffy_ray.data.decode import RejectedVideo, decode_clip, nearest_frames, sample_clip, sample_source
-from giffy_ray.data.scaling import SCALING
+from giffy_ray.data.decode import RejectedVideo, decode_clip, nearest_frame_indices, sample_all_frames, sample_clip
+from giffy_ray.data.scaling import SCALING_FLAGS
 from tests.conftest import encode, grey_levels, grey_video
-from tests.data.boxes import box, boxes, replaced
-from tests.data.corpus import INDEXED, first_fragments, fragmented, of_packets, states_length
+from tests.data.boxes import list_boxes, make_box, replace_box
+from tests.data.corpus import INDEXED, encode_fragmented, keep_fragments, mux_packets, set_stated_duration
 
 CLIP = ClipConfig()
-_NOTHING_NEW = b"\0\0\1\xb6\x50\0\0"  # a frame of MPEG-4 that is the one before
-_TOLERANCE = 3  # grey levels that encoding may cost; neighbours differ by 37
+_REPEATED_FRAME = b"\0\0\1\xb6\x50\0\0"  # an MPEG-4 frame that repeats the previous one
+_TOLERANCE = 3  # grey levels of encoding error; adjacent frames differ by 37
 
 
-def levels(clip: np.ndarray) -> np.ndarray:
+def mean_levels(clip: np.ndarray) -> np.ndarray:
     return clip.reshape(len(clip), -1).mean(axis=1)
 
 
-def test_every_third_frame_of_the_first_ninety():
+def test_clip_takes_every_third_frame_of_30_fps_video():
     clip = decode_clip(grey_video(90, 30), CLIP)
     assert clip.shape == (30, 64, 64, 3)
     assert clip.dtype == np.uint8
-    assert np.allclose(levels(clip), grey_levels(90)[0:90:3], atol=_TOLERANCE)
+    assert np.allclose(mean_levels(clip), grey_levels(90)[0:90:3], atol=_TOLERANCE)
 
 
-def test_what_comes_after_three_seconds_is_left_out():
-    assert np.allclose(levels(decode_clip(grey_video(200, 30), CLIP)), grey_levels(200)[0:90:3], atol=_TOLERANCE)
+def test_frames_after_the_clip_are_ignored():
+    assert np.allclose(mean_levels(decode_clip(grey_video(200, 30), CLIP)), grey_levels(200)[0:90:3], atol=_TOLERANCE)
 
 
 @pytest.mark.parametrize(("fps", "frames"), [(60, 180), (25, 75), (24, 72), (15, 45), (10, 30)])
-def test_other_rates_are_sampled_by_time(fps: int, frames: int):
+def test_other_frame_rates_are_sampled_by_time(fps: int, frames: int):
     nearest = [
-        min(range(frames), key=lambda frame: (abs(Fraction(frame, fps) - Fraction(moment, 10)), frame))
-        for moment in range(30)
+        min(range(frames), key=lambda frame: (abs(Fraction(frame, fps) - Fraction(index, 10)), frame))
+        for index in range(30)
     ]
     sampled = sample_clip(grey_video(frames, fps), CLIP)
-    assert np.allclose(levels(sampled.clip), grey_levels(frames)[nearest], atol=_TOLERANCE)
-    assert sampled.padded == 0
+    assert np.allclose(mean_levels(sampled.clip), grey_levels(frames)[nearest], atol=_TOLERANCE)
+    assert sampled.padding_frames == 0
 
 
-@pytest.mark.parametrize(("frames", "padded"), [(60, 10), (45, 15), (4, 28), (3, 29), (2, 29)])
-def test_a_short_video_repeats_its_last_frame_and_says_so(frames: int, padded: int):
+@pytest.mark.parametrize(("frames", "padding_frames"), [(60, 10), (45, 15), (4, 28), (3, 29), (2, 29)])
+def test_short_video_repeats_its_last_frame(frames: int, padding_frames: int):
     sampled = sample_clip(grey_video(frames, 30), CLIP)
-    assert sampled.padded == padded
-    real = 30 - padded
-    assert np.allclose(levels(sampled.clip)[:real], grey_levels(frames)[: 3 * real : 3], atol=_TOLERANCE)
-    assert np.allclose(levels(sampled.clip)[real:], grey_levels(frames)[-1], atol=_TOLERANCE)
+    levels = mean_levels(sampled.clip)
+    source_frame_count = 30 - padding_frames
+    assert sampled.padding_frames == padding_frames
+    assert np.allclose(levels[:source_frame_count], grey_levels(frames)[: 3 * source_frame_count : 3], atol=_TOLERANCE)
+    assert np.allclose(levels[source_frame_count:], grey_levels(frames)[-1], atol=_TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("kind", "codec"), [("mp4", "libx264"), ("mov", "libx264"), ("matroska", "libx264"), ("avi", "mpeg4")]
 )
-def test_containers(kind: str, codec: str):
+def test_supported_containers_decode(kind: str, codec: str):
     video = encode(np.full((90, 48, 80, 3), 130, np.uint8), 30, kind, codec)
     assert np.abs(decode_clip(video, CLIP).astype(int) - 130).max() <= _TOLERANCE
 
 
-def test_channels_are_red_green_blue_and_rows_are_rows():
+def test_channels_are_rgb_and_rows_are_lines():
     frames = np.zeros((30, 128, 96, 3), np.uint8)
     frames[:, :64, :, 0] = 255  # red above
     frames[:, 64:, :, 2] = 255  # blue below
@@ -86,14 +87,14 @@ def test_downscaling_averages_all_source_pixels():
     picture = random.integers(0, 256, (256, 256, 1), dtype=np.uint8).repeat(3, axis=2)  # grey: no chroma to lose
     frames = np.repeat(picture[None], 3, axis=0)
     clip = decode_clip(encode(frames, 10, crf="1"), CLIP)
-    boxes = picture.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
-    error = clip[0].astype(float) - boxes
+    averages = picture.reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
+    error = clip[0].astype(float) - averages
     assert 10 * np.log10(255**2 / np.mean(error**2)) > 42
-    # A subsampling that aliases would show single pixels: a spread of 74 instead of 74 / 4.
-    assert clip[0].std() == pytest.approx(boxes.std(), rel=0.05)
+    # Aliased subsampling would keep single pixels: a standard deviation of 74 instead of 74 / 4.
+    assert clip[0].std() == pytest.approx(averages.std(), rel=0.05)
 
 
-GOOD = grey_video(90, 30)
+VALID = grey_video(90, 30)
 PLAYLIST = b"#EXTM3U\n#EXTINF:3,\nfile:///etc/hostname\n"
 SCRIPT = b"ffconcat version 1.0\nfile '/etc/hostname'\n"
 
@@ -105,11 +106,11 @@ SCRIPT = b"ffconcat version 1.0\nfile '/etc/hostname'\n"
         (b"not a video at all", "not_video"),
         (PLAYLIST, "not_video"),
         (SCRIPT, "not_video"),
-        (GOOD[:64], "not_video"),
-        (bytes(len(GOOD)), "not_video"),
+        (VALID[:64], "not_video"),
+        (bytes(len(VALID)), "not_video"),
     ],
 )
-def test_what_is_no_video_is_rejected_with_a_reason(video: bytes, reason: str):
+def test_non_video_is_rejected_with_a_reason(video: bytes, reason: str):
     with pytest.raises(RejectedVideo) as raised:
         decode_clip(video, CLIP)
     assert raised.value.reason == reason
@@ -120,7 +121,7 @@ def test_what_is_no_video_is_rejected_with_a_reason(video: bytes, reason: str):
     ("kind", "codec", "tag"),
     [("matroska", "libx264", b"DURATION"), ("matroska", "libx264", b"DIRECTOR"), ("avi", "mpeg4", b"DURATION")],
 )
-def test_a_video_that_lasts_less_long_than_its_sound_is_whole(kind: str, codec: str, tag: bytes):
+def test_video_shorter_than_its_audio_is_complete(kind: str, codec: str, tag: bytes):
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
         video, sound = container.add_stream(codec, rate=10), container.add_stream("pcm_s16le", rate=8000)
@@ -133,35 +134,35 @@ def test_a_video_that_lasts_less_long_than_its_sound_is_whole(kind: str, codec: 
         noise.sample_rate = 8000
         container.mux([*sound.encode(noise), *sound.encode()])
     sampled = sample_clip(out.getvalue().replace(b"DURATION", tag), CLIP)
-    assert sampled.padded == 20
-    assert np.allclose(levels(sampled.clip)[:10], grey_levels(10), atol=_TOLERANCE)
+    assert sampled.padding_frames == 20
+    assert np.allclose(mean_levels(sampled.clip)[:10], grey_levels(10), atol=_TOLERANCE)
 
 
-def test_an_avi_without_its_index_is_whole():
+def test_avi_without_index_is_complete():
     video = grey_video(60, kind="avi")
-    without, whole = sample_clip(video[: video.rindex(b"idx1")], CLIP), sample_clip(video, CLIP)
-    assert np.array_equal(without.clip, whole.clip)
-    assert without.padded == whole.padded == 10
+    without_index, complete = sample_clip(video[: video.rindex(b"idx1")], CLIP), sample_clip(video, CLIP)
+    assert np.array_equal(without_index.clip, complete.clip)
+    assert without_index.padding_frames == complete.padding_frames == 10
 
 
-def test_what_was_cut_off_after_the_clip_is_not_missed():
+def test_truncation_after_the_clip_is_ignored():
     video = grey_video(200, kind="matroska")
     with av.open(io.BytesIO(video)) as container:
         cut = next(packet.pos for packet in container.demux(video=0) if packet.pts >= 3300)
     assert np.array_equal(decode_clip(video[:cut], CLIP), decode_clip(video, CLIP))
 
 
-def test_frames_that_the_decoder_keeps_back_are_missed():
+def test_frames_that_the_decoder_drops_are_detected():
     first = encode(np.zeros((1, 64, 64, 3), np.uint8), 10, "avi", "mpeg4")
     with av.open(io.BytesIO(first)) as container:
         packet = bytes(next(container.demux(video=0)))
-    video = of_packets([packet, *[_NOTHING_NEW] * 29], "mp4", 64, 64, "mpeg4")
+    video = mux_packets([packet, *[_REPEATED_FRAME] * 29], "mp4", 64, 64, "mpeg4")
     with pytest.raises(RejectedVideo, match="of 30 frames did not decode"):
         decode_clip(video, CLIP)
 
 
-def at_times(times: list[int], unit: Fraction, kind: str, codec: str = "libx264") -> bytes:
-    """A grey video whose frame i is shown at `times[i]` units."""
+def encode_at_times(times: list[int], unit: Fraction, kind: str, codec: str = "libx264") -> bytes:
+    """Encodes a grey video whose frame i has the presentation time `times[i]`, in units of `unit` seconds."""
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
         stream = container.add_stream(codec, rate=30)
@@ -175,98 +176,99 @@ def at_times(times: list[int], unit: Fraction, kind: str, codec: str = "libx264"
     return out.getvalue()
 
 
-def nearest_of(times: list[int], unit: Fraction) -> list[int]:
-    """For each moment of a clip the frame nearest to it, the earlier of two that are equally near; in fractions."""
-    since = [(time - times[0]) * unit for time in times]
-    return [min(range(len(times)), key=lambda i: (abs(since[i] - Fraction(k, 10)), i)) for k in range(30)]
+def exact_nearest_frames(times: list[int], unit: Fraction) -> list[int]:
+    """The index of the frame nearest to each clip time, the earlier of two equally near ones, in exact arithmetic."""
+    relative = [(time - times[0]) * unit for time in times]
+    return [min(range(len(times)), key=lambda i: (abs(relative[i] - Fraction(k, 10)), i)) for k in range(30)]
 
 
 @pytest.mark.parametrize("kind", ["mp4", "matroska"])
-def test_frames_at_uneven_times(kind: str):
+def test_frames_at_uneven_times_are_sampled_by_time(kind: str):
     times = np.random.default_rng(0).integers(5, 200, 60).cumsum().tolist()
-    sampled, wanted = sample_clip(at_times(times, Fraction(1, 1000), kind), CLIP), nearest_of(times, Fraction(1, 1000))
-    assert np.allclose(levels(sampled.clip), grey_levels(60)[wanted], atol=_TOLERANCE)
-    assert np.allclose(sampled.times_s, [(times[i] - times[0]) / 1000 for i in wanted], atol=2e-3)
+    sampled = sample_clip(encode_at_times(times, Fraction(1, 1000), kind), CLIP)
+    expected = exact_nearest_frames(times, Fraction(1, 1000))
+    assert np.allclose(mean_levels(sampled.clip), grey_levels(60)[expected], atol=_TOLERANCE)
+    assert np.allclose(sampled.times_s, [(times[i] - times[0]) / 1000 for i in expected], atol=2e-3)
 
 
-def test_an_avi_may_leave_frames_out():
+def test_avi_with_skipped_frames_is_sampled_by_time():
     times = [0, 1, 2, 10, 11, 20, 21, 22, 23, 40, 41, 42, 43, 44, 60, 70, 80, 90]
-    sampled = sample_clip(at_times(times, Fraction(1, 30), "avi", "mpeg4"), CLIP)
-    wanted = nearest_of(times, Fraction(1, 30))
-    assert np.allclose(levels(sampled.clip), grey_levels(len(times))[wanted], atol=_TOLERANCE)
+    sampled = sample_clip(encode_at_times(times, Fraction(1, 30), "avi", "mpeg4"), CLIP)
+    expected = exact_nearest_frames(times, Fraction(1, 30))
+    assert np.allclose(mean_levels(sampled.clip), grey_levels(len(times))[expected], atol=_TOLERANCE)
 
 
 @pytest.mark.parametrize(
     ("entries", "first", "last"),
     [
         ([(3000, 1024)], 0, 89),
-        ([(2500, 1024 + 15 * 512)], 15, 89),  # the frames before are decoded and not shown: their times are negative
+        ([(2500, 1024 + 15 * 512)], 15, 89),  # earlier frames have negative times: decoded but not shown
         ([(1000, 1024 + 30 * 512)], 30, 59),
-        ([(400, -1), (3000, 1024)], 0, 89),  # nothing for 0.4 s
+        ([(400, -1), (3000, 1024)], 0, 89),  # 0.4 s without a frame
     ],
 )
-def test_edit_lists(entries: list[tuple[int, int]], first: int, last: int):
+def test_edit_list_selects_the_shown_frames(entries: list[tuple[int, int]], first: int, last: int):
     packed = b"".join(struct.pack(">IiI", length, start, 1 << 16) for length, start in entries)
-    video = replaced(GOOD, "moov/trak/edts/elst", box("elst", struct.pack(">II", 0, len(entries)), packed))
+    video = replace_box(VALID, "moov/trak/edts/elst", make_box("elst", struct.pack(">II", 0, len(entries)), packed))
     sampled = sample_clip(video, CLIP)
-    shown = [min(first + 3 * moment, last) for moment in range(30)]
-    assert np.allclose(levels(sampled.clip), grey_levels(90)[shown], atol=_TOLERANCE)
-    assert sampled.padded == sum(first + 3 * moment > last for moment in range(30))
+    shown = [min(first + 3 * index, last) for index in range(30)]
+    assert np.allclose(mean_levels(sampled.clip), grey_levels(90)[shown], atol=_TOLERANCE)
+    assert sampled.padding_frames == sum(first + 3 * index > last for index in range(30))
 
 
 X264 = "bframes=5:b-adapt=0:b-pyramid=normal:ref=6:open-gop=1:keyint=24"
-ORDERS = {
+FRAME_ORDERS = {
     "h264": ("mp4", "libx264", {}),
     "h264 with pyramids and open groups": ("mp4", "libx264", {"x264-params": X264}),
-    "h264 without": ("mp4", "libx264", {"x264-params": "bframes=0"}),
+    "h264 without B-frames": ("mp4", "libx264", {"x264-params": "bframes=0"}),
     "h264 in mkv": ("matroska", "libx264", {}),
     "h264 in avi": ("avi", "libx264", {}),
     "hevc": ("mp4", "libx265", {"x265-params": "log-level=none"}),
     "vp9": ("webm", "libvpx-vp9", {"lag-in-frames": "16", "auto-alt-ref": "1", "cpu-used": "5", "deadline": "good"}),
     "mpeg4 in mp4": ("mp4", "mpeg4", {"bf": "2"}),
     "mpeg4 in avi": ("avi", "mpeg4", {}),
-    "mpeg4 in avi, foretold": ("avi", "mpeg4", {"bf": "2"}),
+    "mpeg4 in avi, with B-frames": ("avi", "mpeg4", {"bf": "2"}),
 }
 
 
 @functools.cache
 def moving_frames() -> np.ndarray:
-    """uint8 [90, 64, 64, 3]: coloured blocks on their way to the right; no two frames alike."""
+    """uint8 [90, 64, 64, 3]: coloured blocks that move to the right; all frames differ."""
     blocks = np.random.default_rng(0).integers(0, 255, (8, 16, 3), dtype=np.uint8).repeat(8, axis=0).repeat(8, axis=1)
     return np.stack([np.roll(blocks, shift, axis=1)[:, :64] for shift in range(90)])
 
 
-def all_frames(video: bytes) -> np.ndarray:
-    """Everything that the decoder gives, in its order, brought to size by the same scaler."""
+def decode_all_frames(video: bytes) -> np.ndarray:
+    """Decodes every frame in the decoder's output order and scales it as the product does."""
     scaler, frames = VideoReformatter(), []
     with av.open(io.BytesIO(video)) as container:
         for frame in container.decode(video=0):
-            small = scaler.reformat(frame, 64, 64, "rgb24", interpolation=SCALING, threads=1)
+            small = scaler.reformat(frame, 64, 64, "rgb24", interpolation=SCALING_FLAGS, threads=1)
             frames.append(small.to_ndarray())
     return np.stack(frames)
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "mpeg4 in avi, packed"])
-def test_leaving_out_frames_changes_no_other(order: str):
+@pytest.mark.parametrize("order", [*FRAME_ORDERS, "mpeg4 in avi, packed"])
+def test_skipping_frames_does_not_change_the_others(order: str):
     video = (
-        packed_avi()
+        encode_packed_avi()
         if "packed" in order
-        else encode(moving_frames(), 30, ORDERS[order][0], ORDERS[order][1], **ORDERS[order][2])
+        else encode(moving_frames(), 30, FRAME_ORDERS[order][0], FRAME_ORDERS[order][1], **FRAME_ORDERS[order][2])
     )
-    plain = all_frames(video)
-    # The plain decode is in the order in which the frames were encoded.
-    thin, real = plain[:, ::8].astype(int), moving_frames()[:, ::8]
-    assert [np.abs(real - frame).mean(axis=(1, 2, 3)).argmin() for frame in thin] == list(range(90))
-    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
+    plain = decode_all_frames(video)
+    # The decoder outputs the frames in their original order.
+    decoded_lines, source_lines = plain[:, ::8].astype(int), moving_frames()[:, ::8]
+    assert [np.abs(source_lines - frame).mean(axis=(1, 2, 3)).argmin() for frame in decoded_lines] == list(range(90))
+    sampled, source = sample_clip(video, CLIP), sample_all_frames(video, CLIP)
     assert np.array_equal(sampled.clip, plain[0:90:3])
     assert np.array_equal(source.clip, plain[:88])
     assert np.allclose(source.times_s, np.arange(88) / 30, atol=1e-3)
-    assert np.array_equal(source.clip[nearest_frames(source.times_s, CLIP)], sampled.clip)
-    assert sampled.padded == source.padded == 0
+    assert np.array_equal(source.clip[nearest_frame_indices(source.times_s, CLIP)], sampled.clip)
+    assert sampled.padding_frames == source.padding_frames == 0
 
 
-def packed_avi() -> bytes:
-    """As DivX and Xvid wrote them: a frame and the one before it in one packet, then an empty one to make up for it."""
+def encode_packed_avi() -> bytes:
+    """A packed bitstream as of DivX and Xvid: one packet holds a frame and its predecessor, the next one is empty."""
     plain = encode(moving_frames(), 30, "avi", "mpeg4", bf="1", b_strategy="0", sc_threshold="1000000000")
     name = b"\0\0\1\xb2"
     with av.open(io.BytesIO(plain)) as container:
@@ -275,20 +277,20 @@ def packed_avi() -> bytes:
     end = packets[0].index(b"\0\0\1", begin + 4)
     packed = [packets[0][:begin] + name + b"DivX503b1393p" + packets[0][end:]]
     for packet in packets[1:]:
-        if packet[packet.index(b"\0\0\1\xb6") + 4] >> 6 == 2:  # shown before the one that came before it
-            packed[-1:] = [packed[-1] + packet, _NOTHING_NEW]
+        if packet[packet.index(b"\0\0\1\xb6") + 4] >> 6 == 2:  # a B-frame: shown before the previous packet
+            packed[-1:] = [packed[-1] + packet, _REPEATED_FRAME]
         else:
             packed.append(packet)
-    return of_packets(packed, "avi", 64, 64, "mpeg4", 30)
+    return mux_packets(packed, "avi", 64, 64, "mpeg4", 30)
 
 
-def test_the_source_of_a_short_video_is_all_of_it():
-    source = sample_source(grey_video(20, 30), CLIP)
-    assert np.allclose(levels(source.clip), grey_levels(20), atol=_TOLERANCE)
-    assert source.padded == 23
+def test_sample_all_frames_returns_the_whole_short_video():
+    source = sample_all_frames(grey_video(20, 30), CLIP)
+    assert np.allclose(mean_levels(source.clip), grey_levels(20), atol=_TOLERANCE)
+    assert source.padding_frames == 23
 
 
-# As in a film that was cut into pieces without decoding it.
+# Frames at the start reference frames before it, as in a film that was split without re-encoding.
 LEADING = {
     "h264, open groups": ("mp4", "libx264", {"x264-params": "open-gop=1:keyint=24:min-keyint=24:scenecut=0:bframes=3"}),
     "h264, intra refresh": ("mp4", "libx264", {"x264-params": "intra-refresh=1:keyint=24:bframes=0"}),
@@ -298,12 +300,12 @@ LEADING = {
 }
 
 
-def piece(video: bytes, begin: Callable[[list[av.Packet]], int], kind: str = "matroska") -> bytes:
-    """The packets from one on, untouched, the first frame shown at 0."""
+def cut_start(video: bytes, find_first: Callable[[list[av.Packet]], int], kind: str = "matroska") -> bytes:
+    """Remuxes the packets from `find_first(packets)` on, with the first frame at time 0."""
     out = io.BytesIO()
     with av.open(io.BytesIO(video)) as source, av.open(out, "w", format=kind) as container:
         packets = [packet for packet in source.demux(video=0) if packet.size]
-        packets = packets[begin(packets) :]
+        packets = packets[find_first(packets) :]
         stream = container.add_stream_from_template(source.streams.video[0])
         earliest = min(packet.pts for packet in packets)
         for packet in packets:
@@ -313,45 +315,45 @@ def piece(video: bytes, begin: Callable[[list[av.Packet]], int], kind: str = "ma
     return out.getvalue()
 
 
-def second_keyframe(packets: list[av.Packet]) -> int:
+def find_second_keyframe(packets: list[av.Packet]) -> int:
     return [number for number, packet in enumerate(packets) if packet.is_keyframe][1]
 
 
-def source_frames(clip: np.ndarray) -> list[int]:
-    """Which of `moving_frames` each picture is."""
-    real = moving_frames()[:, ::8].astype(int)
-    return [int(np.abs(real - picture[::8].astype(int)).mean(axis=(1, 2, 3)).argmin()) for picture in clip]
+def match_source_frames(clip: np.ndarray) -> list[int]:
+    """The index in `moving_frames` of each frame."""
+    source_lines = moving_frames()[:, ::8].astype(int)
+    return [int(np.abs(source_lines - frame[::8].astype(int)).mean(axis=(1, 2, 3)).argmin()) for frame in clip]
 
 
 @pytest.mark.parametrize("order", LEADING)
-def test_a_piece_begins_with_the_first_frame_that_decodes(order: str):
+def test_cut_video_starts_with_its_first_decodable_frame(order: str):
     kind, codec, options = LEADING[order]
-    video = piece(encode(moving_frames(), 30, kind, codec, **options), second_keyframe)
+    video = cut_start(encode(moving_frames(), 30, kind, codec, **options), find_second_keyframe)
     with av.open(io.BytesIO(video)) as container:
         listed = sum(bool(packet.size) for packet in container.demux(video=0))
     with av.open(io.BytesIO(video)) as container:
         first = next(container.decode(video=0)).time
-    plain = all_frames(video)
+    plain = decode_all_frames(video)
     assert 40 < len(plain) <= listed - 1
     assert first is not None and first > 0
-    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
-    real = (len(plain) + 2) // 3
-    assert sampled.padded == source.padded == sum(3 * moment >= len(plain) for moment in range(30))
-    assert np.array_equal(sampled.clip[:real], plain[::3])
+    sampled, source = sample_clip(video, CLIP), sample_all_frames(video, CLIP)
+    source_frame_count = (len(plain) + 2) // 3
+    assert sampled.padding_frames == source.padding_frames == sum(3 * index >= len(plain) for index in range(30))
+    assert np.array_equal(sampled.clip[:source_frame_count], plain[::3])
     assert np.array_equal(source.clip, plain)
-    assert source_frames(source.clip) == list(range(90 - len(plain), 90))
+    assert match_source_frames(source.clip) == list(range(90 - len(plain), 90))
 
 
 @pytest.mark.parametrize("pause", [0, 20])
-def test_a_piece_of_an_avi_begins_with_the_first_frame_that_decodes(pause: int):
-    """An avi gives no times to know the frames by. Its first one may stay for longer."""
+def test_cut_avi_starts_with_its_first_decodable_frame(pause: int):
+    """avi has no timestamps to identify frames. With `pause`, the first frame is shown for longer."""
     out = io.BytesIO()
     with (
         av.open(io.BytesIO(encode(moving_frames(), 30, "mp4", "mpeg4", bf="2", g="12"))) as source,
         av.open(out, "w", format="avi") as container,
     ):
         packets = [packet for packet in source.demux(video=0) if packet.size]
-        packets = packets[second_keyframe(packets) :]
+        packets = packets[find_second_keyframe(packets) :]
         stream = container.add_stream_from_template(source.streams.video[0])
         for number, packet in enumerate(packets):
             packet.pts = packet.dts = number + (pause if number else 0)
@@ -362,15 +364,15 @@ def test_a_piece_of_an_avi_begins_with_the_first_frame_that_decodes(pause: int):
     with av.open(io.BytesIO(video)) as container:
         decoded = sum(1 for _ in container.decode(video=0))
     assert decoded == len(packets) - 2
-    sampled, source = sample_clip(video, CLIP), sample_source(video, CLIP)
-    assert source_frames(source.clip) == list(range(90 - decoded, 90))
+    sampled, source = sample_clip(video, CLIP), sample_all_frames(video, CLIP)
+    assert match_source_frames(source.clip) == list(range(90 - decoded, 90))
     assert np.allclose(source.times_s, np.arange(decoded) / 30)
-    assert source_frames(sampled.clip)[: decoded // 3] == list(range(90 - decoded, 90, 3))[: decoded // 3]
-    assert sampled.padded == sum(3 * moment >= decoded for moment in range(30))
+    assert match_source_frames(sampled.clip)[: decoded // 3] == list(range(90 - decoded, 90, 3))[: decoded // 3]
+    assert sampled.padding_frames == sum(3 * index >= decoded for index in range(30))
 
 
-def test_frames_without_a_time_are_decoded_for_those_that_have_one():
-    """A trim by `ffmpeg -ss 0.7 -c copy -avoid_negative_ts disabled`: an mkv cannot hold the times before 0."""
+def test_packets_without_a_time_are_decoded_as_references():
+    """As after `ffmpeg -ss 0.7 -c copy -avoid_negative_ts disabled`: mkv cannot store the times before 0."""
     out = io.BytesIO()
     with (
         av.open(io.BytesIO(encode(moving_frames(), 30, "mp4", g="90"))) as source,
@@ -385,62 +387,61 @@ def test_frames_without_a_time_are_decoded_for_those_that_have_one():
     video = out.getvalue()
     with av.open(io.BytesIO(video)) as container:
         assert sum(bool(packet.size) and packet.pts is None for packet in container.demux(video=0)) > 10
-    source = sample_source(video, CLIP)
-    assert source_frames(source.clip) == list(range(21, 90))
+    source = sample_all_frames(video, CLIP)
+    assert match_source_frames(source.clip) == list(range(21, 90))
 
 
 @pytest.mark.parametrize("order", ["h264, open groups", "hevc", "mpeg4", "vp9", "vp8"])
-def test_frames_before_the_first_keyframe_are_left_out(order: str):
-    """Not all decoders say that what they make of these is no picture."""
+def test_frames_before_the_first_keyframe_are_dropped(order: str):
+    """Some decoders return invalid frames for these packets without an error."""
     vpx = {"g": "24", "cpu-used": "8", "deadline": "realtime"}
     kind, codec, options = (LEADING | {"vp9": ("webm", "libvpx-vp9", vpx), "vp8": ("webm", "libvpx", vpx)})[order]
-    whole = encode(moving_frames(), 30, kind, codec, **options)
-    sampled = sample_clip(piece(whole, lambda packets: second_keyframe(packets) - 5), CLIP)
-    expected = sample_clip(piece(whole, second_keyframe), CLIP)
+    complete = encode(moving_frames(), 30, kind, codec, **options)
+    sampled = sample_clip(cut_start(complete, lambda packets: find_second_keyframe(packets) - 5), CLIP)
+    expected = sample_clip(cut_start(complete, find_second_keyframe), CLIP)
     assert np.array_equal(sampled.clip, expected.clip)
-    assert sampled.padded == expected.padded
+    assert sampled.padding_frames == expected.padding_frames
 
 
-def test_a_hole_is_no_leading_frame():
-    """Frames missing at the start are one thing, frames that were there and are broken another."""
+def test_damaged_frames_are_not_treated_as_missing_references():
     video = encode(moving_frames(), 30, "matroska", **{"x264-params": "keyint=30:min-keyint=30:scenecut=0"})
     with av.open(io.BytesIO(video)) as container:
         packets = [packet for packet in container.demux(video=0) if packet.size]
     keyframes = [packet for packet in packets if packet.is_keyframe]
     assert len(keyframes) == 3
-    for packet in (*keyframes, packets[1]):  # the second is a P frame, which others are predicted from
-        place = video.index(bytes(packet))
+    for packet in (*keyframes, packets[1]):  # packets[1] is a P-frame that others reference
+        offset = video.index(bytes(packet))
         for filler in (b"\xff", b"\0"):
-            broken = video[: place + 40] + filler * (packet.size - 40) + video[place + packet.size :]
+            broken = video[: offset + 40] + filler * (packet.size - 40) + video[offset + packet.size :]
             with pytest.raises(RejectedVideo, match="damaged"):
                 sample_clip(broken, CLIP)
 
 
-def test_what_never_decodes_is_damaged():
+def test_video_without_decodable_frames_is_damaged():
     video = encode(moving_frames(), 30, "mp4", "libx265", **{"x265-params": "keyint=90:log-level=none"})
     with pytest.raises(RejectedVideo, match="damaged"):
-        sample_clip(piece(video, lambda packets: 5), CLIP)
+        sample_clip(cut_start(video, lambda packets: 5), CLIP)
 
 
 @pytest.mark.parametrize("first", [0, 15, 40])
-def test_av1_that_was_trimmed_without_decoding_it(first: int):
-    """The decoder of AV1 decides once, at the first packet, what it will leave out."""
+def test_av1_trimmed_by_an_edit_list(first: int):
+    """The AV1 decoder reads `skip_frame` only once, at the first packet."""
     video = encode(moving_frames(), 30, "mp4", "libsvtav1", preset="12", crf="20", g="30")
     start = struct.pack(">IiI", (90 - first) * 1000 // 30, first * 512, 1 << 16)
-    trimmed = replaced(video, "moov/trak/edts/elst", box("elst", struct.pack(">II", 0, 1), start))
+    trimmed = replace_box(video, "moov/trak/edts/elst", make_box("elst", struct.pack(">II", 0, 1), start))
     with av.open(io.BytesIO(trimmed)) as container:
         assert container.streams.video[0].codec_context.name == "libdav1d"
         assert any(packet.is_discard for packet in container.demux(video=0)) == bool(first)
-    sampled, source = sample_clip(trimmed, CLIP), sample_source(trimmed, CLIP)
+    sampled, source = sample_clip(trimmed, CLIP), sample_all_frames(trimmed, CLIP)
     shown = list(range(first, 90))
-    assert np.array_equal(source.clip, all_frames(trimmed)[: len(source.clip)])
-    assert source_frames(source.clip) == shown[: len(source.clip)]
-    assert source_frames(sampled.clip) == [shown[min(3 * moment, len(shown) - 1)] for moment in range(30)]
-    assert sampled.padded == sum(3 * moment >= len(shown) for moment in range(30))
+    assert np.array_equal(source.clip, decode_all_frames(trimmed)[: len(source.clip)])
+    assert match_source_frames(source.clip) == shown[: len(source.clip)]
+    assert match_source_frames(sampled.clip) == [shown[min(3 * index, len(shown) - 1)] for index in range(30)]
+    assert sampled.padding_frames == sum(3 * index >= len(shown) for index in range(30))
 
 
 class Track(NamedTuple):
-    """A video track of one colour."""
+    """A video track of a uniform colour."""
 
     colour: tuple[int, int, int]
     frames: int
@@ -453,7 +454,8 @@ RED, GREEN = (200, 40, 40), (40, 160, 60)
 FILM = Track(GREEN, 30, 10, 64, Disposition.default)
 
 
-def of_tracks(tracks: list[Track], kind: str) -> bytes:
+def encode_tracks(tracks: list[Track], kind: str) -> bytes:
+    """Encodes one video stream per track."""
     out = io.BytesIO()
     with av.open(out, "w", format=kind) as container:
         streams = []
@@ -474,26 +476,26 @@ def of_tracks(tracks: list[Track], kind: str) -> bytes:
 
 @pytest.mark.parametrize("kind", ["mp4", "matroska"])
 @pytest.mark.parametrize(
-    "other",
+    "secondary",
     [
-        Track(RED, 1, 10, 128),  # a single picture, not marked as one
+        Track(RED, 1, 10, 128),  # a still image that is not marked as one
         Track(RED, 1, 10, 128, Disposition.default),
-        Track(RED, 4, 1, 128),  # a picture a second, for the bar below the film
+        Track(RED, 4, 1, 128),  # a thumbnail per second for the seek bar
         Track(RED, 4, 1, 128, Disposition.default),
-        Track(RED, 30, 10, 128),  # as long as the film, and not marked as default
-        Track(RED, 30, 10, 32, Disposition.default),  # a smaller one
+        Track(RED, 30, 10, 128),  # as long as the film, but without the default flag
+        Track(RED, 30, 10, 32, Disposition.default),  # smaller
     ],
 )
-def test_the_film_is_chosen_wherever_it_stands(kind: str, other: Track):
-    for tracks in ([other, FILM], [FILM, other]):
-        video = of_tracks(tracks, kind)
+def test_main_track_is_chosen_in_any_order(kind: str, secondary: Track):
+    for tracks in ([secondary, FILM], [FILM, secondary]):
+        video = encode_tracks(tracks, kind)
         assert np.abs(decode_clip(video, CLIP).astype(int) - GREEN).max() <= _TOLERANCE
-        if other.frames > 4 and shutil.which("ffmpeg"):
-            assert np.abs(by_ffmpegs_choice(video) - GREEN).max() <= _TOLERANCE
+        if secondary.frames > 4 and shutil.which("ffmpeg"):
+            assert np.abs(decode_with_ffmpeg(video) - GREEN).max() <= _TOLERANCE
 
 
-def by_ffmpegs_choice(video: bytes) -> np.ndarray:
-    """int64 [3]: the colour of the track that ffmpeg's command line takes."""
+def decode_with_ffmpeg(video: bytes) -> np.ndarray:
+    """int64 [3]: the colour of the track that the ffmpeg command selects."""
     with tempfile.NamedTemporaryFile(suffix=".mkv") as file:
         Path(file.name).write_bytes(video)
         command = ["ffmpeg", "-v", "error", "-i", file.name, "-frames:v", "1", "-s", "2x2", "-pix_fmt", "rgb24"]
@@ -501,93 +503,94 @@ def by_ffmpegs_choice(video: bytes) -> np.ndarray:
     return np.frombuffer(raw, np.uint8).reshape(4, 3).mean(axis=0).astype(int)
 
 
-def test_two_films_are_ranked_by_their_marks_and_size():
+def test_tracks_are_ranked_by_default_flag_and_size():
     for first, second, chosen in (
-        (Track(RED, 30, 10, 64), Track(GREEN, 30, 10, 64), RED),  # alike: the first
+        (Track(RED, 30, 10, 64), Track(GREEN, 30, 10, 64), RED),  # equal: the first
         (Track(RED, 30, 10, 64), Track(GREEN, 30, 10, 96), GREEN),
         (Track(RED, 30, 10, 64, Disposition.default), Track(GREEN, 30, 10, 96), RED),
         (Track(RED, 30, 10, 64, Disposition.default), Track(GREEN, 30, 10, 96, Disposition.default), GREEN),
     ):
-        video = of_tracks([first, second], "matroska")
+        video = encode_tracks([first, second], "matroska")
         assert np.abs(decode_clip(video, CLIP).astype(int) - chosen).max() <= _TOLERANCE
         if shutil.which("ffmpeg"):
-            assert np.abs(by_ffmpegs_choice(video) - chosen).max() <= _TOLERANCE
+            assert np.abs(decode_with_ffmpeg(video) - chosen).max() <= _TOLERANCE
 
 
-def test_a_file_of_nothing_but_single_pictures_is_a_still():
-    video = of_tracks([Track(RED, 1, 10, 64), Track(GREEN, 1, 10, 96)], "matroska")
+def test_file_with_only_still_images_is_rejected_as_still():
+    video = encode_tracks([Track(RED, 1, 10, 64), Track(GREEN, 1, 10, 96)], "matroska")
     with pytest.raises(RejectedVideo, match="still"):
         decode_clip(video, CLIP)
 
 
-EACH_INDEXED = "frag_keyframe+dash"  # each fragment by itself
+INDEX_PER_FRAGMENT = "frag_keyframe+dash"  # one index per fragment
 
 
-def length_of(video: bytes, kind: str) -> int:
-    """Of the first box of this kind at the top of a file, in bytes."""
-    return next(part.end - part.start for part in boxes(video) if part.kind == kind)
+def box_size(video: bytes, kind: str) -> int:
+    """Size in bytes of the first top-level box of this kind."""
+    return next(box.end - box.start for box in list_boxes(video) if box.kind == kind)
 
 
-WHOLE = {
-    "live": fragmented,
-    "each indexed": lambda: fragmented(flags=EACH_INDEXED),
-    "sidx": lambda: fragmented(flags=INDEXED),
-    "just long enough": lambda: fragmented(30),
-    "mehd": lambda: states_length(fragmented(), 5, "mehd"),
-    "mvhd": lambda: states_length(fragmented(), 5, "mvhd"),
-    "first fragment in moov": lambda: fragmented(flags="frag_keyframe"),
+COMPLETE = {
+    "live": encode_fragmented,
+    "index per fragment": lambda: encode_fragmented(flags=INDEX_PER_FRAGMENT),
+    "sidx": lambda: encode_fragmented(flags=INDEXED),
+    "just long enough": lambda: encode_fragmented(30),
+    "mehd": lambda: set_stated_duration(encode_fragmented(), 5, "mehd"),
+    "mvhd": lambda: set_stated_duration(encode_fragmented(), 5, "mvhd"),
+    "first fragment in moov": lambda: encode_fragmented(flags="frag_keyframe"),
 }
 SHORT = {
-    "sidx": lambda: fragmented(15, flags=INDEXED),
-    "mehd": lambda: states_length(fragmented(15), 1.5, "mehd"),
-    "mvhd": lambda: states_length(fragmented(15), 1.5, "mvhd"),
-    "length not known": lambda: states_length(fragmented(15), (2**32 - 1) / 1000, "mvhd"),  # all ones
-    "longer sound": lambda: states_length(fragmented(15, sound_s=4), 4, "mehd"),
-    "live, ended": lambda: first_fragments(fragmented(), 2),
+    "sidx": lambda: encode_fragmented(15, flags=INDEXED),
+    "mehd": lambda: set_stated_duration(encode_fragmented(15), 1.5, "mehd"),
+    "mvhd": lambda: set_stated_duration(encode_fragmented(15), 1.5, "mvhd"),
+    "unknown length": lambda: set_stated_duration(encode_fragmented(15), (2**32 - 1) / 1000, "mvhd"),  # all ones
+    "longer audio": lambda: set_stated_duration(encode_fragmented(15, sound_s=4), 4, "mehd"),
+    "live, ended": lambda: keep_fragments(encode_fragmented(), 2),
 }
-CUT_OFF = {
-    "sidx": lambda: first_fragments(fragmented(flags=INDEXED), 1),
-    "sidx, 2 s": lambda: first_fragments(fragmented(flags=INDEXED), 2),
-    "mehd": lambda: first_fragments(states_length(fragmented(), 5, "mehd"), 1),
-    "mvhd": lambda: first_fragments(states_length(fragmented(), 5, "mvhd"), 1),
-    "with sound": lambda: first_fragments(states_length(fragmented(sound_s=5), 5, "mehd"), 2),
-    "within a header": lambda: first_fragments(fragmented(), 1, partly=60),
-    "within pictures": lambda: first_fragments(fragmented(), 1, partly=400),
-    "before pictures": lambda: first_fragments(fragmented(), 1, partly=length_of(fragmented(), "moof")),
-    "within the head of a box": lambda: first_fragments(fragmented(), 1, partly=5),
+TRUNCATED = {
+    "sidx": lambda: keep_fragments(encode_fragmented(flags=INDEXED), 1),
+    "sidx, 2 s": lambda: keep_fragments(encode_fragmented(flags=INDEXED), 2),
+    "mehd": lambda: keep_fragments(set_stated_duration(encode_fragmented(), 5, "mehd"), 1),
+    "mvhd": lambda: keep_fragments(set_stated_duration(encode_fragmented(), 5, "mvhd"), 1),
+    "with audio": lambda: keep_fragments(set_stated_duration(encode_fragmented(sound_s=5), 5, "mehd"), 2),
+    "within a header": lambda: keep_fragments(encode_fragmented(), 1, extra_bytes=60),
+    "within frames": lambda: keep_fragments(encode_fragmented(), 1, extra_bytes=400),
+    "before frames": lambda: keep_fragments(encode_fragmented(), 1, extra_bytes=box_size(encode_fragmented(), "moof")),
+    "within a box header": lambda: keep_fragments(encode_fragmented(), 1, extra_bytes=5),
 }
 
 
-@pytest.mark.parametrize("name", WHOLE)
-def test_whole_fragmented_files(name: str):
-    sampled = sample_clip(WHOLE[name](), CLIP)
-    assert sampled.padded == 0
-    assert np.allclose(levels(sampled.clip), grey_levels(50)[:30], atol=_TOLERANCE)
+@pytest.mark.parametrize("name", COMPLETE)
+def test_complete_fragmented_files_decode(name: str):
+    sampled = sample_clip(COMPLETE[name](), CLIP)
+    assert sampled.padding_frames == 0
+    assert np.allclose(mean_levels(sampled.clip), grey_levels(50)[:30], atol=_TOLERANCE)
 
 
 @pytest.mark.parametrize("name", SHORT)
-def test_fragmented_files_that_are_short_and_whole(name: str):
+def test_short_complete_fragmented_files_are_padded(name: str):
     sampled = sample_clip(SHORT[name](), CLIP)
-    real = 30 - sampled.padded
-    assert real == (20 if "live" in name else 15)
-    assert np.allclose(levels(sampled.clip)[:real], grey_levels(50)[:real], atol=_TOLERANCE)
+    source_frame_count = 30 - sampled.padding_frames
+    assert source_frame_count == (20 if "live" in name else 15)
+    levels = mean_levels(sampled.clip)[:source_frame_count]
+    assert np.allclose(levels, grey_levels(50)[:source_frame_count], atol=_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", CUT_OFF)
-def test_a_fragmented_file_that_was_cut_off(name: str):
-    with pytest.raises(RejectedVideo, match=r"cut off") as raised:
-        sample_clip(CUT_OFF[name](), CLIP)
+@pytest.mark.parametrize("name", TRUNCATED)
+def test_truncated_fragmented_file_is_rejected(name: str):
+    with pytest.raises(RejectedVideo, match="truncated") as raised:
+        sample_clip(TRUNCATED[name](), CLIP)
     assert raised.value.reason == "damaged"
 
 
-def test_a_fragmented_file_that_was_cut_off_after_the_clip():
-    video = first_fragments(fragmented(flags=INDEXED), 4)
-    assert np.allclose(levels(decode_clip(video, CLIP)), grey_levels(50)[:30], atol=_TOLERANCE)
+def test_fragmented_file_truncated_after_the_clip_decodes():
+    video = keep_fragments(encode_fragmented(flags=INDEXED), 4)
+    assert np.allclose(mean_levels(decode_clip(video, CLIP)), grey_levels(50)[:30], atol=_TOLERANCE)
 
 
 @pytest.mark.parametrize("tag", [b"DURATION", b"DIRECTOR"])
-def test_an_mkv_whose_sound_was_cut_off_with_it(tag: bytes):
-    """Without the tag only the length of the whole is stated, which the sound does not reach either."""
+def test_mkv_truncated_with_its_audio_is_rejected(tag: bytes):
+    """Without the DURATION tag only the total length is stated, which the audio does not reach either."""
     out = io.BytesIO()
     with av.open(out, "w", format="matroska") as container:
         video, sound = container.add_stream("libx264", rate=10), container.add_stream("pcm_s16le", rate=8000)
@@ -600,29 +603,29 @@ def test_an_mkv_whose_sound_was_cut_off_with_it(tag: bytes):
             noise.sample_rate = 8000
             container.mux(sound.encode(noise))
         container.mux(video.encode())
-    whole = out.getvalue().replace(b"DURATION", tag)
-    assert sample_clip(whole, CLIP).padded == 0
-    with av.open(io.BytesIO(whole)) as container:
+    complete = out.getvalue().replace(b"DURATION", tag)
+    assert sample_clip(complete, CLIP).padding_frames == 0
+    with av.open(io.BytesIO(complete)) as container:
         cut = next(packet.pos for packet in container.demux(video=0) if packet.pts >= 2000)
     with pytest.raises(RejectedVideo, match="damaged"):
-        sample_clip(whole[: cut - 10], CLIP)
+        sample_clip(complete[: cut - 10], CLIP)
 
 
 @pytest.mark.parametrize("codec", ["mjpeg", "mpeg4"])
-def test_an_avi_that_was_cut_off_anywhere(codec: str):
-    """FFmpeg takes what is left of some for the whole."""
+def test_avi_truncated_anywhere_is_rejected(codec: str):
+    """FFmpeg treats the rest of some of them as a complete file."""
     video = encode(moving_frames(), 30, "avi", codec, strict="unofficial")
-    whole = sample_clip(video, CLIP)
+    complete = sample_clip(video, CLIP)
     first = video.index(b"00dc", video.index(b"movi")) + 4000
     for cut in np.linspace(first, 0.7 * len(video), 10).astype(int):
         with pytest.raises(RejectedVideo, match="damaged"):
             sample_clip(video[:cut], CLIP)
     for cut in (len(video) - 1, video.rindex(b"idx1")):
-        assert np.array_equal(sample_clip(video[:cut], CLIP).clip, whole.clip)
+        assert np.array_equal(sample_clip(video[:cut], CLIP).clip, complete.clip)
 
 
-def test_an_mkv_that_states_no_length_is_cut_off_within_a_frame():
-    """As streamed: the sizes of the whole and of its parts are left open, so it may end after any frame."""
+def test_live_mkv_truncated_within_a_frame_is_rejected():
+    """A live stream states neither length nor sizes, so a complete file may end after any frame."""
     out = io.BytesIO()
     with av.open(out, "w", format="matroska", options={"live": "1"}) as container:
         stream = container.add_stream("mjpeg", rate=10)
@@ -634,7 +637,7 @@ def test_an_mkv_that_states_no_length_is_cut_off_within_a_frame():
     with av.open(io.BytesIO(video)) as container:
         assert container.duration is None
         begin, end = [packet.pos for packet in container.demux(video=0) if packet.size][10:12]
-    assert sample_clip(video, CLIP).padded == 10
+    assert sample_clip(video, CLIP).padding_frames == 10
     for cut in (begin + 1, begin + 40, end - 1):
-        with pytest.raises(RejectedVideo, match=r"it ends within an element, .*: it was cut off"):
+        with pytest.raises(RejectedVideo, match="it is truncated: it ends within an element"):
             sample_clip(video[:cut], CLIP)

@@ -1,4 +1,4 @@
-"""From a folder to a Store, through Ray Data: what is new is decoded, what is wrong is said."""
+"""prepare() through Ray Data: only new videos are decoded, and problems are reported."""
 
 from pathlib import Path
 from types import SimpleNamespace
@@ -27,38 +27,38 @@ def experiment(tmp_path: Path) -> Experiment:
     )
 
 
-def written(tmp_path: Path) -> dict[Path, int]:
+def read_mtimes(tmp_path: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in tmp_path.glob("runs/stores/*/shards/*")}
 
 
-def test_a_second_time_nothing_is_decoded_and_later_only_what_is_new(experiment, tmp_path, capsys):
+def test_prepare_decodes_only_new_videos(experiment, tmp_path, capsys):
     first = prepare(experiment)
     assert "4 clips" in capsys.readouterr().out
-    before = written(tmp_path)
+    before = read_mtimes(tmp_path)
     assert prepare(experiment).location == first.location
     assert capsys.readouterr().out == ""
     (tmp_path / "videos" / "training" / "x" / "4.mp4").write_bytes(moving_video(4, 20, 30))
     more = prepare(experiment)
     assert "1 clips" in capsys.readouterr().out
-    assert before.items() < written(tmp_path).items()
-    for row, clip_id in enumerate(more.ids):
+    assert before.items() < read_mtimes(tmp_path).items()
+    for index, clip_id in enumerate(more.ids):
         video = (tmp_path / "videos" / clip_id).read_bytes()
-        assert np.array_equal(more.get_clips(np.asarray([row]))[0], decode_clip(video, experiment.clip))
+        assert np.array_equal(more.get_clips(np.asarray([index]))[0], decode_clip(video, experiment.clip))
 
 
-def test_rejects_are_told_by_name_whatever_their_names(experiment, tmp_path, capsys):
+def test_rejects_are_printed_by_name(experiment, tmp_path, capsys):
     for name in ("-rf.mp4", "new\nline.mp4", "with space é.mp4"):
         (tmp_path / "videos" / "training" / "x" / name).write_bytes(b"no video")
-    store = prepare(experiment)
+    dataset = prepare(experiment)
     lines = capsys.readouterr().err.splitlines()
     assert lines[0] == "3 of 7 videos rejected (3 not_video):"
     assert lines[1].startswith("  training/x/-rf.mp4: not_video: not readable as mp4, mov, mkv, webm or avi: ")
     assert lines[2].startswith(r"  training/x/new\nline.mp4: not_video: ")
     assert lines[3].startswith("  training/x/with space é.mp4: not_video: ")
-    assert lines[4] == f"  {store.location}/rejects.parquet"
+    assert lines[4] == f"  {dataset.location}/rejects.parquet"
 
 
-def test_a_data_set_of_scraps_is_refused_after_all_were_tried(experiment, tmp_path):
+def test_too_many_rejects_raise_after_all_videos_were_tried(experiment, tmp_path):
     for number in range(5):
         (tmp_path / "videos" / "training" / "x" / f"broken {number}.mp4").write_bytes(b"no video")
     with pytest.raises(ConfigError, match=r"data\.max_reject_fraction: 5 of 9 .*\(value 0\.5\).*rejects\.parquet"):
@@ -66,11 +66,11 @@ def test_a_data_set_of_scraps_is_refused_after_all_were_tried(experiment, tmp_pa
     assert len(prepare(override(experiment, {"data.max_reject_fraction": 0.6}))) == 4
 
 
-def test_what_would_not_fit_is_refused_before_anything_is_decoded(experiment, tmp_path, monkeypatch):
+def test_dataset_that_does_not_fit_is_rejected_before_decoding(experiment, tmp_path, monkeypatch):
     # 4 clips of 4x8x8x3 bytes are 3,072 bytes.
     with pytest.raises(ConfigError, match=r"data\.cache_max_gb: 4 more videos take about 0\.0 GB.*\(value 3e-06\)"):
         prepare(override(experiment, {"data.cache_max_gb": 3e-6}))
-    assert not written(tmp_path)
+    assert not read_mtimes(tmp_path)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=3071))
     with pytest.raises(ConfigError, match="storage: 4 videos take about"):
         prepare(experiment)
@@ -78,20 +78,20 @@ def test_what_would_not_fit_is_refused_before_anything_is_decoded(experiment, tm
     assert len(prepare(override(experiment, {"data.cache_max_gb": 4e-6}))) == 4
 
 
-def test_asked_again_it_mends_what_was_damaged_and_tries_what_may_pass(experiment, tmp_path, capsys):
+def test_again_repairs_damage_and_retries_rejects(experiment, tmp_path, capsys):
     tight = override(experiment, {"data.limits.pixels": 64 * 48 - 1})
     with pytest.raises(ConfigError, match="4 of 4 videos"):
         prepare(tight)
     assert "4 too_large" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="4 of 4 videos"):
-        prepare(experiment)  # a data set stays as it was prepared, until it is asked for again
-    store = prepare(experiment, again=True)
-    assert len(store) == 4
-    clips = store.get_clips(np.arange(4))
+        prepare(experiment)  # a prepared dataset does not change without `again`
+    dataset = prepare(experiment, again=True)
+    assert len(dataset) == 4
+    clips = dataset.get_clips(np.arange(4))
     (shard,) = tmp_path.glob("runs/stores/*/shards/*.u8")
     shard.write_bytes(bytes(len(shard.read_bytes())))
     assert np.array_equal(prepare(experiment, again=True).get_clips(np.arange(4)), clips)
     assert f"{shard}: its sha256 is " in capsys.readouterr().err
-    before = written(tmp_path)
+    before = read_mtimes(tmp_path)
     prepare(experiment, again=True)
-    assert written(tmp_path) == before
+    assert read_mtimes(tmp_path) == before

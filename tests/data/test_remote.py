@@ -1,4 +1,4 @@
-"""Videos, store and shards on S3: the same clips, and each node brings a shard to its disk once."""
+"""Videos and stores on S3: the clips are the same, and each node downloads a shard once."""
 
 import tempfile
 from pathlib import Path
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("local_ray")
 
 
 @pytest.fixture(autouse=True)
-def disk_of_this_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def node_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     return tmp_path
 
@@ -37,42 +37,42 @@ def experiment(bucket: str, videos: dict[str, bytes], request: pytest.FixtureReq
     return override(Experiment(), fields | {"clip.frames": 4, "clip.height": 8, "clip.width": 8})
 
 
-def shards_of(store: ClipDataset) -> list[str]:
-    filesystem, base = filesystem_of(store.location.partition("/sets/")[0] + "/shards")
-    return [i.path for i in filesystem.get_file_info(fs.FileSelector(base)) if i.path.endswith(".u8")]
+def list_shards(dataset: ClipDataset) -> list[str]:
+    filesystem, base = filesystem_of(dataset.location.partition("/sets/")[0] + "/shards")
+    return [info.path for info in filesystem.get_file_info(fs.FileSelector(base)) if info.path.endswith(".u8")]
 
 
-def test_a_node_brings_a_shard_once(experiment, videos, disk_of_this_node):
-    store = prepare(experiment)
-    assert [reject["id"] for reject in store.rejects] == ["training/x y/broken.mp4"]
-    expected = np.stack([decode_clip(videos[name.removeprefix("training/")], experiment.clip) for name in store.ids])
-    assert np.array_equal(store.get_clips(np.arange(4)), expected)
-    (shard,) = shards_of(store)
+def test_node_downloads_a_shard_once(experiment, videos, node_disk):
+    dataset = prepare(experiment)
+    assert [reject["id"] for reject in dataset.rejects] == ["training/x y/broken.mp4"]
+    expected = np.stack([decode_clip(videos[name.removeprefix("training/")], experiment.clip) for name in dataset.ids])
+    assert np.array_equal(dataset.get_clips(np.arange(4)), expected)
+    (shard,) = list_shards(dataset)
     filesystem_of(experiment.storage)[0].delete_file(shard)
-    assert np.array_equal(ClipDataset(store.location).get_clips(np.asarray([3, 1])), expected[[3, 1]])
-    (copy,) = disk_of_this_node.glob("giffy_ray-*/shards/*/*.u8")
+    assert np.array_equal(ClipDataset(dataset.location).get_clips(np.asarray([3, 1])), expected[[3, 1]])
+    (copy,) = node_disk.glob("giffy_ray-*/shards/*/*.u8")
     assert copy.stat().st_size == 4 * 4 * 8 * 8 * 3
 
 
-def test_what_arrives_damaged_is_not_used(experiment, disk_of_this_node):
-    store = prepare(experiment)
-    (shard,) = shards_of(store)
+def test_damaged_download_is_not_used(experiment, node_disk):
+    dataset = prepare(experiment)
+    (shard,) = list_shards(dataset)
     write_bytes(f"s3://{shard}", bytes(4 * 4 * 8 * 8 * 3))
-    with pytest.raises(RuntimeError, match=r"its sha256 is .*, not .*; run jobs/prepare\.py"):
-        store.get_clips(np.arange(4))
-    assert not list(disk_of_this_node.glob("giffy_ray-*/shards/*/*.u8"))
+    with pytest.raises(RuntimeError, match=r"its sha256 is .* instead of .*; run jobs/prepare\.py"):
+        dataset.get_clips(np.arange(4))
+    assert not list(node_disk.glob("giffy_ray-*/shards/*/*.u8"))
     prepare(experiment, again=True).get_clips(np.arange(4))
 
 
-def test_a_full_disk_is_told(experiment, monkeypatch):
-    store = prepare(experiment)
+def test_full_disk_is_a_config_error(experiment, monkeypatch):
+    dataset = prepare(experiment)
     monkeypatch.setattr("shutil.disk_usage", lambda path: type("usage", (), {"free": 10}))
     with pytest.raises(
         ValueError, match=r"0\.0 GB are free, .*set TMPDIR to a larger disk, or data\.cache_decoded=false"
     ):
-        store.get_clips(np.arange(4))
+        dataset.get_clips(np.arange(4))
 
 
-def test_without_a_store_the_videos_are_read_from_the_bucket_each_time(experiment):
-    kept, not_kept = prepare(experiment), prepare(override(experiment, {"data.cache_decoded": False}))
-    assert np.array_equal(kept.get_clips(np.arange(4)), not_kept.get_clips(np.arange(4)))
+def test_uncached_videos_are_read_from_the_bucket(experiment):
+    cached, uncached = prepare(experiment), prepare(override(experiment, {"data.cache_decoded": False}))
+    assert np.array_equal(cached.get_clips(np.arange(4)), uncached.get_clips(np.arange(4)))

@@ -1,4 +1,4 @@
-"""Read back with MLflow's own client."""
+"""Logs runs and reads them back with MLflow's own client."""
 
 import contextlib
 import io
@@ -38,9 +38,9 @@ def experiment(tmp_path: Path) -> Experiment:
 
 @pytest.fixture(scope="session")
 def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An MLflow database without runs: MLflow takes seconds to make one."""
+    """An MLflow database without runs: MLflow takes seconds to create one."""
     path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    uploader._make_whole(sqlite_address(path))
+    uploader._create_sqlite_atomically(sqlite_address(path))
     return path
 
 
@@ -55,7 +55,7 @@ def client_for(experiment: Experiment, empty_database: Path) -> MlflowClient:
     return MlflowClient(address)
 
 
-def test_a_run_holds_the_experiment(experiment: Experiment, client: MlflowClient, tmp_path: Path):
+def test_a_run_contains_the_experiment(experiment: Experiment, client: MlflowClient, tmp_path: Path):
     tracker = open_run(experiment, tags={"data.fingerprint": "abc"})
     run = client.get_run(tracker.run_id)
     assert run.info.run_name == "run"
@@ -70,30 +70,32 @@ def test_a_run_holds_the_experiment(experiment: Experiment, client: MlflowClient
     assert from_yaml(Path(yaml).read_text()) == experiment
 
 
-def git(*words: str) -> str:
-    return subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True, check=True).stdout.strip()
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_run_that_was_made_and_no_more_when_we_were_killed_is_filled(
+def test_a_run_without_params_after_a_kill_is_completed(
     experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ):
     def killed(*_: object, **__: object) -> None:
-        raise SystemExit  # ends the carrier's thread, as a kill would
+        raise SystemExit  # ends the uploader's thread, as a kill would
 
     monkeypatch.setattr(MlflowClient, "log_batch", killed)
-    open_run(experiment)._carrier._thread.join()  # type: ignore[union-attr]
-    (made,) = client.search_runs([client.get_experiment_by_name("giffy_ray").experiment_id])
-    assert not made.data.params
+    open_run(experiment)._uploader._thread.join()  # type: ignore[union-attr]
+    (incomplete,) = client.search_runs([client.get_experiment_by_name("giffy_ray").experiment_id])
+    assert not incomplete.data.params
     monkeypatch.undo()
     open_run(experiment).finish()
-    run = client.get_run(made.info.run_id)
+    run = client.get_run(incomplete.info.run_id)
     assert run.data.params == {name: str(value) for name, value in flatten(experiment).items()}
-    assert [item.path for item in client.list_artifacts(made.info.run_id)] == ["experiment.yaml"]
+    assert [item.path for item in client.list_artifacts(incomplete.info.run_id)] == ["experiment.yaml"]
 
 
-def test_what_mlflow_takes_of_a_parameter_is_kept_of_a_long_one(experiment: Experiment, client: MlflowClient):
-    """Its limits are 6000 characters, and 100 parameters in one call: there are more."""
+def test_long_and_many_params_are_logged_within_the_limits_of_mlflow(experiment: Experiment, client: MlflowClient):
+    """The limits are 6000 characters per parameter, and 100 parameters per call."""
     many = {"model.kind": "cgan", "data.max_videos": {f"category {number}": {"training": 1} for number in range(1000)}}
     long = override(experiment, many)
     tracker = open_run(long)
@@ -103,20 +105,20 @@ def test_what_mlflow_takes_of_a_parameter_is_kept_of_a_long_one(experiment: Expe
     assert params["data.max_videos"] == str(long.data.max_videos)[:6000]
 
 
-def test_a_run_names_its_data_set_once_however_often_it_is_started(experiment: Experiment, client: MlflowClient):
+def test_a_run_logs_its_dataset_once_over_several_starts(experiment: Experiment, client: MlflowClient):
     for _ in range(2):
         tracker = open_run(experiment)
-        tracker.log_data_set("clips", "0123456789abcdef", "s3://me:secret@bucket/videos", {"training": 9, "rejects": 1})
+        tracker.log_dataset("clips", "0123456789abcdef", "s3://me:secret@bucket/videos", {"training": 9, "rejects": 1})
         tracker.finish()
-        shutil.rmtree(Path(tracker.place, "tracking"))  # as if we had been killed before we knew that it came
-    (used,) = client.get_run(tracker.run_id).inputs.dataset_inputs
-    assert (used.dataset.name, used.dataset.digest) == ("clips", "0123456789abcdef")
-    assert (used.dataset.source_type, json.loads(used.dataset.source)) == ("s3", {"uri": "s3://***@bucket/videos"})
-    assert json.loads(used.dataset.profile) == {"training": 9, "rejects": 1}
-    assert {tag.key: tag.value for tag in used.tags} == {"mlflow.data.context": "training"}
+        shutil.rmtree(Path(tracker.run_dir, "tracking"))  # as after a kill before the delivery was recorded
+    (logged,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert (logged.dataset.name, logged.dataset.digest) == ("clips", "0123456789abcdef")
+    assert (logged.dataset.source_type, json.loads(logged.dataset.source)) == ("s3", {"uri": "s3://***@bucket/videos"})
+    assert json.loads(logged.dataset.profile) == {"training": 9, "rejects": 1}
+    assert {tag.key: tag.value for tag in logged.tags} == {"mlflow.data.context": "training"}
 
 
-def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Experiment, client: MlflowClient):
+def test_a_resumed_run_logs_no_step_twice(experiment: Experiment, client: MlflowClient):
     first = open_run(experiment)
     for step in (1, 2):
         first.log_metrics({"val/psnr": 10.0 + step}, step)
@@ -132,16 +134,17 @@ def test_a_run_that_is_opened_again_goes_on_without_doubled_steps(experiment: Ex
     assert open_run(override(experiment, {"name": "other"})).run_id != first.run_id
 
 
-def test_children_that_were_ended_from_outside_are_closed(experiment: Experiment, client: MlflowClient):
+def test_children_that_the_search_stopped_are_closed(experiment: Experiment, client: MlflowClient):
     parent = open_run(experiment)
-    done, cut = (open_run(override(experiment, {"name": name}), parent=parent.place) for name in ("done", "cut"))
-    done.finish()
-    cut.flush()
+    finished = open_run(override(experiment, {"name": "finished"}), parent=parent.run_dir)
+    stopped = open_run(override(experiment, {"name": "stopped"}), parent=parent.run_dir)
+    finished.finish()
+    stopped.flush()
     parent.close_children()
     parent.finish("RUNNING")
-    statuses = [client.get_run(tracker.run_id).info.status for tracker in (parent, done, cut)]
+    statuses = [client.get_run(tracker.run_id).info.status for tracker in (parent, finished, stopped)]
     assert statuses == ["RUNNING", "FINISHED", "KILLED"]
-    assert client.get_run(cut.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
+    assert client.get_run(stopped.run_id).data.tags["mlflow.parentRunId"] == parent.run_id
 
 
 def animated(frames: int = 9, size: int = 64) -> bytes:
@@ -153,34 +156,34 @@ def animated(frames: int = 9, size: int = 64) -> bytes:
     return out.getvalue()
 
 
-def test_an_animation_has_the_name_that_the_image_grid_looks_for(
+def test_an_animation_has_the_names_that_the_image_grid_expects(
     experiment: Experiment, client: MlflowClient, tmp_path: Path
 ):
     tracker, picture = open_run(experiment), animated()
-    for content in (picture, b"drawn again after an interruption"):
+    for content in (picture, b"rendered again after an interruption"):
         tracker.log_animation(lambda content=content: content, "validation", step=3)
     tracker.flush()
-    # MLflow's page wants both, and finds the one by the name of the other.
-    small, image = (item.path for item in client.list_artifacts(tracker.run_id, "images"))
+    # MLflow's page needs both files, and derives one name from the other.
+    animation, image = (item.path for item in client.list_artifacts(tracker.run_id, "images"))
     assert image.startswith("images/validation+step+3+timestamp+")
-    assert small.replace("+compressed", "") == image
+    assert animation.replace("+compressed", "") == image
     assert image.endswith(".webp")
     assert client.get_run(tracker.run_id).data.tags["mlflow.loggedImages"] == "True"
-    # It plays the one, and opens the other: the animation itself is stored once.
-    assert Path(client.download_artifacts(tracker.run_id, small, str(tmp_path))).read_bytes() == picture
+    # It plays the first and opens the second on a click, so the animation is stored only once.
+    assert Path(client.download_artifacts(tracker.run_id, animation, str(tmp_path))).read_bytes() == picture
     opened = Path(client.download_artifacts(tracker.run_id, image, str(tmp_path)))
     with Image.open(opened) as still, Image.open(io.BytesIO(picture)) as playing:
         assert getattr(still, "n_frames", 1) == 1
         playing.seek(4)
         middle = np.asarray(playing.convert("RGB")).astype(float)
-        assert np.abs(np.asarray(still.convert("RGB")) - middle).mean() < 20  # it is lossy, and frames differ by 85
+        assert np.abs(np.asarray(still.convert("RGB")) - middle).mean() < 20  # lossy; frames differ by 85
     assert opened.stat().st_size < len(picture) / 5
 
 
-def test_an_animation_can_be_turned_off(experiment: Experiment, client: MlflowClient):
+def test_animations_can_be_disabled(experiment: Experiment, client: MlflowClient):
     tracker = open_run(override(experiment, {"tracking.samples": False}))
-    tracker.log_animation(lambda: pytest.fail("drawn for nobody"), "validation", step=3)
-    tracker.log_drawn(lambda: b"last", "samples.gif", 5)
+    tracker.log_animation(lambda: pytest.fail("rendered for nothing"), "validation", step=3)
+    tracker.log_rendered(lambda: b"last", "samples.gif", 5)
     tracker.finish()
     assert [item.path for item in client.list_artifacts(tracker.run_id)] == ["experiment.yaml", "samples.gif"]
 
@@ -189,7 +192,7 @@ def test_an_animation_can_be_turned_off(experiment: Experiment, client: MlflowCl
     ("raised", "status"),
     [(None, "FINISHED"), (ValueError, "FAILED"), (SystemExit, "KILLED"), (KeyboardInterrupt, "KILLED")],
 )
-def test_how_a_block_ends_is_how_its_run_ended(
+def test_the_end_of_the_block_sets_the_status_of_the_run(
     experiment: Experiment, client: MlflowClient, raised: type[BaseException] | None, status: str
 ):
     with contextlib.suppress(ValueError, SystemExit, KeyboardInterrupt), open_run(experiment) as tracker:
@@ -199,39 +202,35 @@ def test_how_a_block_ends_is_how_its_run_ended(
     run = client.get_run(tracker.run_id)
     assert (run.info.status, run.data.metrics) == (status, {"data/clips": 1.0})
     with open_run(experiment) as again:
-        again.finish("KILLED")  # as a training that was stopped does
+        again.finish("KILLED")  # as a stopped training does
     assert client.get_run(tracker.run_id).info.status == "KILLED"
 
 
-def test_a_picture_of_the_end_is_drawn_once_for_each_step_and_replaces_the_one_before(
+def test_a_rendered_file_is_rendered_once_per_step_and_replaces_the_earlier_one(
     experiment: Experiment, client: MlflowClient, tmp_path: Path
 ):
     tracker = open_run(experiment)
-    tracker.log_drawn(lambda: b"first", "samples.gif", 3)
-    tracker.log_drawn(lambda: pytest.fail("drawn again"), "samples.gif", 3)
-    tracker.log_drawn(lambda: b"last", "samples.gif", 5)
+    tracker.log_rendered(lambda: b"first", "samples.gif", 3)
+    tracker.log_rendered(lambda: pytest.fail("rendered again"), "samples.gif", 3)
+    tracker.log_rendered(lambda: b"last", "samples.gif", 5)
     tracker.flush()
     assert Path(client.download_artifacts(tracker.run_id, "samples.gif", str(tmp_path))).read_bytes() == b"last"
 
 
-def test_the_page_has_our_view_and_trials_have_colours(experiment: Experiment, client: MlflowClient):
+def test_trials_have_colours_and_their_search_has_none(experiment: Experiment, client: MlflowClient):
     parent = open_run(experiment)
-    trials = [open_run(override(experiment, {"name": f"trial-{n:04}"}), parent=parent.place) for n in (0, 1, 10)]
+    trials = [open_run(override(experiment, {"name": f"trial-{n:04}"}), parent=parent.run_dir) for n in (0, 1, 10)]
     first, second, eleventh = (client.get_run(trial.run_id).data.tags["mlflow.runColor"] for trial in trials)
     assert first == eleventh != second
-    run = client.get_run(parent.run_id)
-    assert "mlflow.runColor" not in run.data.tags
-    view = json.loads(client.get_experiment(run.info.experiment_id).tags["mlflow.sharedViewState.giffy_ray"])
-    charts = json.loads(view["state"])["compareRunCharts"]
-    assert {"val/l2_paper", "val/psnr"} <= {chart.get("metricKey") for chart in charts}
+    assert "mlflow.runColor" not in client.get_run(parent.run_id).data.tags
 
 
-def test_other_ranks_write_nothing_and_draw_nothing(experiment: Experiment, tmp_path: Path):
+def test_other_ranks_log_and_render_nothing(experiment: Experiment, tmp_path: Path):
     tracker = open_run(experiment, rank=1)
     tracker.log_metrics({"val/psnr": 1.0}, 1)
-    tracker.log_animation(lambda: pytest.fail("drawn for nobody"), "validation", 1)
-    tracker.log_drawn(lambda: pytest.fail("drawn for nobody"), "samples.gif", 1)
-    tracker.sample(1, 0)
+    tracker.log_animation(lambda: pytest.fail("rendered for nothing"), "validation", 1)
+    tracker.log_rendered(lambda: pytest.fail("rendered for nothing"), "samples.gif", 1)
+    tracker.sample_system_metrics(1, 0)
     tracker.finish()
     assert isinstance(tracker, Tracker)
     assert not (tmp_path / "runs").exists()
@@ -245,39 +244,39 @@ def impatient() -> Iterator[None]:
 
 @contextmanager
 def impatience() -> Iterator[None]:
-    """Inside, the end of a run waits half a second for what MLflow does not take."""
+    """Limits to half a second how long the end of a run waits for MLflow."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(uploader, "PATIENCE_S", 0.5)
-        patch.setattr(uploader, "_WAITS_S", (0.05,))
+        patch.setattr(uploader, "_RETRY_DELAYS_S", (0.05,))
         yield
 
 
-def nobody_there() -> str:
+def unreachable_server() -> str:
     return f"http://127.0.0.1:{free_port()}"
 
 
-def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
+def test_events_for_an_unreachable_server_are_sent_later_and_once(
     experiment: Experiment,
     client: MlflowClient,
     impatient: None,
     capsys: pytest.CaptureFixture,
     caplog: pytest.LogCaptureFixture,
 ):
-    away = override(experiment, {"tracking.uri": nobody_there()})
+    away = override(experiment, {"tracking.uri": unreachable_server()})
     tracker, began_s = open_run(away), time.monotonic()
     for step in (1, 2):
         tracker.log_metrics({"val/psnr": 10.0 + step}, step)
     tracker.log_text("words", "notes.txt")
-    assert time.monotonic() - began_s < 1  # nobody waited for the server
+    assert time.monotonic() - began_s < 1  # logging does not wait for the server
     with pytest.raises(TimeoutError, match="MLflow at http"):
         tracker.flush()
     tracker.finish()
-    assert "has not taken 5 of the things that were logged (MlflowException: " in capsys.readouterr().out
-    told = [record for record in caplog.records if record.name == "giffy_ray.tracking.uploader"]
-    assert len(told) == 1  # however often it was tried
+    assert "has not received 5 logged events (MlflowException: " in capsys.readouterr().out
+    warnings = [record for record in caplog.records if record.name == "giffy_ray.tracking.uploader"]
+    assert len(warnings) == 1  # however many attempts failed
     assert replay(away) == 5
 
-    again = open_run(experiment)  # at the next chance, to a server that answers
+    again = open_run(experiment)  # restarts with a server that answers
     for step in (2, 3):
         again.log_metrics({"val/psnr": 20.0 + step}, step)
     again.finish()
@@ -288,23 +287,22 @@ def test_what_a_server_that_is_away_has_not_taken_is_sent_later_and_once(
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
 
 
-def test_the_trials_below_a_run_are_replayed_too(experiment: Experiment, client: MlflowClient, impatient: None):
-    away = override(experiment, {"tracking.uri": nobody_there()})
+def test_replay_includes_the_trials_below_a_run(experiment: Experiment, client: MlflowClient, impatient: None):
+    away = override(experiment, {"tracking.uri": unreachable_server()})
     trial = override(away, {"storage": f"{experiment.storage}/run", "name": "trial-1"})
     parent = open_run(away)
-    child = open_run(trial, parent=parent.place)
+    child = open_run(trial, parent=parent.run_dir)
     child.log_metrics({"val/psnr": 1.0}, 1)
-    assert [each.finish() for each in (child, parent)]
+    child.finish()
+    parent.finish()
     assert replay(experiment) == 0
-    found = {run.info.run_name: run for run in client.search_runs(["1"])}
-    assert found["trial-1"].data.tags["mlflow.parentRunId"] == found["run"].info.run_id
-    assert found["trial-1"].data.metrics == {"val/psnr": 1.0}
+    runs = {run.info.run_name: run for run in client.search_runs(["1"])}
+    assert runs["trial-1"].data.tags["mlflow.parentRunId"] == runs["run"].info.run_id
+    assert runs["trial-1"].data.metrics == {"val/psnr": 1.0}
 
 
-def test_a_letter_that_came_though_nobody_knew_is_stored_once(
-    experiment: Experiment, client: MlflowClient, monkeypatch
-):
-    monkeypatch.setattr(Outbox, "delivered", lambda *_: None)  # as if we were killed right before
+def test_an_event_that_is_sent_twice_is_stored_once(experiment: Experiment, client: MlflowClient, monkeypatch):
+    monkeypatch.setattr(Outbox, "mark_delivered", lambda *_: None)  # as after a kill right before it
     first = open_run(experiment)
     first.log_metrics({"val/psnr": 1.0}, 1)
     run_id = first.run_id
@@ -316,36 +314,36 @@ def test_a_letter_that_came_though_nobody_knew_is_stored_once(
     assert len(client.search_runs(["1"])) == 1
 
 
-def test_what_mlflow_will_never_take_is_put_aside_and_the_rest_goes_on(experiment: Experiment, client: MlflowClient):
+def test_a_rejected_event_is_refused_and_the_others_are_delivered(experiment: Experiment, client: MlflowClient):
     tracker = open_run(experiment)
     tracker.log_metrics({"x" * 1000: 1.0}, 1)
     tracker.log_metrics({"val/psnr": 2.0}, 2)
     tracker.finish()
     assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 2.0}
-    assert len(list(Path(tracker.place, "tracking", "refused").iterdir())) == 1
+    assert len(list(Path(tracker.run_dir, "tracking", "refused").iterdir())) == 1
 
 
-def test_a_data_set_that_another_run_names_at_the_same_moment_is_named_all_the_same(
+def test_a_dataset_that_another_run_logs_at_the_same_moment_is_logged(
     experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ):
     log_inputs, refusals = MlflowClient.log_inputs, [MlflowException("UNIQUE constraint failed", BAD_REQUEST)]
 
-    def refused_once(*words: Any, **named: Any) -> None:
+    def refuse_once(*args: Any, **kwargs: Any) -> None:
         if refusals:
             raise refusals.pop()
-        log_inputs(*words, **named)
+        log_inputs(*args, **kwargs)
 
-    monkeypatch.setattr(MlflowClient, "log_inputs", refused_once)
+    monkeypatch.setattr(MlflowClient, "log_inputs", refuse_once)
     tracker = open_run(experiment)
-    tracker.log_data_set("videos", "abc", "/videos", {"training": 3})
+    tracker.log_dataset("videos", "abc", "/videos", {"training": 3})
     tracker.finish()
     assert not refusals
-    (used,) = client.get_run(tracker.run_id).inputs.dataset_inputs
-    assert used.dataset.digest == "abc"
-    assert not Path(tracker.place, "tracking", "refused").exists()
+    (logged,) = client.get_run(tracker.run_id).inputs.dataset_inputs
+    assert logged.dataset.digest == "abc"
+    assert not Path(tracker.run_dir, "tracking", "refused").exists()
 
 
-def test_no_password_of_an_address_is_logged(experiment: Experiment, client: MlflowClient, tmp_path: Path):
+def test_passwords_in_addresses_are_not_logged(experiment: Experiment, client: MlflowClient, tmp_path: Path):
     storage = "postgresql://me:secret@host/optuna"
     tracker = open_run(override(experiment, {"search.storage": storage}))
     tracker.flush()
@@ -354,21 +352,21 @@ def test_no_password_of_an_address_is_logged(experiment: Experiment, client: Mlf
     assert "secret" not in yaml and "postgresql://***@host/optuna" in yaml
 
 
-def test_passwords_are_taken_out_of_every_address_of_a_text():
-    said = "to s3://key:word@bucket/a@b and http://me@host:80/: sqlite:///runs/mlflow.db me@host"
-    kept = "to s3://***@bucket/a@b and http://***@host:80/: sqlite:///runs/mlflow.db me@host"
-    assert redact_credentials(said) == kept
+def test_passwords_are_redacted_in_every_address_of_a_text():
+    text = "to s3://key:word@bucket/a@b and http://me@host:80/: sqlite:///runs/mlflow.db me@host"
+    redacted = "to s3://***@bucket/a@b and http://***@host:80/: sqlite:///runs/mlflow.db me@host"
+    assert redact_credentials(text) == redacted
 
 
-def test_a_remote_storage_needs_a_server(experiment: Experiment):
+def test_a_bucket_as_storage_needs_a_server(experiment: Experiment):
     remote = override(experiment, {"storage": "s3://bucket/runs"})
     with pytest.raises(ConfigError, match=r"tracking\.uri.*s3://bucket/runs"):
         tracking_uri(remote)
     assert tracking_uri(override(remote, {"tracking.uri": "http://127.0.0.1:5000"})) == "http://127.0.0.1:5000"
 
 
-def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A process that is killed while MLflow makes its tables leaves nothing that the next one would stumble over."""
+def test_a_database_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """A kill while MLflow creates its tables leaves no partial database."""
     uri = f"sqlite:///{tmp_path}/mlflow.db"
 
     def killed(*_: object) -> None:
@@ -377,32 +375,34 @@ def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
     with monkeypatch.context() as patch:
         patch.setattr(uploader.os, "link", killed)
         with pytest.raises(KeyboardInterrupt):
-            uploader._make_whole(uri)
+            uploader._create_sqlite_atomically(uri)
     assert not (tmp_path / "mlflow.db").exists()
-    uploader._make_whole(uri)
+    uploader._create_sqlite_atomically(uri)
     assert MlflowClient(uri).search_experiments()
-    made = (tmp_path / "mlflow.db").stat().st_ino
-    uploader._make_whole(uri)  # which it already is
-    assert (tmp_path / "mlflow.db").stat().st_ino == made
+    inode = (tmp_path / "mlflow.db").stat().st_ino
+    uploader._create_sqlite_atomically(uri)  # does nothing: it exists
+    assert (tmp_path / "mlflow.db").stat().st_ino == inode
 
 
-def run_of(experiment: Experiment, client: MlflowClient) -> Any:
+def find_run(experiment: Experiment, client: MlflowClient) -> Any:
     """The only run of the experiment's name in its MLflow experiment."""
-    found = client.get_experiment_by_name(experiment.tracking.experiment)
-    (run,) = [run for run in client.search_runs([found.experiment_id]) if run.info.run_name == experiment.name]
+    mlflow_experiment = client.get_experiment_by_name(experiment.tracking.experiment)
+    (run,) = [
+        run for run in client.search_runs([mlflow_experiment.experiment_id]) if run.info.run_name == experiment.name
+    ]
     return run
 
 
-def refused_of(experiment: Experiment) -> list[str]:
+def list_refused(experiment: Experiment) -> list[str]:
     return sorted(path.name for path in Path(experiment.storage, experiment.name).glob("tracking/refused/*"))
 
 
-def waiting_of(experiment: Experiment) -> list[str]:
+def list_waiting(experiment: Experiment) -> list[str]:
     return sorted(path.name for path in Path(experiment.storage, experiment.name).glob("tracking/waiting/*"))
 
 
 @pytest.mark.parametrize("name", ["it's mine", "50%25 of? #1", "back\\slash\\", 'ü "quoted"; `here`'])
-def test_a_storage_path_may_hold_any_character(tmp_path: Path, empty_database: Path, name: str):
+def test_a_storage_path_may_contain_any_character(tmp_path: Path, empty_database: Path, name: str):
     experiment = override(Experiment(), {"name": "run", "storage": str(tmp_path / name)})
     client = client_for(experiment, empty_database)
     check_tracking(experiment)
@@ -410,25 +410,24 @@ def test_a_storage_path_may_hold_any_character(tmp_path: Path, empty_database: P
         tracker = open_run(experiment)
         tracker.log_metrics({"val/psnr": 10.0 + step}, step)
         tracker.finish()
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert [metric.value for metric in client.get_metric_history(run.info.run_id, "val/psnr")] == [11.0, 12.0]
     assert run.data.params.keys() == flatten(experiment).keys()
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["experiment.yaml"]
     assert Path(experiment.storage, "artifacts").is_dir()
     with closing(sqlite3.connect(Path(experiment.storage, "mlflow.db"))) as database:  # this file and no other
         assert database.execute("SELECT run_uuid FROM runs").fetchall() == [(run.info.run_id,)]
-    assert not refused_of(experiment)
+    assert not list_refused(experiment)
 
 
-def test_a_run_that_an_earlier_version_made_goes_on(experiment: Experiment, client: MlflowClient):
-    """It has the tag with the folder, and no other."""
+def test_a_run_of_an_earlier_version_is_resumed(experiment: Experiment, client: MlflowClient):
+    """It has the tag with the folder, but not the one with its hash."""
     experiment_id = client.create_experiment("giffy_ray", Path(experiment.storage, "artifacts").as_uri())
-    place = f"{experiment.storage}/{experiment.name}"
-    earlier = client.create_run(experiment_id, tags={"giffy_ray.run": place}, run_name="run")
+    earlier = client.create_run(experiment_id, tags={"giffy_ray.run": experiment.run_dir}, run_name="run")
     assert open_run(experiment).run_id == earlier.info.run_id
 
 
-def test_what_is_logged_to_an_experiment_that_was_deleted_waits(
+def test_events_of_a_deleted_experiment_wait(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture
 ):
     tracker = open_run(experiment)
@@ -439,22 +438,22 @@ def test_what_is_logged_to_an_experiment_that_was_deleted_waits(
     with impatience():
         tracker.finish()
     assert f"mlflow experiments restore --experiment-id {experiment_id}" in capsys.readouterr().out
-    assert len(waiting_of(experiment)) == 2
+    assert len(list_waiting(experiment)) == 2
     with pytest.raises(ConfigError, match=r"tracking\.experiment: .*restore.*\(value 'giffy_ray'\)"):
         check_tracking(experiment)
 
-    again = open_run(experiment)  # as a trial of a search, which was checked before it was deleted
+    again = open_run(experiment)  # as a trial: the search checked the experiment before it was deleted
     again.log_metrics({"val/psnr": 2.0}, 2)
     with impatience():
         again.finish()
-    assert not refused_of(experiment)
+    assert not list_refused(experiment)
     client.restore_experiment(experiment_id)
     assert replay(experiment) == 0
     assert [metric.value for metric in client.get_metric_history(run_id, "val/psnr")] == [1.0, 2.0]
-    assert run_of(experiment, client).info.status == "FINISHED"
+    assert find_run(experiment, client).info.status == "FINISHED"
 
 
-def test_what_waits_for_a_deleted_experiment_is_sent_to_another_one(experiment: Experiment, client: MlflowClient):
+def test_events_of_a_deleted_experiment_can_be_sent_to_another_one(experiment: Experiment, client: MlflowClient):
     tracker = open_run(experiment)
     client.delete_experiment(client.get_run(tracker.run_id).info.experiment_id)
     tracker.log_metrics({"val/psnr": 1.0}, 1)
@@ -462,13 +461,13 @@ def test_what_waits_for_a_deleted_experiment_is_sent_to_another_one(experiment: 
         tracker.finish()
     other = override(experiment, {"tracking.experiment": "other"})
     assert replay(other) == 0
-    run = run_of(other, client)
+    run = find_run(other, client)
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
     assert run.data.params.keys() == flatten(experiment).keys()
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["experiment.yaml"]
 
 
-def test_a_run_that_was_deleted_is_made_again_when_it_is_started_again(
+def test_a_deleted_run_is_created_again_when_it_restarts(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture
 ):
     tracker = open_run(experiment)
@@ -481,39 +480,39 @@ def test_a_run_that_was_deleted_is_made_again_when_it_is_started_again(
     assert again.run_id != tracker.run_id
     again.log_metrics({"val/psnr": 2.0}, 2)
     again.finish()
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert [metric.value for metric in client.get_metric_history(run.info.run_id, "val/psnr")] == [1.0, 2.0]
     assert run.info.status == "FINISHED"
-    assert not refused_of(experiment)
+    assert not list_refused(experiment)
 
 
-def test_a_storage_that_fails_while_a_deleted_run_is_looked_for_ends_no_thread(
+def test_a_storage_failure_while_a_deleted_run_is_replaced_does_not_end_the_thread(
     experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(uploader, "_WAITS_S", (0.02,))
+    monkeypatch.setattr(uploader, "_RETRY_DELAYS_S", (0.02,))
     tracker = open_run(experiment)
     tracker.flush()
     client.delete_run(tracker.run_id)
-    looked = []
+    attempts = []
 
     def fail(*_: object) -> None:
-        looked.append(threading.current_thread())
+        attempts.append(threading.current_thread())
         raise OSError("Input/output error")
 
     with monkeypatch.context() as away:
-        away.setattr(uploader.MlflowUploader, "_make_another_run", fail)
+        away.setattr(uploader.MlflowUploader, "_replace_deleted_run", fail)
         tracker.log_metrics({"val/psnr": 1.0}, 1)
         deadline_s = time.monotonic() + 5
-        while len(looked) < 3 and time.monotonic() < deadline_s:
+        while len(attempts) < 3 and time.monotonic() < deadline_s:
             time.sleep(0.01)
     client.restore_run(tracker.run_id)
     tracker.finish()
-    assert len(looked) >= 3
+    assert len(attempts) >= 3
     assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 1.0}
 
 
 @pytest.mark.parametrize("name", ["", "x" * 600])
-def test_a_run_that_mlflow_does_not_let_begin_is_kept_whole(
+def test_a_run_that_mlflow_cannot_begin_keeps_all_events(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture, name: str
 ):
     wrong = override(experiment, {"tracking.experiment": name})
@@ -524,50 +523,50 @@ def test_a_run_that_mlflow_does_not_let_begin_is_kept_whole(
     tracker.log_text("words", "notes.txt")
     with impatience():
         tracker.finish()
-    assert "has not taken 4 of the things" in capsys.readouterr().out
-    assert not refused_of(experiment)
+    assert "has not received 4 logged events" in capsys.readouterr().out
+    assert not list_refused(experiment)
     assert replay(experiment) == 0
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
 
 
-def test_what_earlier_versions_lost_with_a_refused_begin_is_sent(experiment: Experiment, client: MlflowClient):
+def test_events_that_earlier_versions_refused_with_the_begin_are_sent(experiment: Experiment, client: MlflowClient):
     refused = Path(experiment.storage, "run", "tracking", "refused")
     refused.mkdir(parents=True)
-    letters = [
+    events = [
         ("", {"kind": "begin", "name": "run", "parent": None, "tags": {}, "params": {"model.kind": "cvae"}}),
         ("metrics-000000001", {"kind": "metrics", "values": {"val/psnr": 3.0}, "step": 1, "time_ms": 1}),
         ("", {"kind": "files", "folder": None, "names": ["notes.txt"], "tags": {}}),
         ("", {"kind": "status", "status": "FINISHED"}),
     ]
-    for number, (key, head) in enumerate(letters):
-        (refused / f"{10**18 + number:020}-{key}").write_bytes(json.dumps(head).encode() + b"\nwords")
+    for number, (key, payload) in enumerate(events):
+        (refused / f"{10**18 + number:020}-{key}").write_bytes(json.dumps(payload).encode() + b"\nwords")
     assert replay(experiment) == 0
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert (run.data.metrics, run.data.params) == ({"val/psnr": 3.0}, {"model.kind": "cvae"})
     assert (run.info.status, run.info.end_time) == ("FINISHED", 10**12)
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
     assert not list(refused.iterdir())
 
 
-def test_only_what_mlflow_rejects_of_a_step_is_put_aside_and_finish_says_so(
+def test_only_the_rejected_metrics_of_a_step_are_refused_and_finish_reports_them(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture
 ):
     tracker = open_run(experiment)
     tracker.log_metrics({"val/psnr": 2.0, "what?": 1.0, "val/skill": 3.0}, 7)
     tracker.finish()
     assert client.get_run(tracker.run_id).data.metrics == {"val/psnr": 2.0, "val/skill": 3.0}
-    said = capsys.readouterr().out
-    assert f"refused 1 of the things that were logged; they are kept in {tracker.place}/tracking/refused" in said
-    assert "metrics of step 7 (what?): MlflowException: " in said
-    assert replay(experiment) == 1  # it is sent again, and refused again
-    (kept,) = refused_of(experiment)
-    head = json.loads(Path(tracker.place, "tracking", "refused", kept).read_bytes())
-    assert (head["values"], head["step"]) == ({"what?": 1.0}, 7)
+    printed = capsys.readouterr().out
+    assert f"refused 1 logged event, stored in {tracker.run_dir}/tracking/refused" in printed
+    assert "metrics of step 7 (what?): MlflowException: " in printed
+    assert replay(experiment) == 1  # it is sent and refused again
+    (name,) = list_refused(experiment)
+    payload = json.loads(Path(tracker.run_dir, "tracking", "refused", name).read_bytes())
+    assert (payload["values"], payload["step"]) == ({"what?": 1.0}, 7)
 
 
-def test_metrics_of_any_value_and_number_are_taken(experiment: Experiment, client: MlflowClient):
+def test_metrics_of_any_value_and_number_are_logged(experiment: Experiment, client: MlflowClient):
     tracker = open_run(experiment)
     many = {f"many/{number}": float(number) for number in range(1234)}
     tracker.log_metrics(many | {"nan": math.nan, "inf": math.inf}, 1)
@@ -577,18 +576,18 @@ def test_metrics_of_any_value_and_number_are_taken(experiment: Experiment, clien
     assert metrics == many
 
 
-def test_a_letter_that_is_damaged_blocks_nothing(experiment: Experiment, client: MlflowClient):
+def test_a_damaged_event_blocks_nothing(experiment: Experiment, client: MlflowClient):
     waiting = Path(experiment.storage, "run", "tracking", "waiting")
     waiting.mkdir(parents=True)
     (waiting / "00000000000000000001-").write_bytes(b"\xff{")
     tracker = open_run(experiment)
     tracker.finish()
-    assert run_of(experiment, client).info.status == "FINISHED"
-    assert refused_of(experiment) == ["00000000000000000001-"]
+    assert find_run(experiment, client).info.status == "FINISHED"
+    assert list_refused(experiment) == ["00000000000000000001-"]
 
 
-def test_files_of_a_run_that_are_damaged_block_nothing(experiment: Experiment, client: MlflowClient):
-    """The copy of the letter that began it, and the id of its run, which is found again by its folder."""
+def test_damaged_files_of_a_run_block_nothing(experiment: Experiment, client: MlflowClient):
+    """The copy of its begin event, and the id of its run, which is found again by its folder."""
     open_run(experiment).finish()
     Path(experiment.storage, "run", "mlflow_run").write_bytes(b"\xff\xfe")
     tracker = open_run(experiment)
@@ -597,20 +596,20 @@ def test_files_of_a_run_that_are_damaged_block_nothing(experiment: Experiment, c
     tracker.log_metrics({"": 1.0}, 1)  # which MLflow refuses
     tracker.log_metrics({"val/psnr": 1.0}, 2)
     tracker.finish()
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
-    assert len(refused_of(experiment)) == 1
+    assert len(list_refused(experiment)) == 1
 
 
-def test_letters_keep_their_order_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_events_keep_their_order_when_the_clock_is_set_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     Outbox(str(tmp_path)).put({"kind": "status"})
     monkeypatch.setattr(outbox.time, "time_ns", lambda: 5)
     again = Outbox(str(tmp_path))
     again.put({"kind": "begin"})
-    assert [again.read(name).kind for name in again.waiting()] == ["status", "begin"]
+    assert [again.read(name).kind for name in again.waiting_names()] == ["status", "begin"]
 
 
-def test_a_storage_that_is_away_for_a_moment_loses_nothing(
+def test_a_short_storage_outage_loses_nothing(
     experiment: Experiment, client: MlflowClient, monkeypatch: pytest.MonkeyPatch
 ):
     tracker = open_run(experiment)
@@ -621,7 +620,7 @@ def test_a_storage_that_is_away_for_a_moment_loses_nothing(
 
     with monkeypatch.context() as patch:
         patch.setattr(outbox, "write_bytes", away)
-        patch.setattr(outbox, "_names", away)
+        patch.setattr(outbox, "_list_files", away)
         tracker.log_metrics({"val/psnr": 1.0}, 1)
         tracker.log_metrics({"val/psnr": 2.0}, 2)
         time.sleep(0.2)
@@ -631,7 +630,7 @@ def test_a_storage_that_is_away_for_a_moment_loses_nothing(
     assert client.get_run(tracker.run_id).info.status == "FINISHED"
 
 
-def test_a_folder_of_artifacts_that_cannot_be_written_keeps_no_metrics_back(
+def test_an_unwritable_artifact_folder_does_not_block_metrics(
     experiment: Experiment, client: MlflowClient, capsys: pytest.CaptureFixture
 ):
     artifacts = Path(experiment.storage, "artifacts")
@@ -641,10 +640,10 @@ def test_a_folder_of_artifacts_that_cannot_be_written_keeps_no_metrics_back(
     tracker.log_metrics({"val/psnr": 1.0}, 1)
     with impatience():
         tracker.finish()
-    run = run_of(experiment, client)
+    run = find_run(experiment, client)
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
     assert run.data.params.keys() == flatten(experiment).keys()
-    assert "has not taken 2 of the things that were logged (NotADirectoryError: " in capsys.readouterr().out
+    assert "has not received 2 logged events (NotADirectoryError: " in capsys.readouterr().out
     artifacts.unlink()
     assert replay(experiment) == 0
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
@@ -654,9 +653,10 @@ Fault = Callable[[str, str, int], tuple[int, str] | None]
 
 
 class FaultyServer:
-    """MLflow's own application on loopback. `fault` answers requests in its place.
+    """MLflow's own application on loopback, with injected faults.
 
-    It gets method, path and length of the content, and returns a status and a text, or None to let it pass.
+    `fault` receives the method, path and content length of a request. It returns a status and a text, or None to let
+    the request pass.
     """
 
     def __init__(self, application: Any):
@@ -676,7 +676,7 @@ class FaultyServer:
 
 @pytest.fixture(scope="module")
 def running_server(empty_database: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[FaultyServer]:
-    """In this process; as MLflow's server keeps its settings in the environment and globals, these are put back."""
+    """Runs in this process. MLflow's server keeps settings in the environment and globals, which are restored."""
     from werkzeug.serving import make_server
 
     folder = tmp_path_factory.mktemp("server")
@@ -713,57 +713,57 @@ def served(experiment: Experiment, server: FaultyServer, request: pytest.Fixture
     return override(experiment, changes)
 
 
-EVERYTHING: dict[str, Fault] = {
+FAULTS: dict[str, Fault] = {
     "an https port": lambda *_: (400, "Client sent an HTTP request to an HTTPS server."),
     "no password": lambda *_: (401, "You are not authenticated"),
     "a JSON program": lambda *_: (404, '{"error_code": "RESOURCE_DOES_NOT_EXIST", "message": "no"}'),
     "a login page": lambda *_: (200, "<html>please log in</html>"),
-    "nothing is too small": lambda *_: (413, "too large"),
+    "everything is too large": lambda *_: (413, "too large"),
     "read only": lambda method, path, length: None if method == "GET" else (403, "Permission denied"),
 }
 
 
-@pytest.mark.parametrize("fault", EVERYTHING)
-def test_a_server_that_takes_nothing_is_waited_for(served: Experiment, server: FaultyServer, fault: str):
-    """From the beginning, and in the middle of a run."""
+@pytest.mark.parametrize("fault", FAULTS)
+def test_events_wait_for_a_server_that_accepts_nothing(served: Experiment, server: FaultyServer, fault: str):
+    """From the beginning, and from the middle of a run."""
     late = override(served, {"name": "late"})
-    begun = open_run(served)
-    begun.flush()
-    server.fault = EVERYTHING[fault]
-    for tracker in (begun, open_run(late)):
+    started = open_run(served)
+    started.flush()
+    server.fault = FAULTS[fault]
+    for tracker in (started, open_run(late)):
         tracker.log_metrics({"val/psnr": 1.0}, 1)
         tracker.log_text("words", "notes.txt")
-        tracker.log_data_set("clips", "abc", "/videos", {"training": 3})
+        tracker.log_dataset("clips", "abc", "/videos", {"training": 3})
         with impatience():
             tracker.finish()
-    assert not refused_of(served) + refused_of(late)
-    assert (len(waiting_of(served)), len(waiting_of(late))) == (4, 5)
+    assert not list_refused(served) + list_refused(late)
+    assert (len(list_waiting(served)), len(list_waiting(late))) == (4, 5)
     server.fault = None
     assert replay(served) + replay(late) == 0
     client = MlflowClient(server.address)
     for experiment in (served, late):
-        run = run_of(experiment, client)
+        run = find_run(experiment, client)
         assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
         assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
 
 
-def test_a_file_that_a_login_page_has_taken_is_sent_again(served: Experiment, server: FaultyServer):
-    """It answers 200 to everything, so that only what MLflow itself would say tells it apart."""
+def test_a_file_that_a_login_page_accepted_is_sent_again(served: Experiment, server: FaultyServer):
+    """It answers 200 to everything, so only an answer that MLflow alone can give reveals it."""
     tracker = open_run(served)
     tracker.flush()
-    server.fault = EVERYTHING["a login page"]
+    server.fault = FAULTS["a login page"]
     tracker.log_text("words", "notes.txt")
     deadline_s = time.monotonic() + 5
-    while not (failure := tracker._carrier._failure) and time.monotonic() < deadline_s:  # type: ignore[union-attr]
+    while not (failure := tracker._uploader._failure) and time.monotonic() < deadline_s:  # type: ignore[union-attr]
         time.sleep(0.01)
     assert "not in a valid JSON format" in failure
     server.fault = None
     tracker.finish()
     client = MlflowClient(server.address)
-    assert "notes.txt" in {item.path for item in client.list_artifacts(run_of(served, client).info.run_id)}
+    assert "notes.txt" in {item.path for item in client.list_artifacts(find_run(served, client).info.run_id)}
 
 
-def test_a_proxy_that_takes_no_large_file_keeps_nothing_else_back(
+def test_a_proxy_that_rejects_large_files_blocks_nothing_else(
     served: Experiment, server: FaultyServer, capsys: pytest.CaptureFixture
 ):
     server.fault = lambda method, path, length: (413, "Request Entity Too Large") if length > 2**20 else None
@@ -773,55 +773,53 @@ def test_a_proxy_that_takes_no_large_file_keeps_nothing_else_back(
     tracker.log_metrics({"val/psnr": 1.0}, 1)
     tracker.finish()
     client = MlflowClient(server.address)
-    run = run_of(served, client)
+    run = find_run(served, client)
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
     assert {item.path for item in client.list_artifacts(run.info.run_id)} == {"experiment.yaml", "notes.txt"}
-    said = capsys.readouterr().out
-    assert "refused 1 of the things that were logged" in said and "file large.txt: HTTPError: 413" in said
+    printed = capsys.readouterr().out
+    assert "refused 1 logged event" in printed and "file large.txt: HTTPError: 413" in printed
     server.fault = None
     assert replay(served) == 0
     assert "large.txt" in {item.path for item in client.list_artifacts(run.info.run_id)}
 
 
 @pytest.mark.parametrize("status", [500, 413])
-def test_one_thing_that_always_fails_keeps_nothing_else_back(
+def test_an_event_that_always_fails_blocks_nothing_else(
     served: Experiment, server: FaultyServer, monkeypatch: pytest.MonkeyPatch, status: int
 ):
-    """A fault of the server, or one that MLflow's client takes for one, with a single kind of requests."""
+    """A server error, or one that MLflow's client reports as such, for a single kind of request."""
     monkeypatch.setattr(uploader, "PATIENCE_S", 5.0)
     server.fault = lambda method, path, length: (status, "sorry") if path.endswith("log-inputs") else None
     tracker = open_run(served)
     for number in range(5):
-        tracker.log_data_set("clips", "abc", "/videos", {"training": number})
+        tracker.log_dataset("clips", "abc", "/videos", {"training": number})
         tracker.log_metrics({"val/psnr": 1.0}, number)
     tracker.finish()
-    run = run_of(served, MlflowClient(server.address))
+    run = find_run(served, MlflowClient(server.address))
     assert (run.data.metrics, run.info.status) == ({"val/psnr": 1.0}, "FINISHED")
-    left = [*waiting_of(served), *refused_of(served)]
+    left = [*list_waiting(served), *list_refused(served)]
     assert len(left) == 1 and "inputs" in left[0]
     server.fault = None
     assert replay(served) == 0
 
 
-def test_a_server_that_is_away_is_waited_for_once_by_a_process(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
+def test_a_process_waits_for_an_unreachable_server_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(uploader, "PATIENCE_S", 2.0)
-    monkeypatch.setattr(uploader, "_WAITS_S", (0.1,))
-    away, took_s = override(experiment, {"tracking.uri": nobody_there()}), []
+    monkeypatch.setattr(uploader, "_RETRY_DELAYS_S", (0.1,))
+    away, took_s = override(experiment, {"tracking.uri": unreachable_server()}), []
     for number in range(4):
         trial = open_run(override(away, {"name": f"trial-{number}"}))
         began_s = time.monotonic()
         trial.finish("KILLED")
         took_s.append(time.monotonic() - began_s)
-        assert len(waiting_of(override(experiment, {"name": f"trial-{number}"}))) == 2
-        trial._carrier._thread.join(3)  # type: ignore[union-attr]
-        assert not trial._carrier._thread.is_alive()  # type: ignore[union-attr]
+        assert len(list_waiting(override(experiment, {"name": f"trial-{number}"}))) == 2
+        trial._uploader._thread.join(3)  # type: ignore[union-attr]
+        assert not trial._uploader._thread.is_alive()  # type: ignore[union-attr]
     assert sum(took_s) < 3 * 2.0  # four waits would be 8 s
     assert max(took_s[1:]) < 2.0
 
 
-def test_a_server_that_takes_connections_and_says_nothing_is_waited_for_once(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_process_waits_for_a_silent_server_once(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(uploader, "PATIENCE_S", 1.0)
     monkeypatch.setattr(uploader, "_LAST_TRY_S", 0.2)
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -834,24 +832,24 @@ def test_a_server_that_takes_connections_and_says_nothing_is_waited_for_once(
         monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "3")
         second = open_run(override(silent, {"name": "second"}))
         second.finish("KILLED")
-        thread = second._carrier._thread  # type: ignore[union-attr]
-        assert thread.is_alive()  # its request is not over: `finish` did not wait for it
+        thread = second._uploader._thread  # type: ignore[union-attr]
+        assert thread.is_alive()  # its request is pending: `finish` did not wait for it
         thread.join(20)
         assert not thread.is_alive()
 
 
-def test_the_end_of_a_search_sends_what_its_trials_could_not(experiment: Experiment, client: MlflowClient):
+def test_the_end_of_a_search_sends_the_undelivered_events_of_its_trials(experiment: Experiment, client: MlflowClient):
     parent = open_run(experiment)
     parent.flush()
-    away = override(experiment, {"tracking.uri": nobody_there(), "storage": parent.place})
+    away = override(experiment, {"tracking.uri": unreachable_server(), "storage": parent.run_dir})
     for name in ("trial-0", "trial-1"):
-        trial = open_run(override(away, {"name": name}), parent=parent.place)
+        trial = open_run(override(away, {"name": name}), parent=parent.run_dir)
         trial.log_metrics({"val/psnr": 1.0}, 1)
         if name == "trial-0":
             with impatience():
-                trial.finish("FINISHED")  # and the other one was killed
+                trial.finish("FINISHED")  # and the other trial was killed
     parent.close_children()
-    best = open_run(override(experiment, {"name": "best"}), parent=parent.place)
+    best = open_run(override(experiment, {"name": "best"}), parent=parent.run_dir)
     best.flush()
     parent.finish()
     runs = {run.info.run_name: run for run in client.search_runs(["1"])}
@@ -865,7 +863,7 @@ def test_the_end_of_a_search_sends_what_its_trials_could_not(experiment: Experim
 
 
 WRONG = {
-    "mysql+nothing://me:secret@host/mlflow": "SQLAlchemy says",
+    "mysql+nothing://me:secret@host/mlflow": "SQLAlchemy reports",
     "mssql+pyodbc://me:secret@host/mlflow": "not installed",
     "sqlite:///{folder}": "is a folder, not an SQLite file",
     "sqlite:///{folder}/text.db": "is not an SQLite file",
@@ -874,7 +872,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("uri", WRONG)
-def test_an_address_that_can_never_answer_is_refused_at_the_start(experiment: Experiment, tmp_path: Path, uri: str):
+def test_an_address_that_can_never_work_is_rejected_at_the_start(experiment: Experiment, tmp_path: Path, uri: str):
     (tmp_path / "text.db").write_text("text, and no database at all")
     wrong = override(experiment, {"tracking.uri": uri.format(folder=tmp_path)})
     with pytest.raises(ConfigError, match=rf"tracking\.uri: .*{WRONG[uri]}") as refusal:
@@ -884,19 +882,17 @@ def test_an_address_that_can_never_answer_is_refused_at_the_start(experiment: Ex
         replay(wrong)
 
 
-def test_a_database_that_cannot_be_written_is_refused_at_the_start(
-    experiment: Experiment, monkeypatch: pytest.MonkeyPatch
-):
+def test_an_unwritable_database_is_rejected_at_the_start(experiment: Experiment, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(uri.os, "access", lambda *_: False)  # root may write everywhere
-    with pytest.raises(ConfigError, match=r"tracking\.uri: .*/runs cannot be written"):
+    with pytest.raises(ConfigError, match=r"tracking\.uri: .*/runs is not writable"):
         check_tracking(experiment)
 
 
 @pytest.mark.parametrize("uri", ["http://127.0.0.1:1", "https://me:secret@host/path", "sqlite:///{folder}/new/a.db"])
-def test_a_server_that_is_away_is_no_mistake(experiment: Experiment, tmp_path: Path, uri: str):
+def test_an_unreachable_server_is_accepted_at_the_start(experiment: Experiment, tmp_path: Path, uri: str):
     check_tracking(override(experiment, {"tracking.uri": uri.format(folder=tmp_path)}))
 
 
-def test_nothing_is_replayed_of_a_run_that_is_not_there(experiment: Experiment):
-    with pytest.raises(ConfigError, match=r"name: nothing was logged in .*/run \(value 'run'\)"):
+def test_replay_rejects_an_unknown_run(experiment: Experiment):
+    with pytest.raises(ConfigError, match=r"name: no logged events in .*/run; .* \(value 'run'\)"):
         replay(experiment)

@@ -1,4 +1,4 @@
-"""What a training reports reaches whoever waits for it, whatever becomes of the terminal."""
+"""Reported metrics reach the waiting process, whatever happens to its terminal."""
 
 import os
 from concurrent.futures import ThreadPoolExecutor
@@ -9,7 +9,7 @@ import pytest
 from giffy_ray.training.progress_callback import format_epoch, relay_metrics
 
 
-def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
+def test_report_that_cannot_be_shown_does_not_block_the_controller(caplog):
     shown = []
 
     def show(metrics) -> None:
@@ -19,13 +19,13 @@ def test_a_report_that_cannot_be_shown_keeps_nobody_waiting(caplog):
 
     with relay_metrics(show) as relay, ThreadPoolExecutor(1) as controller:
         for epoch in (1, 2, 3):
-            report = [{"epoch": epoch}, {"epoch": -epoch}]  # of two workers, the first of which is rank 0
+            report = [{"epoch": epoch}, {"epoch": -epoch}]  # of two workers, rank 0 first
             controller.submit(relay.after_report, None, report, None).result(timeout=20)
     assert shown == [1, 2, 3]
     assert "nobody reads" in caplog.text
 
 
-def test_a_sender_that_is_killed_in_the_middle_keeps_later_reports_coming(caplog):
+def test_reports_continue_after_a_sender_was_killed(caplog):
     shown = []
     with relay_metrics(lambda metrics: shown.append(metrics["epoch"])) as relay:
         Client(relay.address, family="AF_UNIX").close()
@@ -35,7 +35,7 @@ def test_a_sender_that_is_killed_in_the_middle_keeps_later_reports_coming(caplog
     assert "EOFError" in caplog.text
 
 
-def test_a_socket_that_was_removed_ends_no_training(caplog):
+def test_removed_socket_does_not_end_the_training(caplog):
     def train() -> None:
         with relay_metrics(print) as relay:
             os.remove(relay.address)
@@ -45,9 +45,9 @@ def test_a_socket_that_was_removed_ends_no_training(caplog):
 
     with pytest.raises(ZeroDivisionError):
         train()
-    assert sum("could not be sent" in record.message for record in caplog.records) == 1
+    assert sum("cannot send metrics" in record.message for record in caplog.records) == 1
 
 
-def test_a_line_says_what_was_measured():
+def test_format_epoch_shows_the_measured_values():
     metrics = {"epoch": 3, "train/loss": 61234.4, "val/psnr": 20.126, "speed/step_ms": 5.0}
     assert format_epoch(metrics, 12) == "epoch  3/12  train/loss 61,234  val/psnr 20.13"

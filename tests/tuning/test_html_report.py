@@ -1,3 +1,5 @@
+"""The page and the table of a study."""
+
 import io
 import json
 import re
@@ -11,145 +13,149 @@ from giffy_ray.config import Experiment, load
 from giffy_ray.core import media
 from giffy_ray.tuning import tuner
 from giffy_ray.tuning.html_report import ClipStrip, render_study
-from giffy_ray.tuning.optuna_study import OptunaStudy
+from giffy_ray.tuning.independent_trials import IndependentTrials
 from giffy_ray.tuning.tables import trials_table
 from giffy_ray.tuning.tuner import Study
-from tests.evaluation.test_html_report import WICKED, Reader
+from tests.evaluation.test_html_report import HOSTILE_ID, PageParser
 
 SPACE = "{optim.lr: {log_uniform: [1e-5, 1e-1]}, model.latent: {int: [2, 64]}, model.kl_warmup_steps: {choice: [0, 9]}}"
-TWO = "search.objectives={val/skill: maximize, val/blur: minimize}"
+TWO_OBJECTIVES = "search.objectives={val/skill: maximize, val/blur: minimize}"
 
 
-def searched(folder: Path, trials: int, *words: str) -> tuple[Experiment, Study]:
-    """Trials reach 1 + latent / 128; the second fails, and of two objectives the fifth is poor in both."""
-    given = [f"search.space={SPACE}", f"storage={folder}", "name=study", "search.sampler=random", "search.epochs=2"]
-    study = load(None, [*given, f"search.trials={trials}", *words])
-    ledger = OptunaStudy(study)
-    while asked := ledger.ask():
-        number, values = asked
+def run_study(folder: Path, trials: int, *overrides: str) -> tuple[Experiment, Study]:
+    """Runs trials whose objective is 1 + latent / 128. Trial 1 fails, and trial 4 is poor in both of two objectives."""
+    common = [f"search.space={SPACE}", f"storage={folder}", "name=study", "search.sampler=random", "search.epochs=2"]
+    experiment = load(None, [*common, f"search.trials={trials}", *overrides])
+    source = IndependentTrials(experiment)
+    while proposal := source.ask():
+        number, values = proposal
         for epoch in (1, 2):
             value = 1 + values["model.latent"] / 64 / epoch
-            named = {"val/l2_paper": value, "val/psnr": value, "val/skill": value, "val/blur": value**2}
+            metrics = {"val/l2_paper": value, "val/psnr": value, "val/skill": value, "val/blur": value**2}
             if number == 4:
-                named |= {"val/skill": 0.0, "val/blur": 9.0}
+                metrics |= {"val/skill": 0.0, "val/blur": 9.0}
             if number == 1:
-                ledger.end(number, "RuntimeError: </script><b>out of memory")
-            elif ledger.report(number, epoch, named):
+                source.end(number, "RuntimeError: </script><b>out of memory")
+            elif source.report(number, epoch, metrics):
                 break
-        ledger.end(number)
-    return study, tuner._study(ledger)
+        source.end(number)
+    return experiment, tuner.collect_study(source)
 
 
-def written(study: Experiment, found: Study) -> tuple[str, dict]:
-    sprite = media.sprite(np.zeros((6, 16, 16, 3), np.uint8))
-    reels = [
+def render_page(experiment: Experiment, study: Study) -> tuple[str, dict]:
+    """Returns the HTML, and the JSON in it."""
+    sprite = media.encode_sprite(np.zeros((6, 16, 16, 3), np.uint8))
+    strips = [
         ClipStrip("real", (sprite,)),
-        ClipStrip(found.best[0].name, (sprite,)),
+        ClipStrip(study.best[0].name, (sprite,)),
         ClipStrip("trial-0009", (), "it is gone"),
     ]
-    text = render_study(study, found, load(None, ["clip.frames=6"]).clip, [WICKED], reels).decode()
-    return text, json.loads(Reader(text).scripts[0])
+    html = render_study(experiment, study, load(None, ["clip.frames=6"]).clip, [HOSTILE_ID], strips).decode()
+    return html, json.loads(PageParser(html).scripts[0])
 
 
-def test_the_page_is_whole_html_that_needs_nothing_from_elsewhere_and_runs_no_name(tmp_path: Path):
-    text, _ = written(*searched(tmp_path, 4))
-    reader = Reader(text)
-    assert not reader.open
-    assert len(reader.scripts) == 2
-    assert "alert(1)" not in reader.scripts[1]
-    assert "<b>" not in text
-    assert "innerHTML" not in text
-    assert not re.findall(r"https?:(?!//www.w3.org/2000/svg)", text)
-    assert not [tag for tag, attributes in reader.elements if {"src", "href"} & attributes.keys()]
-    assert not re.findall(r"@import|url\(|{{", text)
-    ids = [attributes["id"] for _, attributes in reader.elements if "id" in attributes]
+def render_table(experiment: Experiment, study: Study) -> str:
+    console = Console(width=110, file=io.StringIO(), record=True)
+    console.print(trials_table(study, experiment.search))
+    return console.export_text()
+
+
+def test_page_is_valid_self_contained_html_that_escapes_names(tmp_path: Path):
+    html, _ = render_page(*run_study(tmp_path, 4))
+    parser = PageParser(html)
+    assert not parser.open_tags
+    assert len(parser.scripts) == 2
+    assert "alert(1)" not in parser.scripts[1]
+    assert "<b>" not in html
+    assert "innerHTML" not in html
+    assert not re.findall(r"https?:(?!//www.w3.org/2000/svg)", html)
+    assert not [tag for tag, attributes in parser.elements if {"src", "href"} & attributes.keys()]
+    assert not re.findall(r"@import|url\(|{{", html)
+    ids = [attributes["id"] for _, attributes in parser.elements if "id" in attributes]
     assert len(ids) == len(set(ids))
-    assert set(re.findall(r'\bat\("(\w+)"\)', text)) <= set(ids)
+    referenced_ids = set(re.findall(r'\bbyId\("(\w+)"\)', html))
+    assert referenced_ids
+    assert referenced_ids <= set(ids)
 
 
-def test_the_page_has_every_trial_with_what_became_of_it(tmp_path: Path):
-    study, found = searched(tmp_path, 12, "search.grace_period=1")
-    _, data = written(study, found)
-    of = {trial["number"]: trial for trial in data["trials"]}
-    assert sorted(of) == list(range(12))
-    assert of[1]["state"] == "failed"
-    assert of[1]["reached"] == []
-    assert "out of memory" in of[1]["ended"]
-    reached = [trial["reached"][0] for trial in data["trials"] if trial["reached"]]
-    assert reached == sorted(reached)
-    assert data["trials"][-1]["number"] == 1  # what failed is last
+def test_page_contains_every_trial_and_its_outcome(tmp_path: Path):
+    experiment, study = run_study(tmp_path, 12, "search.grace_period=1")
+    _, data = render_page(experiment, study)
+    trials = {trial["number"]: trial for trial in data["trials"]}
+    assert sorted(trials) == list(range(12))
+    assert trials[1]["state"] == "failed"
+    assert trials[1]["results"] == []
+    assert "out of memory" in trials[1]["failure"]
+    results = [trial["results"][0] for trial in data["trials"] if trial["results"]]
+    assert results == sorted(results)
+    assert data["trials"][-1]["number"] == 1  # failed trials are last
     (best,) = [trial for trial in data["trials"] if trial["best"]]
     assert best["number"] == data["trials"][0]["number"]
-    assert {trial["state"] for trial in data["trials"]} == {"whole", "cut", "failed"}
+    assert {trial["state"] for trial in data["trials"]} == {"completed", "pruned", "failed"}
     for trial in data["trials"]:
-        if trial["state"] == "cut":
+        if trial["state"] == "pruned":
             assert trial["reports"] == [[1, 1 + trial["values"]["model.latent"] / 64]]
     states = [trial["state"] for trial in data["trials"]]
-    counted = f"{states.count('whole')} to their end, {states.count('cut')} ended early, 1 failed"
-    assert data["about"].startswith(f"12 trials: {counted}. The best is trial-{best['number']:04}: val/l2_paper ")
+    counts = f"{states.count('completed')} completed, {states.count('pruned')} pruned, 1 failed"
+    assert data["summary"].startswith(f"12 trials: {counts}. The best is trial-{best['number']:04}: val/l2_paper ")
+    assert data["summary"].endswith(". Stop reason: search.trials=12 reached.")
     assert [field["kind"] for field in data["fields"]] == ["log_uniform", "int", "choice"]
-    assert [len(reel["sprites"]) for reel in data["clips"]["reels"]] == [1, 1, 0]
-    assert data["clips"]["reels"][2]["missing"] == "it is gone"
+    assert [len(strip["sprites"]) for strip in data["clips"]["strips"]] == [1, 1, 0]
+    assert data["clips"]["strips"][2]["missing_reason"] == "it is gone"
 
 
-def test_what_mattered_is_what_the_objective_is_made_of(tmp_path: Path):
-    _, found = searched(tmp_path, 30, "search.asha=false")
-    (shares,) = found.importances.values()
+def test_importances_identify_the_field_that_determines_the_objective(tmp_path: Path):
+    _, study = run_study(tmp_path, 30, "search.asha=false")
+    (shares,) = study.importances.values()
     assert set(shares) == {"optim.lr", "model.latent", "model.kl_warmup_steps"}
     assert next(iter(shares)) == "model.latent"
     assert shares["model.latent"] > 0.9
     assert sum(shares.values()) == pytest.approx(1)
 
 
-def test_too_few_trials_say_nothing_of_what_mattered(tmp_path: Path):
-    assert searched(tmp_path / "few", 8)[1].importances == {}  # one of them failed
-    assert searched(tmp_path / "enough", 9)[1].importances
+def test_importances_are_empty_for_too_few_trials(tmp_path: Path):
+    assert run_study(tmp_path / "few", 8)[1].importances == {}  # one of the eight failed
+    assert run_study(tmp_path / "enough", 9)[1].importances
 
 
-def test_several_objectives_have_their_front_marked_and_it_is_said_why_none_is_ended_early(tmp_path: Path):
-    study, found = searched(tmp_path, 6, TWO)
-    # Skill is to be large and blur, its square, small: of two trials each is better in one, but for the fifth.
-    assert {trial.number for trial in found.best} == {0, 2, 3, 5}
-    assert found.importances == {}
-    assert all(trial.epochs == 2 for trial in found.trials if not trial.ended)
-    _, data = written(study, found)
+def test_several_objectives_mark_the_pareto_front_and_explain_why_no_trial_is_pruned(tmp_path: Path):
+    experiment, study = run_study(tmp_path, 6, TWO_OBJECTIVES)
+    # Skill is maximized and blur, its square, is minimized: each trial is on the front, except trial 4.
+    assert {trial.number for trial in study.best} == {0, 2, 3, 5}
+    assert study.importances == {}
+    assert all(trial.epochs == 2 for trial in study.trials if not trial.failure)
+    _, data = render_page(experiment, study)
     assert data["objectives"] == [
-        {"name": "val/skill", "better": "maximize"},
-        {"name": "val/blur", "better": "minimize"},
+        {"name": "val/skill", "direction": "maximize"},
+        {"name": "val/blur", "direction": "minimize"},
     ]
-    assert "4 are on the Pareto front" in data["about"]
-    assert "successive halving (search.asha) needs one number" in data["search"]
-    console = Console(width=110, file=io.StringIO(), record=True)
-    console.print(trials_table(found, study.search))
-    text = console.export_text()
-    assert len(re.findall(r"^ front +trial-000[0235] ", text, re.MULTILINE)) == 4
-    assert "4 on the Pareto front" in text
-    assert "val/skill   val/blur" in text
-    assert "successive halving" in text
-    assert "trial-0001: RuntimeError" in text
+    assert "Trials on the Pareto front: 4." in data["summary"]
+    assert "ASHA (search.asha) compares trials by one number" in data["method"]
+    table = render_table(experiment, study)
+    assert len(re.findall(r"^ front +trial-000[0235] ", table, re.MULTILINE)) == 4
+    assert "4 on the Pareto front" in table
+    assert "val/skill   val/blur" in table
+    assert "No trial is pruned: ASHA (search.asha)" in " ".join(table.split())
+    assert "trial-0001: RuntimeError" in table
 
 
-def test_a_metric_that_is_to_be_large_is_shown_as_such(tmp_path: Path):
-    study, found = searched(tmp_path, 6, "search.metric=val/psnr", "search.asha=false")
-    _, data = written(study, found)
-    assert data["objectives"] == [{"name": "val/psnr", "better": "maximize"}]
-    reached = [trial["reached"][0] for trial in data["trials"] if trial["reached"]]
-    assert reached == sorted(reached, reverse=True)
-    assert len(set(reached)) > 1
+def test_maximized_metric_ranks_large_values_first(tmp_path: Path):
+    experiment, study = run_study(tmp_path, 6, "search.metric=val/psnr", "search.asha=false")
+    _, data = render_page(experiment, study)
+    assert data["objectives"] == [{"name": "val/psnr", "direction": "maximize"}]
+    results = [trial["results"][0] for trial in data["trials"] if trial["results"]]
+    assert results == sorted(results, reverse=True)
+    assert len(set(results)) > 1
     assert data["trials"][0]["best"]
-    assert data["about"].count(f"val/psnr {reached[0]:.4g}") == 1
-    console = Console(width=110, file=io.StringIO(), record=True)
-    console.print(trials_table(found, study.search))
-    lines = [line.split() for line in console.export_text().splitlines() if "trial-000" in line]
-    assert lines[0][:2] == ["best", found.best[0].name]
-    assert lines[0][-1] == f"{reached[0]:.4g}"
+    assert data["summary"].count(f"val/psnr {results[0]:.4g}") == 1
+    rows = [line.split() for line in render_table(experiment, study).splitlines() if "trial-000" in line]
+    assert rows[0][:2] == ["best", study.best[0].name]
+    assert rows[0][-1] == f"{results[0]:.4g}"
 
 
-def test_a_single_objective_with_a_stated_direction_is_no_front(tmp_path: Path):
-    study, found = searched(tmp_path, 3, "search.objectives={val/psnr: maximize}", "search.asha=false")
-    assert len(found.best) == 1
-    _, data = written(study, found)
-    assert data["search"].endswith("None is ended early (search.asha=false).")
-    console = Console(width=110, file=io.StringIO(), record=True)
-    console.print(trials_table(found, study.search))
-    assert "front" not in console.export_text().lower()
+def test_single_objective_with_a_stated_direction_has_no_front(tmp_path: Path):
+    experiment, study = run_study(tmp_path, 3, "search.objectives={val/psnr: maximize}", "search.asha=false")
+    assert len(study.best) == 1
+    _, data = render_page(experiment, study)
+    assert data["method"].endswith("No trial is pruned (search.asha=false).")
+    assert "front" not in render_table(experiment, study).lower()

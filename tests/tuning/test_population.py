@@ -1,4 +1,4 @@
-"""Population-based training, on objectives whose course is known in closed form."""
+"""Population-based training, on objectives that are known in closed form."""
 
 import math
 import random
@@ -8,237 +8,259 @@ from typing import Any
 import pytest
 import torch
 from optuna.distributions import CategoricalDistribution, FloatDistribution
+from optuna.trial import FrozenTrial
 
 from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import ConfigError, Experiment, load, override
 from giffy_ray.core import run_lock
-from giffy_ray.training import checkpoints, trainer
-from giffy_ray.training.checkpoints import TrainState
+from giffy_ray.training import checkpoint_selection, checkpoints, trainer
+from giffy_ray.training.checkpoint_format import TrainState
 from giffy_ray.training.learners import Learner
 from giffy_ray.tuning import tuner
-from giffy_ray.tuning.optuna_study import ENDED, WORST
-from giffy_ray.tuning.population import Population, check, exploit_and_explore
-from giffy_ray.tuning.trial_runner import _alone, _turn
-from tests.training.test_checkpoints import BATCH, built, step
+from giffy_ray.tuning.optuna_study import FAILURE_ATTR, WORST
+from giffy_ray.tuning.population import Population, check_population, exploit_and_explore
+from giffy_ray.tuning.trial_runner import _train_generation, _train_in_process
+from tests.training.test_checkpoints import BATCH, build_learner, step
 
 EPOCHS = 6
 SPACE = "{optim.lr: {log_uniform: [1e-3, 0.5]}, model.ends_weight: {choice: [1, 2, 4]}}"
 
 
-def experiment(folder: Path, *words: str) -> Experiment:
-    given = [f"search.space={SPACE}", f"storage={folder}", "name=study", "search.trials=8", f"search.epochs={EPOCHS}"]
-    # A journal file: there are thousands of reports here, for each of which SQLite waits for the disk.
-    return load(None, [*given, "search.sampler=pbt", f"search.storage={folder}.log", *words])
+def load_experiment(folder: Path, *overrides: str) -> Experiment:
+    common = [f"search.space={SPACE}", f"storage={folder}", "name=study", "search.trials=8", f"search.epochs={EPOCHS}"]
+    # A journal file, because SQLite waits for the disk after each of the thousands of reports.
+    return load(None, [*common, "search.sampler=pbt", f"search.storage={folder}.log", *overrides])
 
 
-class World:
+class SimulatedTrainings:
     """Trainings of the loss w^2 / 2 from w = 1 by gradient descent: an epoch multiplies w by 1 - optim.lr.
 
-    What is here outlives whoever searches, as checkpoints do.
+    Like checkpoints, the weights outlive the process of the study.
     """
 
     def __init__(self) -> None:
         self.weights: dict[tuple[int, int], float] = {}  # (trial, epoch) -> w
-        self.turns: list[tuple[int, int]] = []
+        self.trained_epochs: list[tuple[int, int]] = []
 
-    def take_turn(self, number: int, values: dict, until: int, take: tuple[int, int] | None) -> float:
-        done = max((epoch for trial, epoch in self.weights if trial == number), default=0)
-        if take and done <= take[0]:
-            self.weights[number, take[0]] = self.weights[take[1], take[0]]
-        if done < until:
-            before = self.weights.get((number, until - 1), 1.0)
-            self.weights[number, until] = before * (1 - values["optim.lr"])
-            self.turns.append((number, until))
-        return self.weights[number, until] ** 2 / 2
+    def train(self, number: int, values: dict, stop_epoch: int, exploit_from: list[int] | None) -> float:
+        """Trains one generation. Returns the loss."""
+        last_epoch = max((epoch for trial, epoch in self.weights if trial == number), default=0)
+        if exploit_from:
+            source_epoch, source_number = exploit_from
+            if last_epoch <= source_epoch:
+                self.weights[number, source_epoch] = self.weights[source_number, source_epoch]
+        if last_epoch < stop_epoch:
+            weight = self.weights.get((number, stop_epoch - 1), 1.0)
+            self.weights[number, stop_epoch] = weight * (1 - values["optim.lr"])
+            self.trained_epochs.append((number, stop_epoch))
+        return self.weights[number, stop_epoch] ** 2 / 2
 
-    def search(self, asked: Experiment, beside: int = 1, seed: int = 0, kill_after: int | None = None) -> Population:
-        """`beside` turns at a time, which end in random order. `kill_after`: so many, the last without a report."""
-        ledger, drawn, running, ended = Population(asked), random.Random(seed), [], 0
+    def run(
+        self, experiment: Experiment, concurrency: int = 1, seed: int = 0, kill_after: int | None = None
+    ) -> Population:
+        """Runs a population, whose concurrent trainings end in random order.
+
+        `kill_after`: the number of trainings before the process is killed; the last one does not report.
+        """
+        population = Population(experiment)
+        generator = random.Random(seed)
+        running: list[tuple[int, dict, dict[str, Any]]] = []
+        trainings = 0
         while True:
-            while len(running) < beside and (given := ledger.ask()):
-                running.append((given[0], given[1], ledger.turn(given[0])))
+            while len(running) < concurrency and (proposal := population.ask()):
+                number, values = proposal
+                running.append((number, values, population.trial_directive(number)))
             if not running:
-                assert ledger.stop_reason()
-                return ledger
-            number, values, turn = running.pop(drawn.randrange(len(running)))
-            value = self.take_turn(number, values, **turn)
-            ended += 1
-            if ended == kill_after:
-                return ledger
-            assert not ledger.report(number, turn["until"], {"val/l2_paper": value})
-            ledger.end(number)
+                assert population.stop_reason()
+                return population
+            number, values, directive = running.pop(generator.randrange(len(running)))
+            loss = self.train(number, values, **directive)
+            trainings += 1
+            if trainings == kill_after:
+                return population
+            assert not population.report(number, directive["stop_epoch"], {"val/l2_paper": loss})
+            population.end(number)
 
 
-def course(ledger: Population) -> list[tuple]:
-    return [(one.number, one.params, one.intermediate_values, one.user_attrs) for one in ledger.trials()]
+def history(population: Population) -> list[tuple]:
+    return [
+        (trial.number, trial.params, trial.intermediate_values, trial.user_attrs) for trial in population.study.trials()
+    ]
 
 
-def test_the_worst_quarter_takes_over_the_best_and_moves_its_values_a_little():
+def exploits_of(trial: FrozenTrial) -> list[list[Any]]:
+    """Returns [epoch, source trial, new values] of each exploit."""
+    return trial.user_attrs.get("taken", [])
+
+
+def test_worst_quarter_copies_the_best_and_perturbs_its_values():
     space = {"lr": FloatDistribution(0.1, 1.1), "kind": CategoricalDistribution(("a", "b", "c"))}
     values = {number: {"lr": number / 8 + 0.1, "kind": "a"} for number in range(8)}
-    reached = {0: 8.0, 1: 1.0, 2: 5.0, 3: 3.0, 4: 7.0, 5: 4.0, 6: 6.0, 7: 2.0}
-    seen = set()
+    costs = {0: 8.0, 1: 1.0, 2: 5.0, 3: 3.0, 4: 7.0, 5: 4.0, 6: 6.0, 7: 2.0}
+    outcomes = set()
     for seed in range(50):
-        taken = exploit_and_explore(reached, values, space, str(seed))
-        assert taken.keys() == {0, 4}
-        for source, new in taken.values():
+        exploits = exploit_and_explore(costs, values, space, str(seed))
+        assert exploits.keys() == {0, 4}
+        for source, new_values in exploits.values():
             assert source in (1, 7)
-            wanted = [min(max(factor * values[source]["lr"], 0.1), 1.1) for factor in (0.8, 1.2)]
-            assert new["lr"] in wanted
-            assert new["kind"] in "ab"
-            seen.add((source, wanted.index(new["lr"]), new["kind"]))
-        assert taken == exploit_and_explore(reached, values, space, str(seed))
-    assert len(seen) == 8
+            expected = [min(max(factor * values[source]["lr"], 0.1), 1.1) for factor in (0.8, 1.2)]
+            assert new_values["lr"] in expected
+            assert new_values["kind"] in "ab"
+            outcomes.add((source, expected.index(new_values["lr"]), new_values["kind"]))
+        assert exploits == exploit_and_explore(costs, values, space, str(seed))
+    assert len(outcomes) == 8
     assert exploit_and_explore({3: 1.0}, values, space, "") == {}
 
 
-def test_every_course_is_that_of_its_values_and_the_population_goes_the_right_way(tmp_path: Path):
-    ledger = World().search(experiment(tmp_path))
-    trials = ledger.trials()
-    w = {(number, 0): 1.0 for number in range(8)}
-    values = {one.number: one.params for one in trials}
+def test_reports_follow_from_the_values_and_the_population_improves(tmp_path: Path):
+    population = SimulatedTrainings().run(load_experiment(tmp_path))
+    trials = {trial.number: trial for trial in population.study.trials()}
+    weights = {(number, 0): 1.0 for number in range(8)}
+    values = {number: trial.params for number, trial in trials.items()}
     for epoch in range(1, EPOCHS + 1):
-        for one in trials:
-            w[one.number, epoch] = w[one.number, epoch - 1] * (1 - values[one.number]["optim.lr"])
-            assert one.intermediate_values[epoch] == pytest.approx(w[one.number, epoch] ** 2 / 2, rel=1e-9)
-        ranked = sorted(values, key=lambda number: one_of(trials, number).intermediate_values[epoch])
-        takers = {one.number: took for one in trials for took in one.user_attrs.get("taken", []) if took[0] == epoch}
-        assert takers.keys() == (set(ranked[-2:]) if epoch < EPOCHS else set())
-        for number, (_, source, new) in takers.items():
-            assert source in ranked[:2]
-            w[number, epoch], values = w[source, epoch], {**values, number: new}
-    # The larger the rate the better, here.
-    first, last = [one.params["optim.lr"] for one in trials], [one["optim.lr"] for one in values.values()]
-    assert max(last) > max(first)
-    assert sum(map(math.log, last)) > sum(map(math.log, first)) + 1
-    unaided = min(math.prod([1 - rate] * EPOCHS) ** 2 / 2 for rate in first)
-    best = ledger.best()[0]
-    assert (best.value or 1) < unaided
-    found = tuner._study(ledger)
-    assert found.best[0].values["optim.lr"] == values[best.number]["optim.lr"]
-    assert found.trials[0].objectives == (best.value,)
-    assert found.importances == {}
+        for number, trial in trials.items():
+            weights[number, epoch] = weights[number, epoch - 1] * (1 - values[number]["optim.lr"])
+            expected = weights[number, epoch] ** 2 / 2
+            assert trial.intermediate_values[epoch] == pytest.approx(expected, rel=1e-9)
+        ranking = sorted(values, key=lambda number: trials[number].intermediate_values[epoch])
+        exploits = {
+            number: exploit for number, trial in trials.items() for exploit in exploits_of(trial) if exploit[0] == epoch
+        }
+        assert exploits.keys() == (set(ranking[-2:]) if epoch < EPOCHS else set())
+        for number, (_, source, new_values) in exploits.items():
+            assert source in ranking[:2]
+            weights[number, epoch] = weights[source, epoch]
+            values = {**values, number: new_values}
+    # The larger the learning rate, the better.
+    first_rates = [trial.params["optim.lr"] for trial in trials.values()]
+    last_rates = [trial_values["optim.lr"] for trial_values in values.values()]
+    assert max(last_rates) > max(first_rates)
+    assert sum(map(math.log, last_rates)) > sum(map(math.log, first_rates)) + 1
+    best_without_exploits = min(math.prod([1 - rate] * EPOCHS) ** 2 / 2 for rate in first_rates)
+    best = population.study.best()[0]
+    assert (best.value or 1) < best_without_exploits
+    study = tuner.collect_study(population)
+    assert study.best[0].values["optim.lr"] == values[best.number]["optim.lr"]
+    assert study.trials[0].objectives == (best.value,)
+    assert study.importances == {}
 
 
-def one_of(trials: list, number: int):
-    return next(one for one in trials if one.number == number)
-
-
-def test_the_course_does_not_depend_on_who_is_first_nor_on_how_many_train_at_once(tmp_path: Path):
-    courses = [
-        course(World().search(experiment(tmp_path / str(seed)), beside, seed))
-        for beside, seed in ((1, 0), (3, 1), (8, 2), (20, 3))
+def test_history_depends_neither_on_the_order_of_reports_nor_on_concurrency(tmp_path: Path):
+    histories = [
+        history(SimulatedTrainings().run(load_experiment(tmp_path / str(seed)), concurrency, seed))
+        for concurrency, seed in ((1, 0), (3, 1), (8, 2), (20, 3))
     ]
-    # Values are drawn in order, by the seed of the search.
-    assert all(one == courses[0] for one in courses)
+    # The seed of the study determines the values, which are drawn in order.
+    assert all(later == histories[0] for later in histories[1:])
 
 
-def test_a_search_that_is_killed_again_and_again_has_the_course_of_one_that_is_not(tmp_path: Path):
-    whole, killed = World(), World()
-    undisturbed = course(whole.search(experiment(tmp_path / "whole"), 3))
-    drawn = random.Random(0)
+def test_repeatedly_killed_study_has_the_history_of_an_undisturbed_one(tmp_path: Path):
+    undisturbed_trainings = SimulatedTrainings()
+    killed_trainings = SimulatedTrainings()
+    undisturbed = history(undisturbed_trainings.run(load_experiment(tmp_path / "whole"), 3))
+    generator = random.Random(0)
     kills = 0
     while True:
-        ledger = killed.search(experiment(tmp_path / "killed"), 3, drawn.randrange(99), drawn.randrange(1, 9))
+        seed, kill_after = generator.randrange(99), generator.randrange(1, 9)
+        population = killed_trainings.run(load_experiment(tmp_path / "killed"), 3, seed, kill_after)
         kills += 1
-        if ledger.stop_reason():
+        if population.stop_reason():
             break
     assert kills > 5
-    # Those that are drawn after a kill are of another seed: a search that goes on does not draw the same again.
-    assert len(course(ledger)) == len(undisturbed) == 8
-    assert all(list(reports) == list(range(1, EPOCHS + 1)) for _, _, reports, _ in course(ledger))
-    assert sorted(killed.turns) == sorted(whole.turns)  # none twice
-    begun = experiment(tmp_path / "begun")
-    World().search(begun, 8, kill_after=1)  # all eight are drawn
-    again = World()
-    again.search(begun, 8, 5, kill_after=20)
-    again.search(begun, 2, 6, kill_after=7)
-    assert course(again.search(begun, 5, 7)) == undisturbed
+    # Values that are drawn after a kill use another seed, so that a resumed study does not draw the same ones again.
+    assert len(history(population)) == len(undisturbed) == 8
+    assert all(list(reports) == list(range(1, EPOCHS + 1)) for _, _, reports, _ in history(population))
+    assert sorted(killed_trainings.trained_epochs) == sorted(undisturbed_trainings.trained_epochs)  # none twice
+    all_drawn = load_experiment(tmp_path / "begun")
+    SimulatedTrainings().run(all_drawn, 8, kill_after=1)  # after all eight trials have drawn their values
+    trainings = SimulatedTrainings()
+    trainings.run(all_drawn, 8, 5, kill_after=20)
+    trainings.run(all_drawn, 2, 6, kill_after=7)
+    assert history(trainings.run(all_drawn, 5, 7)) == undisturbed
 
 
-def test_what_diverges_takes_over_another_and_what_fails_is_out(tmp_path: Path):
-    ledger, world = Population(experiment(tmp_path)), World()
-    while asked := ledger.ask():
-        number, turn = asked[0], ledger.turn(asked[0])
-        value = world.take_turn(number, asked[1], **turn)
-        if (number, turn["until"]) == (5, 2):
-            value = math.nan
-        if number == 3 and turn["until"] == 2:
-            ledger.end(number, "its process died")
+def test_diverged_trial_copies_another_and_failed_trial_leaves(tmp_path: Path):
+    population, trainings = Population(load_experiment(tmp_path)), SimulatedTrainings()
+    while proposal := population.ask():
+        number, values = proposal
+        directive = population.trial_directive(number)
+        stop_epoch = directive["stop_epoch"]
+        loss = trainings.train(number, values, **directive)
+        if (number, stop_epoch) == (5, 2):
+            loss = math.nan
+        if (number, stop_epoch) == (3, 2):
+            population.end(number, "the trial's process died")
             continue
-        ledger.report(number, turn["until"], {"val/l2_paper": value})
-        ledger.end(number)
-    trials = ledger.trials()
+        population.report(number, stop_epoch, {"val/l2_paper": loss})
+        population.end(number)
+    trials = population.study.trials()
     assert trials[5].intermediate_values[2] == WORST
-    assert 2 in [took[0] for took in trials[5].user_attrs["taken"]]
+    assert 2 in [epoch for epoch, _, _ in exploits_of(trials[5])]
     assert trials[5].intermediate_values[EPOCHS] < 0.5
-    assert trials[3].user_attrs[ENDED] == "its process died"
+    assert trials[3].user_attrs[FAILURE_ATTR] == "the trial's process died"
     assert max(trials[3].intermediate_values) == 1
-    assert not [took for one in trials for took in one.user_attrs.get("taken", []) if took[0] >= 2 and took[1] == 3]
-    assert all(max(one.intermediate_values) == EPOCHS for one in trials if one.number != 3)
+    sources = {source for trial in trials for epoch, source, _ in exploits_of(trial) if epoch >= 2}
+    assert 3 not in sources
+    assert all(max(trial.intermediate_values) == EPOCHS for trial in trials if trial.number != 3)
 
 
-def test_the_largest_are_taken_over_where_larger_is_better(tmp_path: Path):
-    """The course of a metric that is to be large is that of its negative, which is to be small."""
-    small = World()
-    falling = course(small.search(experiment(tmp_path / "small")))
-
-    class Rising(World):
-        def take_turn(self, number: int, values: dict, until: int, take: tuple[int, int] | None) -> float:
-            return -super().take_turn(number, values, until, take)
-
-    large = Rising()
-    asked = experiment(tmp_path / "large", "search.metric=val/skill")
-    ledger = Population(asked)
-    while given := ledger.ask():
-        number, turn = given[0], ledger.turn(given[0])
-        value = large.take_turn(number, given[1], **turn)
-        ledger.report(number, turn["until"], {"val/skill": value})
-        ledger.end(number)
-    rising = course(ledger)
-    assert large.weights == small.weights
-    assert [(number, params, attributes) for number, params, _, attributes in rising] == [
-        (number, params, attributes) for number, params, _, attributes in falling
+def test_maximized_metric_has_the_history_of_its_minimized_negative(tmp_path: Path):
+    minimized_trainings = SimulatedTrainings()
+    minimized = history(minimized_trainings.run(load_experiment(tmp_path / "small")))
+    maximized_trainings = SimulatedTrainings()
+    population = Population(load_experiment(tmp_path / "large", "search.metric=val/skill"))
+    while proposal := population.ask():
+        number, values = proposal
+        directive = population.trial_directive(number)
+        loss = maximized_trainings.train(number, values, **directive)
+        population.report(number, directive["stop_epoch"], {"val/skill": -loss})
+        population.end(number)
+    maximized = history(population)
+    assert maximized_trainings.weights == minimized_trainings.weights
+    assert [(number, params, attributes) for number, params, _, attributes in maximized] == [
+        (number, params, attributes) for number, params, _, attributes in minimized
     ]
-    values = {trial.number: (trial.value or 0) for trial in ledger.trials()}
-    assert ledger.best()[0].number == max(values, key=lambda number: values[number])
+    results = {trial.number: (trial.value or 0) for trial in population.study.trials()}
+    assert population.study.best()[0].number == max(results, key=lambda number: results[number])
 
 
-def test_what_diverges_is_the_worst_where_larger_is_better(tmp_path: Path):
-    ledger = Population(experiment(tmp_path, "search.metric=val/skill"))
-    while given := ledger.ask():
-        number, turn = given[0], ledger.turn(given[0])
-        diverged = number == 5 and turn["until"] == 2
-        ledger.report(number, turn["until"], {"val/skill": math.nan if diverged else -3e6 + number})
-        ledger.end(number)
-    trials = ledger.trials()
+def test_diverged_trial_ranks_last_by_a_maximized_metric(tmp_path: Path):
+    population = Population(load_experiment(tmp_path, "search.metric=val/skill"))
+    while proposal := population.ask():
+        number, _ = proposal
+        stop_epoch = population.trial_directive(number)["stop_epoch"]
+        diverges = (number, stop_epoch) == (5, 2)
+        population.report(number, stop_epoch, {"val/skill": math.nan if diverges else -3e6 + number})
+        population.end(number)
+    trials = population.study.trials()
     assert trials[5].intermediate_values[2] == -WORST
-    taken = {took[0]: took[1] for took in trials[5].user_attrs["taken"]}
-    assert taken[2] in (6, 7)  # although what the others reached is below -WORST
-    assert all(ENDED not in trial.user_attrs for trial in trials)
+    sources = {epoch: source for epoch, source, _ in exploits_of(trials[5])}
+    assert sources[2] in (6, 7)  # although every other result is below -WORST
+    assert all(FAILURE_ATTR not in trial.user_attrs for trial in trials)
 
 
-def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_path: Path):
-    late = Population(experiment(tmp_path / "late", "search.max_hours=1e-9"))
+def test_population_ends_after_its_hours_and_drops_stopped_trials(tmp_path: Path):
+    late = Population(load_experiment(tmp_path / "late", "search.max_hours=1e-9"))
     assert late.ask() is None
     assert "search.max_hours" in late.stop_reason()
-    ledger = Population(experiment(tmp_path / "stopped", "search.trials=2", "train.validate_every=4"))
-    number, _ = ledger.ask() or (-1, {})
-    assert ledger.turn(number) == {"until": 4, "take": None}
-    ledger.end(number)  # without its report
-    assert ledger.trials()[0].user_attrs[ENDED] == "it was stopped after epoch 0"
-    other, _ = ledger.ask() or (-1, {})
-    assert other == 1
-    assert ledger.ask() is None  # not now: it is still at it
-    assert ledger.stop_reason() == ""
-    ledger.report(other, 4, {"val/l2_paper": 1.0})
-    ledger.end(other)
-    assert (ledger.ask() or (-1,))[0] == other  # alone it takes over nobody
-    assert ledger.turn(other) == {"until": EPOCHS, "take": None}
+    overrides = ["search.trials=2", "train.validate_every=4"]
+    population = Population(load_experiment(tmp_path / "stopped", *overrides))
+    number, _ = population.ask() or (-1, {})
+    assert population.trial_directive(number) == {"stop_epoch": 4, "exploit_from": None}
+    population.end(number)  # without its report
+    assert population.study.trials()[0].user_attrs[FAILURE_ATTR] == "stopped after epoch 0"
+    other_number, _ = population.ask() or (-1, {})
+    assert other_number == 1
+    assert population.ask() is None  # nothing to do while the other trial trains
+    assert population.stop_reason() == ""
+    population.report(other_number, 4, {"val/l2_paper": 1.0})
+    population.end(other_number)
+    assert (population.ask() or (-1,))[0] == other_number  # the last trial has none to copy from
+    assert population.trial_directive(other_number) == {"stop_epoch": EPOCHS, "exploit_from": None}
 
 
 @pytest.mark.parametrize(
-    ("words", "message"),
+    ("overrides", "message"),
     [
         (["search.space={model.latent: {int: [8, 16]}}"], r"search\.space\.model\.latent: cannot change.*optim\.lr, "),
         (["search.space={optim.beta1: {uniform: [0.5, 0.9]}}"], r"search\.space\.optim\.beta1: cannot change"),
@@ -250,150 +272,153 @@ def test_a_population_ends_with_its_hours_and_one_that_is_stopped_is_over(tmp_pa
             ["search.objectives={val/skill: maximize, val/blur: minimize}"],
             r"search\.objectives: .*search\.metric alone",
         ),
-        (["search.workers=2"], r"search\.workers: .*one worker a trial \(value 2\)"),
-        (["search.patience=3"], r"search\.patience: .*none \(value 3\)"),
-        (["search.trials=1"], r"search\.trials: .*two at least \(value 1\)"),
+        (["search.workers=2"], r"search\.workers: .*one worker per trial \(value 2\)"),
+        (["search.patience=3"], r"search\.patience: .*remove it \(value 3\)"),
+        (["search.trials=1"], r"search\.trials: .*at least two trials \(value 1\)"),
         (
             ["model.kind=between", "search.space={model.adversarial_weight: {uniform: [0, 1]}}"],
-            r"search\.space\.model\.adversarial_weight: with 0 there is no discriminator",
+            r"search\.space\.model\.adversarial_weight: at 0 there is no discriminator",
         ),
     ],
 )
-def test_what_a_population_cannot_do_is_told_before_anything_starts(tmp_path: Path, words: list[str], message: str):
+def test_unsupported_search_is_rejected_before_anything_starts(tmp_path: Path, overrides: list[str], message: str):
     with pytest.raises(ConfigError, match=message):
-        tuner.initial_points(experiment(tmp_path, *words))
+        tuner.initial_points(load_experiment(tmp_path, *overrides))
 
 
-def test_rates_weights_and_smoothing_may_be_searched(tmp_path: Path):
+def test_learning_rates_and_label_smoothing_are_searchable(tmp_path: Path):
     space = "{optim.discriminator_lr: {log_uniform: [1e-5, 1e-2]}, model.real_label: {uniform: [0.7, 1]}}"
-    check(experiment(tmp_path, "model.kind=cgan", f"search.space={space}"))
+    check_population(load_experiment(tmp_path, "model.kind=cgan", f"search.space={space}"))
 
 
-def saved(run: Experiment, name: str, learner: Learner, steps: int, epoch: int | None) -> None:
-    place = Path(run.storage, run.name, name)
-    place.mkdir(parents=True)
-    checkpoints.Snapshot(learner, run, TrainState(steps, {"val/l2_paper": float(steps)}, epoch=epoch)).save(place)
+def save_checkpoint(run: Experiment, name: str, learner: Learner, steps: int, epoch: int | None) -> None:
+    path = Path(run.storage, run.name, name)
+    path.mkdir(parents=True)
+    checkpoints.Snapshot(learner, run, TrainState(steps, {"val/l2_paper": float(steps)}, epoch=epoch)).save(path)
 
 
-def test_a_trial_goes_on_from_anothers_weights_with_a_rate_of_its_own(tiny: Experiment, tmp_path: Path):
+def test_trial_resumes_from_anothers_weights_with_its_own_learning_rate(tiny: Experiment, tmp_path: Path):
     source = override(
         tiny, {"storage": str(tmp_path), "name": "trial-0001", "train.global_batch_size": BATCH, "optim.lr": 1e-3}
     )
-    taker = override(source, {"name": "trial-0002", "optim.lr": 3e-3})
-    theirs, ours = built(source), built(override(taker, {"train.seed": 5}))
+    copier = override(source, {"name": "trial-0002", "optim.lr": 3e-3})
+    source_learner = build_learner(source)
+    copier_learner = build_learner(override(copier, {"train.seed": 5}))
     for number in range(2):
-        step(theirs, source, number)
-    saved(source, "checkpoint_1", theirs, 2, 1)
-    before = {key: value.clone() for key, value in theirs.networks["cvae"].state_dict().items()}
-    step(theirs, source, 2)
-    saved(source, "checkpoint_2", theirs, 3, 2)  # the other has gone on meanwhile
-    saved(taker, "checkpoint_1", ours, 2, 1)
+        step(source_learner, source, number)
+    save_checkpoint(source, "checkpoint_1", source_learner, 2, 1)
+    before = {key: value.clone() for key, value in source_learner.networks["cvae"].state_dict().items()}
+    step(source_learner, source, 2)
+    save_checkpoint(source, "checkpoint_2", source_learner, 3, 2)  # the source trains on meanwhile
+    save_checkpoint(copier, "checkpoint_1", copier_learner, 2, 1)
 
-    for _ in range(2):  # as when it was killed in between
-        checkpoints.copy_checkpoint_from(taker, source, 1)
-        resumed = built(taker)
-        assert checkpoints.restore(checkpoints.latest_checkpoint(taker), resumed).epoch == 1
+    for _ in range(2):  # as after an interruption
+        checkpoints.copy_checkpoint_from(copier, source, 1)
+        resumed = build_learner(copier)
+        assert checkpoints.restore(checkpoint_selection.latest_checkpoint(copier), resumed).epoch == 1
         assert all(torch.equal(value, before[key]) for key, value in resumed.networks["cvae"].state_dict().items())
-    # A step of Adam is the rate times what the state and the gradient say, which are the same for both.
-    step(resumed, taker, 2)
-    after, other = resumed.networks["cvae"].state_dict(), theirs.networks["cvae"].state_dict()
+    # A step of Adam is the learning rate times a function of state and gradient, which are the same for both.
+    step(resumed, copier, 2)
+    after = resumed.networks["cvae"].state_dict()
+    source_after = source_learner.networks["cvae"].state_dict()
     for key, _ in resumed.networks["cvae"].named_parameters():
-        assert torch.allclose(after[key] - before[key], 3 * (other[key] - before[key]), rtol=1e-3, atol=1e-6), key
+        expected = 3 * (source_after[key] - before[key])
+        assert torch.allclose(after[key] - before[key], expected, rtol=1e-3, atol=1e-6), key
 
-    saved(taker, "checkpoint_9", resumed, 3, None)
-    checkpoints.copy_checkpoint_from(taker, source, 1)  # it is past it
-    assert checkpoints.latest_checkpoint(taker).endswith("checkpoint_9")
-    with pytest.raises(ConfigError, match=r"no whole checkpoint in .*trial-0001"):
-        checkpoints.copy_checkpoint_from(taker, source, 5)
+    save_checkpoint(copier, "checkpoint_9", resumed, 3, None)
+    checkpoints.copy_checkpoint_from(copier, source, 1)  # does nothing: the copier has passed that epoch
+    assert checkpoint_selection.latest_checkpoint(copier).endswith("checkpoint_9")
+    with pytest.raises(ConfigError, match=r"no valid checkpoint in .*trial-0001"):
+        checkpoints.copy_checkpoint_from(copier, source, 5)
 
 
-def test_what_others_may_still_take_over_is_kept(tiny: Experiment, tmp_path: Path):
+def test_checkpoints_that_others_may_copy_are_kept(tiny: Experiment, tmp_path: Path):
     run = override(tiny, {"storage": str(tmp_path), "name": "run"})
     for number, epoch in enumerate([1, 2, None, 3, None, None]):
-        saved(run, f"checkpoint_{number}", built(run), number, epoch)
-    checkpoints.remove_older(run, epochs=2)
+        save_checkpoint(run, f"checkpoint_{number}", build_learner(run), number, epoch)
+    checkpoint_selection.remove_older(run, epochs=2)
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
         "checkpoint_1",
         "checkpoint_3",
         "checkpoint_5",
     ]
-    checkpoints.remove_older(run)
+    checkpoint_selection.remove_older(run)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["checkpoint_5"]
 
 
-def test_a_turn_may_change_what_is_searched_and_nothing_else(tiny: Experiment, tmp_path: Path):
-    class Clips:
-        fingerprint, location = "f", "here"
+class FakeDataset:
+    fingerprint, location = "f", "here"
 
-        def split_indices(self, split: str) -> list[int]:
-            return [0]
+    def split_indices(self, split: str) -> list[int]:
+        return [0]
 
+
+def test_generation_may_change_searched_fields_only(tiny: Experiment, tmp_path: Path):
     run = override(tiny, {"storage": str(tmp_path), "name": "run"})
-    may = (*trainer.MAY_CHANGE, "optim.lr")
-    store: Any = Clips()
-    with trainer.locked_run(run, store, may):
+    mutable_fields = (*trainer.MUTABLE_FIELDS, "optim.lr")
+    dataset: Any = FakeDataset()
+    with trainer.locked_run(run, dataset, mutable_fields):
         pass
-    changed = override(run, {"optim.lr": 0.5})
-    with trainer.locked_run(changed, store, may):
+    new_rate = override(run, {"optim.lr": 0.5})
+    with trainer.locked_run(new_rate, dataset, mutable_fields):
         pass
     with (
         pytest.raises(ConfigError, match=r"optim\.lr: the run 'run' was started with"),
-        trainer.locked_run(changed, store),
+        trainer.locked_run(new_rate, dataset),
     ):
         pass
-    other = override(changed, {"optim.beta1": 0.5})
-    with pytest.raises(ConfigError, match=r"optim\.beta1: the run 'run'"), trainer.locked_run(other, store, may):
+    new_beta = override(new_rate, {"optim.beta1": 0.5})
+    with (
+        pytest.raises(ConfigError, match=r"optim\.beta1: the run 'run'"),
+        trainer.locked_run(new_beta, dataset, mutable_fields),
+    ):
         pass
 
 
-def test_a_trial_touches_no_checkpoint_of_a_run_that_another_process_trains(tiny: Experiment, tmp_path: Path):
-    class Clips:
-        fingerprint, location = "f", "here"
-
-        def split_indices(self, split: str) -> list[int]:
-            return [0]
-
+def test_trial_leaves_checkpoints_of_a_run_that_another_process_trains(tiny: Experiment, tmp_path: Path):
     run = override(tiny, {"storage": str(tmp_path), "name": "run"})
-    store: Any = Clips()
-    saved(run, "checkpoint_1", built(run), 1, 1)
-    saved(run, "checkpoint_2", built(run), 2, 2)
-    being_written = tmp_path / "run" / "checkpoint_2"
-    (being_written / "manifest.json").unlink()
+    dataset: Any = FakeDataset()
+    save_checkpoint(run, "checkpoint_1", build_learner(run), 1, 1)
+    save_checkpoint(run, "checkpoint_2", build_learner(run), 2, 2)
+    incomplete = tmp_path / "run" / "checkpoint_2"
+    (incomplete / "manifest.json").unlink()
     with run_lock.run_lock(run.run_dir):
         for start in (
-            lambda: _alone(run, store, ""),
-            lambda: _turn(run, run, store, "", 2, None),
-            lambda: trainer.train(run, store, WorkerResources(1, 0, 1)),
+            lambda: _train_in_process(run, dataset, ""),
+            lambda: _train_generation(run, run, dataset, "", 2, None),
+            lambda: trainer.train(run, dataset, WorkerResources(1, 0, 1)),
         ):
             with pytest.raises(ConfigError, match="'run' is being trained by process"):
                 start()
-    assert being_written.exists()
+    assert incomplete.exists()
 
 
-def test_a_waiting_population_asks_its_database_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Ray Tune asks for the next turn again and again while others train."""
-    ledger = Population(experiment(tmp_path))
-    given = []
-    while turn := ledger.ask():
-        given.append(turn)
-    assert len(given) == 8
-    for number, _ in given[:-1]:
-        ledger.report(number, 1, {"val/l2_paper": float(number)})
-        ledger.end(number)
+def test_waiting_population_does_not_query_its_storage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Ray Tune asks for the next trial continually while others train."""
+    population = Population(load_experiment(tmp_path))
+    numbers = []
+    while proposal := population.ask():
+        numbers.append(proposal[0])
+    assert len(numbers) == 8
+    for number in numbers[:-1]:
+        population.report(number, 1, {"val/l2_paper": float(number)})
+        population.end(number)
+    last = numbers[-1]
 
     def fail(*_: object, **__: object) -> None:
-        raise AssertionError("the storage is asked")
+        raise AssertionError("the storage is queried")
 
     with monkeypatch.context() as patch:
         for name in ("get_trial", "get_all_trials", "get_study_user_attrs", "get_best_trial"):
-            patch.setattr(type(ledger._study._storage), name, fail)
+            patch.setattr(type(population.study._study._storage), name, fail)
         for _ in range(100):
-            assert ledger.ask() is None
-            assert ledger.stop_reason() == ""
-            assert ledger.turn(given[-1][0]) == {"until": 1, "take": None}
-    ledger.report(given[-1][0], 1, {"val/l2_paper": 100.0})
-    ledger.end(given[-1][0])
-    resumed = Population(experiment(tmp_path))
-    while turn := ledger.ask():
-        assert resumed.ask() == turn  # what is in memory is what was stored
-        assert resumed.turn(turn[0]) == ledger.turn(turn[0])
+            assert population.ask() is None
+            assert population.stop_reason() == ""
+            assert population.trial_directive(last) == {"stop_epoch": 1, "exploit_from": None}
+    population.report(last, 1, {"val/l2_paper": 100.0})
+    population.end(last)
+    resumed = Population(load_experiment(tmp_path))
+    while proposal := population.ask():
+        number, _ = proposal
+        assert resumed.ask() == proposal  # the state in memory equals the stored one
+        assert resumed.trial_directive(number) == population.trial_directive(number)

@@ -1,1 +1,1 @@
-"""The built-in synthetic data set."""
+"""The built-in synthetic dataset."""

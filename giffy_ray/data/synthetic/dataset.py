@@ -1,34 +1,34 @@
-"""The built-in data set: scenes drawn by `scenes`, written as H.264 mp4 files in the layout of Moments in Time.
+"""Renders the built-in dataset: H.264 mp4 files of `scenes`, in the layout of Moments in Time.
 
-    <root>/training/<category>/synthetic-<category>-<seed>.mp4       256x256, 30 frames a second, 90 frames
-    <root>/validation/..., test/..., ood/...                         ood: a test outside the training's range
+    <root>/training/<category>/synthetic-<category>-<seed>.mp4       256x256, 30 frames per second, 90 frames
+    <root>/validation/..., test/..., ood/...                         ood: out-of-distribution test
     <root>/trainingSet.csv, validationSet.csv, ...                   category/file.mp4,label,agree,disagree
-    <root>/moments_categories.txt                                    name,index; written last: the set is whole
+    <root>/moments_categories.txt                                    name,index; written last, marks completion
 
-The scenes are drawn, not filmed: their figures say nothing about real eruptions, and are named `synthetic` wherever
-they are shown. Every split has seeds of its own, and the same seed gives the same file.
+The scenes are drawn, not filmed. Their metrics say nothing about real eruptions, so the dataset is named `synthetic`
+wherever it is shown. Splits use disjoint ranges of seeds, and equal seeds give equal files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from giffy_ray.config import ConfigError, SyntheticConfig
 from giffy_ray.core.media import encode_mp4
-from giffy_ray.core.progress import Bar
-from giffy_ray.core.storage import join, read_text, write_if_different, write_text
+from giffy_ray.core.progress import ProgressBar
+from giffy_ray.core.storage import join, read_text, write_if_changed, write_text
 from giffy_ray.data.synthetic import scenes
 
 NAME = "synthetic"
 _SEEDS_PER_SPLIT = 1_000_000
 _CLIPS_PER_TASK = 4
-# Each look at what is done asks for all tasks in flight. Enough for a cluster to grow by.
+# Each ray.wait() call examines all tasks in flight, so their number is bounded. Leaves room for a growing cluster.
 _MAX_TASKS_IN_FLIGHT = 256
 
 
-class Planned(NamedTuple):
-    """One video that is to be: where, and from what."""
+class VideoSpec(NamedTuple):
+    """Determines the file and the content of one video."""
 
     split: str
     category: str
@@ -43,36 +43,41 @@ class Planned(NamedTuple):
         return f"{self.split}/{self.category}/{self.name}"
 
 
-def plan(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIES) -> list[Planned]:
-    """Every video of the data set. Splits take their seeds from ranges that do not meet."""
+def plan_videos(settings: SyntheticConfig, categories: Sequence[str] = scenes.CATEGORIES) -> list[VideoSpec]:
+    """Lists every video of the dataset. The seed ranges of the splits are disjoint."""
     counts = {
         "training": settings.training_clips,
         "validation": settings.validation_clips,
         "test": settings.test_clips,
         "ood": settings.ood_clips,
     }
-
-    def seeds() -> Iterator[tuple[str, int]]:
-        for place, (split, count) in enumerate(counts.items()):
-            first = (settings.seed * len(counts) + place) * _SEEDS_PER_SPLIT
-            yield from ((split, first + clip) for clip in range(count))
-
-    return [Planned(split, category, seed) for category in categories for split, seed in seeds()]
-
-
-def video(planned: Planned) -> bytes:
-    """Draws and encodes one video: the bytes of an mp4 file."""
-    return encode_mp4(scenes.draw(planned.category, planned.seed, planned.split == "ood"), scenes.FPS)
+    videos = []
+    for category in categories:
+        for index, (split, count) in enumerate(counts.items()):
+            first_seed = (settings.seed * len(counts) + index) * _SEEDS_PER_SPLIT
+            videos += [VideoSpec(split, category, first_seed + clip) for clip in range(count)]
+    return videos
 
 
-def ensure(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> str:
-    """The root of the data set of these settings below `parent`; rendered by Ray tasks if it is not there.
+def render_video(spec: VideoSpec) -> bytes:
+    """Draws and encodes one video. Returns the bytes of an mp4 file."""
+    return encode_mp4(scenes.draw_clip(spec.category, spec.seed, spec.split == "ood"), scenes.FPS)
 
-    With `categories` (empty: all) no other one is rendered. Raises ConfigError for one that there is not.
+
+def ensure_rendered(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> str:
+    """Returns the root of a dataset below `parent`, and renders it with Ray tasks if it does not exist.
+
+    Args:
+        parent: Folder of all built-in datasets.
+        settings: Clip counts and seed.
+        categories: Categories to render; empty for all.
+
+    Raises:
+        ConfigError: A category does not exist.
     """
-    root, drawn = root_of(parent, settings, categories)
+    root, rendered_categories = resolve_root(parent, settings, categories)
     if not is_complete(root):
-        render_all(root, plan(settings, drawn))
+        render_all(root, plan_videos(settings, rendered_categories))
     return root
 
 
@@ -80,46 +85,46 @@ def is_complete(root: str) -> bool:
     return read_text(join(root, "moments_categories.txt")) is not None
 
 
-def root_of(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> tuple[str, list[str]]:
-    """Where `ensure` renders a data set, and the categories in it. Raises ConfigError."""
+def resolve_root(parent: str, settings: SyntheticConfig, categories: Sequence[str] = ()) -> tuple[str, list[str]]:
+    """Returns the root that `ensure_rendered` uses, and the categories in it. Raises ConfigError."""
     unknown = [name for name in categories if name not in scenes.CATEGORIES]
     if unknown:
         raise ConfigError(
-            f"data.categories: the built-in data set has {' and '.join(scenes.CATEGORIES)} (value {unknown[0]!r}); "
-            "leave it out for both, or give data.root"
+            f"data.categories: the built-in dataset has {' and '.join(scenes.CATEGORIES)} (value {unknown[0]!r}); "
+            "leave it out to use both, or set data.root"
         )
-    drawn = [name for name in scenes.CATEGORIES if name in categories or not categories]
+    selected = [name for name in scenes.CATEGORIES if name in categories or not categories]
     counts = (settings.training_clips, settings.validation_clips, settings.test_clips, settings.ood_clips)
-    only = "" if len(drawn) == len(scenes.CATEGORIES) else f"-{'-'.join(drawn)}"
-    version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}{only}"
-    return join(parent, f"{NAME}-{version}"), drawn
+    suffix = "" if len(selected) == len(scenes.CATEGORIES) else f"-{'-'.join(selected)}"
+    version = f"v{scenes.VERSION}-{'-'.join(map(str, counts))}-seed{settings.seed}{suffix}"
+    return join(parent, f"{NAME}-{version}"), selected
 
 
-def render_all(root: str, videos: list[Planned]) -> None:
+def render_all(root: str, videos: list[VideoSpec]) -> None:
     """Renders the videos on all CPUs of the cluster, then writes the lists."""
     import ray
 
     render = ray.remote(num_cpus=1)(_render)
-    parts = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
-    with Bar("rendering the built-in videos", len(videos), "videos") as bar:
-        waiting: list[Any] = []
-        for part in parts:
-            waiting.append(render.remote(root, part))
-            while len(waiting) >= _MAX_TASKS_IN_FLIGHT:
-                done, waiting = ray.wait(waiting)
-                bar.advance(sum(ray.get(done)))
-        while waiting:
-            done, waiting = ray.wait(waiting)
-            bar.advance(sum(ray.get(done)))
-    for split in dict.fromkeys(one.split for one in videos):
-        lines = [f"{one.category}/{one.name},{one.category},3,0\n" for one in videos if one.split == split]
+    batches = [videos[first : first + _CLIPS_PER_TASK] for first in range(0, len(videos), _CLIPS_PER_TASK)]
+    with ProgressBar("rendering the built-in videos", len(videos), "videos") as bar:
+        pending: list[Any] = []
+        for batch in batches:
+            pending.append(render.remote(root, batch))
+            while len(pending) >= _MAX_TASKS_IN_FLIGHT:
+                ready, pending = ray.wait(pending)
+                bar.advance(sum(ray.get(ready)))
+        while pending:
+            ready, pending = ray.wait(pending)
+            bar.advance(sum(ray.get(ready)))
+    for split in dict.fromkeys(spec.split for spec in videos):
+        lines = [f"{spec.category}/{spec.name},{spec.category},3,0\n" for spec in videos if spec.split == split]
         write_text(join(root, f"{split}Set.csv"), "".join(lines))
     indices = [f"{category},{index}\n" for index, category in enumerate(scenes.CATEGORIES)]
     write_text(join(root, "moments_categories.txt"), "".join(indices))
 
 
-def _render(root: str, videos: list[Planned]) -> int:
-    for one in videos:
-        # Another job may render the same at this moment, and list it: a video is there whole, and is not replaced.
-        write_if_different(join(root, one.path), video(one))
+def _render(root: str, videos: list[VideoSpec]) -> int:
+    for spec in videos:
+        # A concurrent job may render and list the same video. Files appear atomically, and equal ones are not replaced.
+        write_if_changed(join(root, spec.path), render_video(spec))
     return len(videos)

@@ -1,4 +1,7 @@
-"""A Learner is the only thing that the training loop knows of a model: how to take one step, and how to make clips."""
+"""Learners: the training step and the generation of clips for each kind of model.
+
+The training loop knows a model only through its `Learner`. Nothing here imports Ray.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from giffy_ray.config import (
-    Adversarial,
+    AdversarialConfig,
+    BaseCVAEConfig,
     BetweenConfig,
     CGANConfig,
     ConfigError,
-    Encoders,
     Experiment,
-    effects,
+    field_dependencies,
     flatten,
     from_yaml,
     override,
@@ -30,36 +33,51 @@ from giffy_ray.training.learners.gan import GANLearner
 
 
 class Learner(Protocol):
-    """A learner is pickled as its experiment and weights, without optimisers: so Ray sends it to actors."""
+    """The interface between the training loop and a model.
 
-    networks: dict[str, nn.Module]  # bare, never wrapped: what a checkpoint holds
+    Ray pickles a learner as its experiment and weights, without optimizer states.
+    """
+
+    networks: dict[str, nn.Module]  # by their name in checkpoints, never wrapped in DDP
     optimizers: dict[str, torch.optim.Optimizer]
     latent: int  # width of the noise that `generate` takes
 
-    def update(self, clips: Clips, times: Times, positions: SampleIndices) -> dict[str, Tensor]:
-        """One step on clips whose frames are shown at `times`. Returns named losses, averaged over these clips.
+    def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
+        """Takes one optimizer step.
 
-        With them `skipped`, above 0 where a gradient was not finite and was left out. `positions` are the clips'
-        places in the sample stream: noise and learning rate follow from them.
+        Args:
+            clips: This rank's part of the batch.
+            times: Time of each frame, 0 at the start and 1 at the end.
+            sample_indices: Positions of the clips in the sample stream, which determine noise and learning rate.
+
+        Returns:
+            Named losses, averaged over `clips`, and `skipped`: above 0 if a gradient was not finite and its step was
+            skipped.
         """
         ...
 
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
-        """Makes clips from their two ends. `frames` other than the experiment's: ConfigError where it cannot."""
+        """Generates one clip for each pair of images; see `models.sampling.ClipGenerator`."""
         ...
 
     def reconstruct(self, clips: Clips) -> Clips | None:
-        """Makes clips again from all their frames; None where no part of the learner sees them, as in a GAN."""
+        """Reconstructs clips from all their frames; None if no network of the learner sees them, as in a GAN."""
         ...
 
 
 def build(experiment: Experiment, device: torch.device, steps: int = 1) -> Learner:
-    """The learner of `experiment.model.kind`, with weights drawn from `experiment.train.seed`.
+    """Builds the learner of `experiment.model.kind` with weights initialized from `experiment.train.seed`.
 
-    `steps` is how many the whole training has, which the learning rate may depend on. Raises ConfigError.
+    Args:
+        experiment: The experiment to train, or that was trained.
+        device: Device of the networks; may be the meta device.
+        steps: Number of steps of the whole training, for the learning-rate schedule.
+
+    Raises:
+        ConfigError: The model cannot be built or trained with these fields.
     """
-    _refuse_single_clips(experiment)
-    _refuse_micro_batches(experiment)
+    _check_batch_norm_batch(experiment)
+    _check_micro_batches(experiment)
     match experiment.model.kind:
         case "cvae" | "advanced_cvae":
             return CVAELearner(experiment, device, steps)
@@ -77,106 +95,124 @@ def _reduce(learner: Any) -> tuple:
     return _rebuild, (to_yaml(learner.experiment), weights)
 
 
-def _rebuild(experiment: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Learner:
-    """On the GPU, where this process has one."""
-    learner = build(from_yaml(experiment), torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    for network, values in weights.items():
-        learner.networks[network].load_state_dict({key: torch.tensor(value) for key, value in values.items()})
+def _rebuild(experiment_yaml: str, weights: Mapping[str, Mapping[str, np.ndarray]]) -> Learner:
+    """Rebuilds an unpickled learner, on the GPU if this process has one."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    learner = build(from_yaml(experiment_yaml), device)
+    for name, values in weights.items():
+        learner.networks[name].load_state_dict({key: torch.tensor(value) for key, value in values.items()})
     return learner
 
 
-for _learner in (BetweenLearner, CVAELearner, GANLearner):
-    copyreg.pickle(_learner, _reduce)  # type: ignore[arg-type]
-
-
-def _refuse_single_clips(experiment: Experiment) -> None:
-    """Batch norm cannot normalise one clip by itself, which torch would only say at the first step."""
-    model, batch, workers = experiment.model, experiment.train.global_batch_size, experiment.cluster.max_workers
-    if isinstance(model, Encoders | CGANConfig) and model.batch_norm and batch < 2 * workers:
-        raise ConfigError(
-            f"train.global_batch_size: model.batch_norm needs two clips on each of cluster.workers={workers} "
-            f"(value {batch})"
-        )
-
-
-def _refuse_micro_batches(experiment: Experiment) -> None:
-    model, size = experiment.model, experiment.speed.micro_batch_size
-    if size and (isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)):
-        raise ConfigError(
-            f"speed.micro_batch_size: generator and discriminators take turns on the same clips, which must then be "
-            f"all of "
-            f"a worker's (value {size}); use more workers, or a smaller train.global_batch_size"
-        )
+for _learner_class in (BetweenLearner, CVAELearner, GANLearner):
+    copyreg.pickle(_learner_class, _reduce)  # type: ignore[arg-type]
 
 
 def check(experiment: Experiment, searched: Collection[str] = ()) -> None:
-    """Raises ConfigError where a training would compute something else than its fields say, or ignore one.
+    """Checks that every field has its documented effect in a training of the experiment.
 
-    `searched`: fields that a search varies. What has no effect because of one of them has one in other trials. Not part
-    of `build`, which also loads checkpoints to make clips.
+    Not part of `build`, which also loads checkpoints for inference.
+
+    Args:
+        experiment: The experiment to train.
+        searched: Fields that a study varies. A field may lack an effect because of one of them: it has an effect in
+            other trials.
+
+    Raises:
+        ConfigError: A field is ignored or would be applied incorrectly.
     """
-    _refuse_single_clips(experiment)
-    _refuse_micro_batches(experiment)
-    _refuse_batch_norm_of_parts(experiment)
-    _refuse_frame_times(experiment)
-    _refuse_discriminator_rate(experiment, searched)
+    _check_batch_norm_batch(experiment)
+    _check_micro_batches(experiment)
+    _check_batch_norm_micro_batches(experiment)
+    _check_frame_times(experiment)
+    _check_discriminator_lr(experiment, searched)
     augment = experiment.data.augment
     if augment.pan and augment.crop == 1 and "data.augment.crop" not in searched:
         raise ConfigError(
-            f"data.augment.pan: moves what data.augment.crop cuts out; give a crop below 1 (value {augment.pan})"
+            f"data.augment.pan: moves the crop window of data.augment.crop; set a crop below 1 (value {augment.pan})"
         )
-    _refuse_without_effect(experiment, searched)
-    _refuse_sync_without_batch_norm(experiment, searched)
+    _check_inactive_fields(experiment, searched)
+    _check_sync_batch_norm(experiment, searched)
 
 
-def _refuse_without_effect(experiment: Experiment, searched: Collection[str]) -> None:
-    fields = flatten(experiment)
-    defaults = flatten(override(Experiment(), {"model.kind": experiment.model.kind}))
-    for name, needed, words in effects.without_effect(fields, defaults):
-        if needed not in searched and "model.kind" not in searched:
-            raise ConfigError(
-                f"{name}: has no effect with {needed}={fields[needed]}, only with {words} (value {fields[name]}); "
-                "change one of them"
-            )
-
-
-def _refuse_sync_without_batch_norm(experiment: Experiment, searched: Collection[str]) -> None:
-    synced, model = experiment.speed.sync_batch_norm, experiment.model
-    if synced and isinstance(model, BetweenConfig) and "model.kind" not in searched:
-        raise ConfigError("speed.sync_batch_norm: model.kind=between has no batch norm (value True); leave it out")
-
-
-def _refuse_batch_norm_of_parts(experiment: Experiment) -> None:
-    model, size = experiment.model, experiment.speed.micro_batch_size
-    if size and isinstance(model, Encoders) and model.batch_norm:
+def _check_batch_norm_batch(experiment: Experiment) -> None:
+    """Batch norm cannot normalize a single clip, which torch would report only at the first step."""
+    model = experiment.model
+    batch_size = experiment.train.global_batch_size
+    workers = experiment.cluster.max_workers
+    if isinstance(model, BaseCVAEConfig | CGANConfig) and model.batch_norm and batch_size < 2 * workers:
         raise ConfigError(
-            f"speed.micro_batch_size: batch norm would take its statistics over {size} clips, not over a worker's "
-            f"share of "
-            f"train.global_batch_size (value {size}); use more workers, or model.batch_norm=false"
+            f"train.global_batch_size: model.batch_norm needs two clips on each of cluster.workers={workers} "
+            f"(value {batch_size}); use at least {2 * workers}"
         )
 
 
-def _refuse_frame_times(experiment: Experiment) -> None:
-    """`between` alone is told when frames are shown, and its discriminator is not."""
-    model, segments = experiment.model, experiment.data.segments
+def _check_micro_batches(experiment: Experiment) -> None:
+    size = experiment.speed.micro_batch_size
+    if size and _has_discriminator(experiment):
+        raise ConfigError(
+            f"speed.micro_batch_size: not supported with a discriminator, which trains on the same whole batch as the "
+            f"generator (value {size}); use more workers or a smaller train.global_batch_size"
+        )
+
+
+def _has_discriminator(experiment: Experiment) -> bool:
+    model = experiment.model
+    if isinstance(model, BetweenConfig):
+        return bool(model.adversarial_weight)
+    return isinstance(model, AdversarialConfig)
+
+
+def _check_batch_norm_micro_batches(experiment: Experiment) -> None:
+    model = experiment.model
+    size = experiment.speed.micro_batch_size
+    if size and isinstance(model, BaseCVAEConfig) and model.batch_norm:
+        raise ConfigError(
+            f"speed.micro_batch_size: batch norm would compute its statistics over {size} clips instead of the "
+            f"worker's whole batch (value {size}); use more workers or model.batch_norm=false"
+        )
+
+
+def _check_frame_times(experiment: Experiment) -> None:
+    """Only `between` gets the times of the frames, and its discriminator does not."""
+    model = experiment.model
+    segments = experiment.data.segments
     if segments.frame_times == "uniform":
         return
     if not segments.frames:
-        why = "is of parts of the videos, which data.segments.frames=0 turns off"
+        problem = "applies only to segments of videos, which data.segments.frames=0 turns off"
     elif not isinstance(model, BetweenConfig):
-        why = f"model.kind={model.kind} takes frames to be evenly spaced"
+        problem = f"model.kind={model.kind} assumes evenly spaced frames"
     elif model.adversarial_weight:
-        why = "the discriminator of model.adversarial_weight takes frames to be evenly spaced"
+        problem = "the discriminator of model.adversarial_weight assumes evenly spaced frames"
     else:
         return
-    raise ConfigError(f"data.segments.frame_times: {why} (value {segments.frame_times!r}); use 'uniform'")
+    raise ConfigError(f"data.segments.frame_times: {problem} (value {segments.frame_times!r}); use 'uniform'")
 
 
-def _refuse_discriminator_rate(experiment: Experiment, searched: Collection[str]) -> None:
-    model, rate = experiment.model, experiment.optim.discriminator_lr
-    adversarial = isinstance(model, Adversarial) or (isinstance(model, BetweenConfig) and model.adversarial_weight)
-    if rate is not None and not adversarial and not {"model.kind", "model.adversarial_weight"} & {*searched}:
-        hint = "; set model.adversarial_weight, or leave it out" if isinstance(model, BetweenConfig) else ""
+def _check_discriminator_lr(experiment: Experiment, searched: Collection[str]) -> None:
+    model = experiment.model
+    lr = experiment.optim.discriminator_lr
+    varies_discriminator = not {"model.kind", "model.adversarial_weight"}.isdisjoint(searched)
+    if lr is not None and not _has_discriminator(experiment) and not varies_discriminator:
+        hint = "set model.adversarial_weight or remove it" if isinstance(model, BetweenConfig) else "remove it"
         raise ConfigError(
-            f"optim.discriminator_lr: model.kind={model.kind} trains no discriminator (value {rate}){hint}"
+            f"optim.discriminator_lr: model.kind={model.kind} trains no discriminator (value {lr}); {hint}"
         )
+
+
+def _check_inactive_fields(experiment: Experiment, searched: Collection[str]) -> None:
+    fields = flatten(experiment)
+    defaults = flatten(override(Experiment(), {"model.kind": experiment.model.kind}))
+    for name, required_field, accepted in field_dependencies.find_inactive_fields(fields, defaults):
+        if required_field not in searched and "model.kind" not in searched:
+            raise ConfigError(
+                f"{name}: has no effect with {required_field}={fields[required_field]}, only with {accepted} "
+                f"(value {fields[name]}); change one of them"
+            )
+
+
+def _check_sync_batch_norm(experiment: Experiment, searched: Collection[str]) -> None:
+    is_between = isinstance(experiment.model, BetweenConfig)
+    if experiment.speed.sync_batch_norm and is_between and "model.kind" not in searched:
+        raise ConfigError("speed.sync_batch_norm: model.kind=between has no batch norm (value True); remove it")

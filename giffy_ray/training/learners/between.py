@@ -1,4 +1,4 @@
-"""One optimiser step of `between`."""
+"""Training step of `between`: squared error relative to linear interpolation, KL, and optionally a hinge GAN loss."""
 
 from __future__ import annotations
 
@@ -15,149 +15,180 @@ from giffy_ray.core import distributed
 from giffy_ray.core.async_copy import to_device_async
 from giffy_ray.core.tensor_types import ClipFloats, Clips, Images, Noise, SampleIndices, Times, to_floats, to_pixels
 from giffy_ray.models.between import Between
-from giffy_ray.models.pair_discriminator import AUGMENT_DRAWS, augmented
+from giffy_ray.models.pair_discriminator import AUGMENT_DRAWS, diff_augment
 from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.training.learners import losses
 from giffy_ray.training.learners.discriminators import DiscriminatorGroup
 from giffy_ray.training.learners.optimized_module import OptimizedModule
 
-_AUGMENT = 1  # added to the seed where draws are for the discriminator's augmentation
+_AUGMENT_SEED_OFFSET = 1  # added to the seed for the draws of the discriminator's augmentation
 
 
 class BetweenLearner:
+    """The learner of `model.kind` between."""
+
     def __init__(self, experiment: Experiment, device: torch.device, steps: int):
-        self.experiment, self.device = experiment, device
-        self.model = cast(BetweenConfig, experiment.model)
+        self.experiment = experiment
+        self.device = device
+        self.config = cast(BetweenConfig, experiment.model)
         torch.manual_seed(experiment.train.seed)
-        network = Between(self.model, experiment.clip).to(device)
-        self.latent = self.model.latent
-        self.descent = OptimizedModule(network, experiment.optim, steps, experiment.speed)
-        self.networks = self.descent.networks("between")
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.descent.optimizer}
-        if self.model.adversarial_weight:
-            judges = models.discriminators(self.model, experiment.clip)
-            self.adversary = DiscriminatorGroup(judges, device, experiment.optim, steps, experiment.speed, "hinge")
-            self.networks |= self.adversary.networks
-            self.optimizers |= self.adversary.optimizers
+        network = Between(self.config, experiment.clip).to(device)
+        self.latent = self.config.latent
+        self.module = OptimizedModule(network, experiment.optim, steps, experiment.speed)
+        self.networks = self.module.networks("between")
+        self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.module.optimizer}
+        if self.config.adversarial_weight:
+            networks = models.build_discriminators(self.config, experiment.clip)
+            self.discriminators = DiscriminatorGroup(
+                networks, device, experiment.optim, steps, experiment.speed, "hinge"
+            )
+            self.networks |= self.discriminators.networks
+            self.optimizers |= self.discriminators.optimizers
 
-    def update(self, clips: Clips, times: Times, positions: SampleIndices) -> dict[str, Tensor]:
-        """One step on the mean over `clips` of the squared error relative to linear interpolation's, and KL(q || p).
+    def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
+        """Takes one step on the mean relative squared error and KL(q || p).
 
-        A share of the clips is made from a sample of q, the others from the prior's mean: so the mean is a good guess,
-        and samples are varied. KL is a mean over those made from q, of the whole batch.
+        A fraction of the clips is generated from a sample of the posterior q, the others from the mean of the prior p:
+        so the mean is a good guess and samples are diverse. KL is a mean over the clips from q in the global batch.
         """
         train = self.experiment.train
-        self.descent.network.train()
-        real = to_floats(clips.to(self.device, non_blocking=True))
-        times = times.to(real, non_blocking=True)
-        noise = noise_from_keys(train.seed, positions.tolist(), self.latent, self.device)
-        step, weight = (
-            int(positions[0]) // train.global_batch_size,
-            distributed.local_loss_weight(len(clips), train.global_batch_size),
-        )
-        sampled = to_device_async(is_sampled(positions, self.model.posterior_fraction), self.device)
-        whole_batch = step * train.global_batch_size + torch.arange(train.global_batch_size)
-        rate = float(is_sampled(whole_batch, self.model.posterior_fraction).double().mean())
-        whole_kl = None
+        self.module.network.train()
+        target = to_floats(clips.to(self.device, non_blocking=True))
+        times = times.to(target, non_blocking=True)
+        noise = noise_from_keys(train.seed, sample_indices.tolist(), self.latent, self.device)
+        step = int(sample_indices[0]) // train.global_batch_size
+        weight = distributed.local_loss_weight(len(clips), train.global_batch_size)
+        from_posterior = to_device_async(posterior_mask(sample_indices, self.config.posterior_fraction), self.device)
+        global_batch = step * train.global_batch_size + torch.arange(train.global_batch_size)
+        posterior_rate = float(posterior_mask(global_batch, self.config.posterior_fraction).double().mean())
+        batch_kl = None
         if 0 < self.experiment.speed.micro_batch_size < len(clips):
-            whole_kl = self._whole_kl(real, times, sampled, rate, weight)
-        loss_of = functools.partial(self._loss, step=step, weight=weight, rate=rate, whole_kl=whole_kl)
-        named = self.descent.training_step(loss_of, (real, times, noise, sampled, positions), step, weight)
-        if self.model.adversarial_weight:
-            self.adversary.restore_buffers_where(named["skipped"] > 0)
-        return named
+            batch_kl = self._global_batch_kl(target, times, from_posterior, posterior_rate, weight)
+        loss_fn = functools.partial(
+            self._loss, step=step, weight=weight, posterior_rate=posterior_rate, batch_kl=batch_kl
+        )
+        inputs = (target, times, noise, from_posterior, sample_indices)
+        metrics = self.module.training_step(loss_fn, inputs, step, weight)
+        if self.config.adversarial_weight:
+            self.discriminators.restore_buffers_where(metrics["skipped"] > 0)
+        return metrics
 
     def _loss(
         self,
-        real: ClipFloats,
+        target: ClipFloats,
         times: Times,
         noise: Noise,
-        sampled: Tensor,
-        positions: SampleIndices,
+        from_posterior: Tensor,
+        sample_indices: SampleIndices,
         *,
         step: int,
         weight: float,
-        rate: float,
-        whole_kl: Tensor | None,
+        posterior_rate: float,
+        batch_kl: Tensor | None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """`rate`: the share of the whole batch that is made from q; `whole_kl`: see `_whole_kl`.
+        """Returns the loss and metrics as means over the given clips, so that means over ranks are over the batch.
 
-        The losses are means over the clips given, so that their means over the workers are those over the batch.
+        Args:
+            target: The clips.
+            times: Times of their frames.
+            noise: One row per clip.
+            from_posterior: bool [batch], which clips to generate from a sample of q.
+            sample_indices: Seeds of the discriminator's augmentation.
+            step: Number of the step.
+            weight: Weight of this rank's mean loss.
+            posterior_rate: Fraction of the global batch that is generated from q.
+            batch_kl: Result of `_global_batch_kl`, if this is a micro-batch.
         """
-        model = self.model
-        made, *distributions = self.descent(real, times, noise, sampled)
-        relative = losses.relative_error(made, real, times, model.error_epsilon)
-        kl = _mean_kl(distributions, sampled, rate)
-        if model.free_nats and rate:
-            whole_kl = distributed.mean_of(kl.detach(), weight) if whole_kl is None else whole_kl
-            kl = losses.free_nats(kl, model.free_nats, whole_kl)
+        config = self.config
+        generated, *distributions = self.module(target, times, noise, from_posterior)
+        relative = losses.relative_error(generated, target, times, config.error_epsilon)
+        kl = _mean_kl(distributions, from_posterior, posterior_rate)
+        if config.free_nats and posterior_rate:
+            if batch_kl is None:
+                batch_kl = distributed.all_reduce_mean(kl.detach(), weight)
+            kl = losses.free_nats(kl, config.free_nats, batch_kl)
         else:
             kl = kl.sum()
-        loss = relative.mean() + model.kl_weight * losses.warmed_up(step, model.kl_warmup_steps) * kl
-        named = {"kl": kl, "relative_error": relative.mean()}
-        if model.adversarial_weight and step >= model.adversarial_from_step:
-            judged = self._judged(real, made, positions, step, weight)
-            loss = loss + model.adversarial_weight * judged["g_loss"]
-            named |= judged
-        if 0 < rate < 1:
-            named["posterior_error"] = (relative * sampled).mean() / rate
-            named["prior_error"] = (relative * ~sampled).mean() / (1 - rate)
-        return loss, named | {"loss": loss}
+        loss = relative.mean() + config.kl_weight * losses.warmup_factor(step, config.kl_warmup_steps) * kl
+        metrics = {"kl": kl, "relative_error": relative.mean()}
+        if config.adversarial_weight and step >= config.adversarial_from_step:
+            adversarial_metrics = self._discriminator_step(target, generated, sample_indices, step, weight)
+            loss = loss + config.adversarial_weight * adversarial_metrics["g_loss"]
+            metrics |= adversarial_metrics
+        if 0 < posterior_rate < 1:
+            metrics["posterior_error"] = (relative * from_posterior).mean() / posterior_rate
+            metrics["prior_error"] = (relative * ~from_posterior).mean() / (1 - posterior_rate)
+        return loss, metrics | {"loss": loss}
 
     @torch.no_grad()
-    def _whole_kl(self, real: ClipFloats, times: Times, sampled: Tensor, rate: float, weight: float) -> Tensor:
-        """KL of each latent value over the whole batch, [latent], before any of its micro-batches is taken.
+    def _global_batch_kl(
+        self, target: ClipFloats, times: Times, from_posterior: Tensor, posterior_rate: float, weight: float
+    ) -> Tensor:
+        """Returns the KL of each latent value over the global batch, [latent], before the first micro-batch.
 
-        Whether a value costs anything, beyond its free nats, follows from all clips of the batch.
+        Whether a value exceeds its free nats depends on all clips of the batch.
         """
-        network, size = cast(Between, self.descent.network), self.experiment.speed.micro_batch_size
-        total = torch.zeros(self.latent, dtype=real.dtype, device=real.device)
-        for clips, moments, chosen in zip(real.split(size), times.split(size), sampled.split(size), strict=True):
-            distributions = self.descent.forward_local(network.distributions, clips, moments)
-            total += len(clips) / len(real) * _mean_kl(distributions, chosen, rate)
-        return distributed.mean_of(total, weight)
+        network = cast(Between, self.module.network)
+        size = self.experiment.speed.micro_batch_size
+        total = torch.zeros(self.latent, dtype=target.dtype, device=target.device)
+        micro_batches = zip(target.split(size), times.split(size), from_posterior.split(size), strict=True)
+        for clips, clip_times, mask in micro_batches:
+            distributions = self.module.forward_local(network.distributions, clips, clip_times)
+            total += len(clips) / len(target) * _mean_kl(distributions, mask, posterior_rate)
+        return distributed.all_reduce_mean(total, weight)
+
+    def _discriminator_step(
+        self, target: ClipFloats, between: Tensor, sample_indices: SampleIndices, step: int, weight: float
+    ) -> dict[str, Tensor]:
+        """Updates the discriminator, then returns its metrics and the generator's `g_loss`.
+
+        Target and generated clips get the same augmentation. `between` holds only the frames between.
+        """
+        generated = torch.cat([target[:, :, :1], between, target[:, :, -1:]], dim=2)
+        seed = self.experiment.train.seed + _AUGMENT_SEED_OFFSET
+        normals = noise_from_keys(seed, sample_indices.tolist(), AUGMENT_DRAWS, self.device)
+        draws = torch.special.ndtr(normals)  # uniform in 0..1
+        target = diff_augment(target, draws)
+        generated = diff_augment(generated, draws)
+        metrics = self.discriminators.update(target, generated, step, weight)
+        return metrics | {"g_loss": self.discriminators.generator_loss(generated).mean()}
 
     @torch.no_grad()
     def generate(self, start: Images, end: Images, noise: Noise, frames: int | None = None) -> Clips:
-        """Makes clips of any number of frames from their two ends; noise 0 makes the prior's mean."""
-        network = cast(Between, self.descent.eval_module.eval())
-        first, last = (to_floats(image.to(self.device)) for image in (start, end))
+        """Generates clips of any number of frames between two images; zero noise gives the mean of the prior."""
+        network = cast(Between, self.module.eval_module.eval())
+        first = to_floats(start.to(self.device))
+        last = to_floats(end.to(self.device))
         times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)[1:-1]
         between = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
         return to_pixels(torch.cat([first[:, :, None], between, last[:, :, None]], dim=2)).cpu()
 
     @torch.no_grad()
     def reconstruct(self, clips: Clips) -> Clips:
-        """Makes clips, whose frames are taken to be evenly spaced, again from the mean of q."""
-        network, real = self.descent.eval_module.eval(), to_floats(clips.to(self.device))
-        times = torch.linspace(0, 1, real.shape[2], device=self.device).expand(len(real), -1)
-        noise = torch.zeros(len(real), self.latent, device=self.device)
-        between, *_ = network(real, times, noise, torch.ones(len(real), dtype=torch.bool, device=self.device))
-        return to_pixels(torch.cat([real[:, :, :1], between, real[:, :, -1:]], dim=2)).cpu()
-
-    def _judged(
-        self, real: ClipFloats, between: Tensor, positions: SampleIndices, step: int, weight: float
-    ) -> dict[str, Tensor]:
-        """One step of the discriminator, then what it makes of the frames. Both are shown the same changes of both."""
-        made = torch.cat([real[:, :, :1], between, real[:, :, -1:]], dim=2)
-        seed = self.experiment.train.seed + _AUGMENT
-        draws = torch.special.ndtr(noise_from_keys(seed, positions.tolist(), AUGMENT_DRAWS, self.device))
-        real, made = augmented(real, draws), augmented(made, draws)
-        named = self.adversary.update(real, made, step, weight)
-        return named | {"g_loss": self.adversary.generator_loss(made).mean()}
+        """Reconstructs clips with evenly spaced frames from the mean of the posterior q."""
+        network = self.module.eval_module.eval()
+        target = to_floats(clips.to(self.device))
+        times = torch.linspace(0, 1, target.shape[2], device=self.device).expand(len(target), -1)
+        noise = torch.zeros(len(target), self.latent, device=self.device)
+        from_posterior = torch.ones(len(target), dtype=torch.bool, device=self.device)
+        between, *_ = network(target, times, noise, from_posterior)
+        return to_pixels(torch.cat([target[:, :, :1], between, target[:, :, -1:]], dim=2)).cpu()
 
 
-def is_sampled(positions: SampleIndices, share: float) -> Tensor:
-    """bool [batch]: which positions of the sample stream are made from a sample of q.
+def posterior_mask(sample_indices: SampleIndices, fraction: float) -> Tensor:
+    """Returns which samples to generate from the posterior q, bool [batch].
 
-    Evenly spaced, `share` of all positions: position p where the integer part of p * share grows. So it depends
-    neither on the workers nor on the micro-batches.
+    `fraction` of all indices is chosen, evenly spaced: index i where the integer part of i * fraction increases. So the
+    choice depends neither on the ranks nor on the micro-batches.
     """
-    places = positions.double()
-    return ((places + 1) * share).floor() > (places * share).floor()
+    indices = sample_indices.double()
+    return ((indices + 1) * fraction).floor() > (indices * fraction).floor()
 
 
-def _mean_kl(distributions: Sequence[Tensor], sampled: Tensor, rate: float) -> Tensor:
-    """[latent]: KL of the clips made from q, as a share of the mean over those of a batch that has `rate` of them."""
+def _mean_kl(distributions: Sequence[Tensor], from_posterior: Tensor, posterior_rate: float) -> Tensor:
+    """Returns the KL of each latent value, [latent]: these clips' part of the mean over the batch's clips from q.
+
+    `posterior_rate` is the fraction of the batch that is generated from q.
+    """
     kl = losses.gaussian_kl_between(*distributions)
-    return torch.where(sampled[:, None], kl, 0.0).mean(0) / (rate or 1.0)
+    return torch.where(from_posterior[:, None], kl, 0.0).mean(0) / (posterior_rate or 1.0)

@@ -1,4 +1,4 @@
-"""The discriminators of a learner: how they are trained, and what they make of the clips that the learner makes."""
+"""The discriminators of an adversarial learner, and the loss that they give its generator."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ from giffy_ray.training.learners.optimized_module import BufferSnapshot, Optimiz
 
 
 class DiscriminatorGroup:
-    """`discriminators`, each (real, made) -> logits of both, by the name that a checkpoint gives it.
+    """Discriminators that are trained together on the same clips.
 
-    They learn at `optim.discriminator_lr`, or `optim.lr` where it is none; no average of their weights is kept, for
-    they make no clips. `real_label` is that of the logistic loss.
+    They have no weight average, because they do not generate clips.
+
+    Args:
+        discriminators: Networks by their name in checkpoints. Each maps (target, generated) to the logits of both.
+        device: Device of the networks.
+        optim: Their learning rate is `optim.discriminator_lr`, or `optim.lr` if that is None.
+        steps: Number of steps of the whole training.
+        speed: Precision, memory format and compilation.
+        loss: The adversarial loss.
+        real_label: Label of the target clips in the logistic loss.
     """
 
     def __init__(
@@ -34,77 +42,92 @@ class DiscriminatorGroup:
         loss: Literal["logistic", "hinge"],
         real_label: float = 1.0,
     ):
-        self.loss, self.real_label = loss, real_label
-        self._buffers: list[BufferSnapshot] = []  # of the discriminators, before `generator_loss`
-        unaveraged = dataclasses.replace(optim, ema_decay=0.0)
-        self.descents = {
-            name: OptimizedModule(network.to(device), unaveraged, steps, speed, lr=optim.discriminator_lr)
+        self.loss = loss
+        self.real_label = real_label
+        self._buffers: list[BufferSnapshot] = []  # of the discriminators, taken before `generator_loss`
+        optim_without_average = dataclasses.replace(optim, ema_decay=0.0)
+        self.modules = {
+            name: OptimizedModule(network.to(device), optim_without_average, steps, speed, lr=optim.discriminator_lr)
             for name, network in discriminators.items()
         }
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        return {name: descent.network for name, descent in self.descents.items()}
+        return {name: module.network for name, module in self.modules.items()}
 
     @property
     def optimizers(self) -> dict[str, torch.optim.Optimizer]:
-        return {name: descent.optimizer for name, descent in self.descents.items()}
+        return {name: module.optimizer for name, module in self.modules.items()}
 
-    def update(self, real: ClipFloats, made: ClipFloats, step: int, weight: float) -> dict[str, Tensor]:
-        """One step of each discriminator, from the mean over the clips; nothing flows back into `made`.
+    def update(self, target: ClipFloats, generated: ClipFloats, step: int, weight: float) -> dict[str, Tensor]:
+        """Takes one optimizer step of each discriminator. No gradient flows into `generated`.
 
-        Returns d_loss and skipped, summed over the discriminators, and d_real and d_made, the mean of their logits
-        before the step. `weight`: as for `OptimizedModule.training_step`.
+        Args:
+            target: Target clips.
+            generated: Generated clips with the same endpoint frames.
+            step: Number of the generator's step.
+            weight: As in `OptimizedModule.training_step`.
+
+        Returns:
+            `d_loss` and `skipped`, summed over the discriminators, and `d_real` and `d_made`, their mean logits for
+            target and generated clips before the step.
         """
-        named = [
-            descent.training_step(functools.partial(self._loss, descent), (real, made.detach()), step, weight)
-            for descent in self.descents.values()
+        metrics = [
+            module.training_step(functools.partial(self._loss, module), (target, generated.detach()), step, weight)
+            for module in self.modules.values()
         ]
-        of_all = {name: torch.stack([each[name] for each in named]) for name in named[0]}
-        sums, means = ("d_loss", "skipped"), ("d_real", "d_made")
-        return {name: of_all[name].sum() for name in sums} | {name: of_all[name].mean() for name in means}
+        stacked = {name: torch.stack([values[name] for values in metrics]) for name in metrics[0]}
+        return {
+            "d_loss": stacked["d_loss"].sum(),
+            "skipped": stacked["skipped"].sum(),
+            "d_real": stacked["d_real"].mean(),
+            "d_made": stacked["d_made"].mean(),
+        }
 
-    def _loss(self, descent: OptimizedModule, real: ClipFloats, made: ClipFloats) -> tuple[Tensor, dict[str, Tensor]]:
-        descent.network.train()
-        real_logits, made_logits = descent(real, made)
-        loss = self._discriminator_loss(real_logits, made_logits).mean()
-        return loss, {"d_loss": loss, "d_real": real_logits.mean(), "d_made": made_logits.mean()}
+    def _loss(
+        self, module: OptimizedModule, target: ClipFloats, generated: ClipFloats
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        module.network.train()
+        target_logits, generated_logits = module(target, generated)
+        loss = self._discriminator_loss(target_logits, generated_logits).mean()
+        return loss, {"d_loss": loss, "d_real": target_logits.mean(), "d_made": generated_logits.mean()}
 
-    def generator_loss(self, made: ClipFloats) -> PerClip:
-        """What each made clip costs the generator: its adversarial loss, summed over the discriminators.
+    def _discriminator_loss(self, target_logits: PerClip, generated_logits: PerClip) -> PerClip:
+        if self.loss == "logistic":
+            return losses.logistic_discriminator(target_logits, generated_logits, self.real_label)
+        return losses.hinge_discriminator(target_logits, generated_logits)
 
-        The gradient flows through the discriminators into `made`, not into their weights, and workers say nothing to
-        each other. A discriminator is called with `made` in place of the real clips too, which no gradient flows
-        through. It is in train mode, so batch norm takes the statistics of `made`, and its running statistics move
-        towards them twice: nothing reads those of a discriminator. After
-        the generator's step comes `restore_buffers_where`.
+    def generator_loss(self, generated: ClipFloats) -> PerClip:
+        """Returns the generator's adversarial loss per clip, summed over the discriminators.
+
+        Gradients flow through the discriminators into `generated`, but not into their weights, and the ranks do not
+        communicate. Each discriminator also gets the detached `generated` in place of the target clips. It is in train
+        mode, so batch norm uses the statistics of `generated` and updates its running statistics twice; nothing reads
+        those of a discriminator. After the generator's step, call `restore_buffers_where`.
         """
-        costs, self._buffers = [], []
-        for descent in self.descents.values():
-            descent.network.train()
-            self._buffers.append(BufferSnapshot(descent.network))
-            with _weights_held(descent.network):
-                _, logits = descent.forward_local(descent.network, made.detach(), made)
-            costs.append(
-                losses.logistic_generator(logits) if self.loss == "logistic" else losses.hinge_generator(logits)
-            )
-        return torch.stack(costs).sum(0)
+        clip_losses = []
+        self._buffers = []
+        for module in self.modules.values():
+            module.network.train()
+            self._buffers.append(BufferSnapshot(module.network))
+            with _frozen_weights(module.network):
+                _, logits = module.forward_local(module.network, generated.detach(), generated)
+            if self.loss == "logistic":
+                clip_losses.append(losses.logistic_generator(logits))
+            else:
+                clip_losses.append(losses.hinge_generator(logits))
+        return torch.stack(clip_losses).sum(0)
 
     def restore_buffers_where(self, skipped: Tensor) -> None:
-        """Restores the buffers that `generator_loss` changed if `skipped`, a scalar: clips may be NaN then."""
+        """Restores the buffers that `generator_loss` changed if `skipped`, a scalar, is true: clips may be NaN then."""
         for buffers in self._buffers:
             buffers.restore_where(skipped)
         self._buffers = []
 
-    def _discriminator_loss(self, real_logits: PerClip, made_logits: PerClip) -> PerClip:
-        if self.loss == "logistic":
-            return losses.logistic_discriminator(real_logits, made_logits, self.real_label)
-        return losses.hinge_discriminator(real_logits, made_logits)
-
 
 @contextmanager
-def _weights_held(network: nn.Module) -> Iterator[None]:
-    """Inside, the network's weights are constants to autograd."""
+def _frozen_weights(network: nn.Module) -> Iterator[None]:
+    """Makes the network's weights constant for autograd inside the block."""
     network.requires_grad_(False)
     try:
         yield

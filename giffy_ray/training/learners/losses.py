@@ -1,4 +1,4 @@
-"""Losses as pure functions: floats in, one value per clip out. Averaging over the batch is the learner's."""
+"""Loss functions: floats in, one value per clip out. The learners average over the batch."""
 
 from __future__ import annotations
 
@@ -8,18 +8,43 @@ from torch.nn import functional
 
 from giffy_ray.core.tensor_types import ClipFloats, PerClip, Times
 
-# Keeps the logarithm finite where a standard deviation underflows; the authors' code has the same constant.
-_TINY = 1e-8
+# Keeps the logarithm finite if a standard deviation underflows. The paper's code uses the same constant.
+_VARIANCE_EPSILON = 1e-8
 
 
-def squared_error(made: Tensor, real: Tensor) -> PerClip:
-    """||real - made||^2 of equation 1: summed over every axis but the first."""
-    return (made - real).square().flatten(1).sum(1)
+def squared_error(generated: Tensor, target: Tensor) -> PerClip:
+    """||target - generated||^2 of equation 1, summed over every axis but the first."""
+    return (generated - target).square().flatten(1).sum(1)
 
 
-def ends_of(clips: ClipFloats) -> Tensor:
-    """First and last frame, a view: [batch, 3, 2, height, width]. Indices in a list would make a GPU be waited for."""
+def absolute_error(generated: Tensor, target: Tensor) -> PerClip:
+    """|target - generated|, summed over every axis but the first."""
+    return (generated - target).abs().flatten(1).sum(1)
+
+
+def endpoint_frames(clips: ClipFloats) -> Tensor:
+    """Returns the first and last frame as a view, [batch, 3, 2, height, width].
+
+    A slice, because indexing with a list would synchronize with the GPU.
+    """
     return clips[:, :, :: clips.shape[2] - 1]
+
+
+def relative_error(generated: Tensor, target: ClipFloats, times: Times, epsilon: float) -> PerClip:
+    """Mean squared error of the frames between, relative to that of linear interpolation plus `epsilon`.
+
+    Args:
+        generated: Only the frames between, [batch, 3, time - 2, height, width].
+        target: The clips with their endpoint frames, [batch, 3, time, height, width].
+        times: Times of all frames, at which the linear interpolation is taken.
+        epsilon: Keeps the ratio finite for still clips.
+    """
+    time = times[:, None, 1:-1, None, None]
+    between = target[:, :, 1:-1]
+    linear = target[:, :, :1] * (1 - time) + target[:, :, -1:] * time
+    error = (generated - between).square().flatten(1).mean(1)
+    linear_error = (linear - between).square().flatten(1).mean(1)
+    return error / (linear_error + epsilon)
 
 
 def gaussian_kl(mean: Tensor, std: Tensor) -> PerClip:
@@ -27,65 +52,58 @@ def gaussian_kl(mean: Tensor, std: Tensor) -> PerClip:
 
     Closed form of Kingma & Welling 2014 (arXiv 1312.6114), appendix B.
     """
-    return 0.5 * (mean.square() + std.square() - (std.square() + _TINY).log() - 1).sum(1)
+    return 0.5 * (mean.square() + std.square() - (std.square() + _VARIANCE_EPSILON).log() - 1).sum(1)
 
 
 def gaussian_kl_between(mean: Tensor, std: Tensor, prior_mean: Tensor, prior_std: Tensor) -> Tensor:
-    """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, of each value: all [batch, latent]."""
+    """KL(N(mean, std^2) || N(prior_mean, prior_std^2)) in nats, elementwise: all [batch, latent]."""
     return (prior_std / std).log() + (std.square() + (mean - prior_mean).square()) / (2 * prior_std.square()) - 0.5
 
 
-def free_nats(kl: Tensor, free: float, whole: Tensor | None = None) -> Tensor:
-    """[latent] -> scalar: the sum over the latent of what each value costs beyond `free` nats.
+def free_nats(kl: Tensor, free: float, batch_kl: Tensor | None = None) -> Tensor:
+    """Sums KL over the latent axis, counting each latent value for at least `free` nats.
 
-    `kl` is a mean over clips. Free bits (Kingma et al. 2016, arXiv 1606.04934, eq. 15): below `free` a value costs the
-    same, so it is not given up. `whole`, [latent], is the mean over the whole batch, which decides this, where `kl` is
-    only the share of some of its clips.
+    Free bits (Kingma et al. 2016, arXiv 1606.04934, eq. 15): below `free` the cost is constant, so there is no pressure
+    to give a latent value up.
+
+    Args:
+        kl: KL of each latent value, a mean over clips, [latent].
+        free: The threshold in nats.
+        batch_kl: The mean over the global batch, [latent], if `kl` covers only some of its clips. It then decides which
+            values are above the threshold.
+
+    Returns:
+        A scalar.
     """
-    return torch.where((kl if whole is None else whole) > free, kl, free).sum()
+    return torch.where((kl if batch_kl is None else batch_kl) > free, kl, free).sum()
 
 
-def relative_error(made: Tensor, real: ClipFloats, times: Times, floor: float) -> PerClip:
-    """Mean squared error of the frames between, over that of linear interpolation at their times plus `floor`.
+def logistic_discriminator(target_logits: PerClip, generated_logits: PerClip, real_label: float) -> PerClip:
+    """Cross entropy of the discriminator in nats: target clips against `real_label`, generated clips against 0.
 
-    `real` has the end frames, `made` only those between.
+    Goodfellow et al. 2014 (arXiv 1406.2661), eq. 1, with one-sided label smoothing for `real_label` below 1 (Salimans
+    et al. 2016, arXiv 1606.03498, section 3.4).
     """
-    time, between = times[:, None, 1:-1, None, None], real[:, :, 1:-1]
-    linear = real[:, :, :1] * (1 - time) + real[:, :, -1:] * time
-    error, baseline = ((guess - between).square().flatten(1).mean(1) for guess in (made, linear))
-    return error / (baseline + floor)
+    positive = functional.softplus(-target_logits)
+    negative = functional.softplus(target_logits)
+    return real_label * positive + (1 - real_label) * negative + functional.softplus(generated_logits)
 
 
-def absolute_error(made: Tensor, real: Tensor) -> PerClip:
-    """|real - made|, summed over every axis but the first."""
-    return (made - real).abs().flatten(1).sum(1)
+def logistic_generator(generated_logits: PerClip) -> PerClip:
+    """Non-saturating generator loss -log D(generated) in nats: Goodfellow et al. 2014, section 3."""
+    return functional.softplus(-generated_logits)
 
 
-def logistic_discriminator(real_logits: PerClip, made_logits: PerClip, real_label: float) -> PerClip:
-    """Cross entropy of the discriminator in nats: real clips against `real_label`, made ones against 0.
-
-    Goodfellow et al. 2014 (arXiv 1406.2661), eq. 1, with one-sided label smoothing where `real_label` is below 1
-    (Salimans et al. 2016, arXiv 1606.03498, section 3.4).
-    """
-    real = real_label * functional.softplus(-real_logits) + (1 - real_label) * functional.softplus(real_logits)
-    return real + functional.softplus(made_logits)
+def hinge_discriminator(target_logits: PerClip, generated_logits: PerClip) -> PerClip:
+    """Hinge loss with margins 1 for target clips and -1 for generated clips: Lim & Ye 2017 (arXiv 1705.02894)."""
+    return functional.relu(1 - target_logits) + functional.relu(1 + generated_logits)
 
 
-def logistic_generator(made_logits: PerClip) -> PerClip:
-    """-log D(made) in nats, which does not saturate where D is sure: Goodfellow et al. 2014, section 3."""
-    return functional.softplus(-made_logits)
+def hinge_generator(generated_logits: PerClip) -> PerClip:
+    """The generator's side of the hinge loss, -D(generated): SAGAN (Zhang et al. 2019, arXiv 1805.08318), eq. 4."""
+    return -generated_logits
 
 
-def hinge_discriminator(real_logits: PerClip, made_logits: PerClip) -> PerClip:
-    """Real clips are to be above 1, made ones below -1: Lim & Ye 2017 (arXiv 1705.02894)."""
-    return functional.relu(1 - real_logits) + functional.relu(1 + made_logits)
-
-
-def hinge_generator(made_logits: PerClip) -> PerClip:
-    """The generator's side of the hinge loss: -D(made), as in SAGAN (Zhang et al. 2019, arXiv 1805.08318), eq. 4."""
-    return -made_logits
-
-
-def warmed_up(step: int, steps: int) -> float:
-    """What a term that comes in linearly over `steps` counts for at step `step`, from 0 on: up to 1."""
-    return min(1.0, (step + 1) / steps) if steps else 1.0
+def warmup_factor(step: int, warmup_steps: int) -> float:
+    """Returns the weight in (0, 1] of a loss term that is warmed up linearly over `warmup_steps`, from step 0 on."""
+    return min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0

@@ -1,4 +1,4 @@
-"""How one network is trained, as the `optim` section says: Adam, learning rate over the steps, clipping, average."""
+"""A network with its optimizer: AdamW, learning-rate schedule, gradient clipping and weight average."""
 
 from __future__ import annotations
 
@@ -16,23 +16,26 @@ from giffy_ray.config import OptimConfig, SpeedConfig
 from giffy_ray.core import distributed
 from giffy_ray.models.layers import convert_sync_batch_norm
 
-AVERAGE = "_average"  # how the name of a network's average ends, among what a checkpoint holds
-_EMA_WARMUP_STEPS = 10  # steps in which an average forgets faster: what it starts from is not worth keeping
+AVERAGE_SUFFIX = "_average"  # appended to a network's name in checkpoints to name its weight average
+_EMA_WARMUP_STEPS = 10  # the average starts from random weights, so it forgets faster during the first steps
 
 
 class OptimizedModule:
-    """A network with its optimiser.
+    """A network with its optimizer, as configured by the `optim` and `speed` sections.
 
-    The number of a step, which the learning rate depends on, is the caller's: it follows from the place in the sample
-    stream, so a run that was cut goes on with the rate it had.
+    The caller passes the step number, on which the learning rate depends. It follows from the position in the sample
+    stream, so a resumed run continues with the same learning rate.
     """
 
     def __init__(self, network: nn.Module, optim: OptimConfig, steps: int, speed: SpeedConfig, lr: float | None = None):
-        self.optim, self.steps, self.speed, self.lr = optim, steps, speed, lr or optim.lr
+        self.optim = optim
+        self.steps = steps
+        self.speed = speed
+        self.lr = lr or optim.lr
         self.device = next(network.parameters()).device
-        self.network = network = _laid_out(network, speed, self.device)
+        self.network = network = _prepare_network(network, speed, self.device)
         self.average = WeightAverage(network, optim.ema_decay) if optim.ema_decay else None
-        self._buffers: BufferSnapshot | None = None  # before the first forward pass of a step
+        self._buffers: BufferSnapshot | None = None  # taken before the first forward pass of a step
         if speed.compile:
             network.compile()
         self.parallel = distributed.wrap_ddp(network, speed.compress_gradients)
@@ -46,73 +49,90 @@ class OptimizedModule:
 
     @property
     def eval_module(self) -> nn.Module:
-        """The network that makes clips: the average of the weights where there is one."""
+        """The network to generate with: the weight average if there is one."""
         return self.average.module if self.average else self.network
 
     def networks(self, name: str) -> dict[str, nn.Module]:
-        """What a checkpoint holds of it."""
-        return {name: self.network} | ({f"{name}{AVERAGE}": self.average} if self.average else {})
+        """Returns the networks to save in a checkpoint, by name."""
+        networks: dict[str, nn.Module] = {name: self.network}
+        if self.average:
+            networks[f"{name}{AVERAGE_SUFFIX}"] = self.average
+        return networks
 
     def __call__(self, *inputs: Tensor) -> Any:
-        """What the network makes of them, in float32 (or wider) whatever it is computed in.
+        """Runs the DDP network; outputs are at least float32, whatever the compute precision.
 
-        In train mode this begins a step: if the step is skipped, batch norm's statistics return to what they are now.
+        In train mode the first call begins a step. If that step is skipped, buffers such as batch norm statistics are
+        restored to their values at this call.
         """
         if self.network.training and self._buffers is None:
             self._buffers = BufferSnapshot(self.network)
         return self.forward_local(self.parallel, *inputs)
 
     def forward_local(self, network: Callable[..., Any], *inputs: Tensor) -> Any:
-        """The same of the network as it is given, without the other workers."""
+        """Runs `network` with the configured precision and memory format. Without DDP, ranks do not communicate."""
         if self.speed.channels_last:
-            inputs = tuple(_channels_last(one) for one in inputs)
-        narrow = self.speed.precision == "bfloat16" or (self.speed.precision == "auto" and self.device.type == "cuda")
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=narrow):
+            inputs = tuple(_to_channels_last(tensor) for tensor in inputs)
+        use_bfloat16 = self.speed.precision == "bfloat16" or (
+            self.speed.precision == "auto" and self.device.type == "cuda"
+        )
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bfloat16):
             outputs = network(*inputs)
-        return _widened(outputs)
+        return _to_full_precision(outputs)
 
     def training_step(
         self,
-        loss_of: Callable[..., tuple[Tensor, dict[str, Tensor]]],
+        loss_fn: Callable[..., tuple[Tensor, dict[str, Tensor]]],
         inputs: Sequence[Tensor],
         step: int,
         weight: float,
     ) -> dict[str, Tensor]:
-        """One step down the gradient of loss_of(*inputs), a mean over the clips along the first axis of each input.
+        """Takes one optimizer step, accumulating gradients over micro-batches of `speed.micro_batch_size` clips.
 
-        Taken in parts of `speed.micro_batch_size` clips. `loss_of` returns the loss and named values, whose means are
-        returned with `skipped`: 1 where the gradient was not finite, and nothing was done. `weight`: of these clips
-        against those of the other workers.
+        Args:
+            loss_fn: Maps (a part of) the inputs to the loss, a mean over clips, and named metrics.
+            inputs: Tensors with one row per clip.
+            step: Number of the step, from 0.
+            weight: Weight of this rank's mean loss, see `distributed.local_loss_weight`.
+
+        Returns:
+            Means of the metrics, and `skipped`: 1 if the gradient was not finite and nothing was updated, plus the
+            `skipped` of `loss_fn`.
         """
         self.optimizer.zero_grad()
-        clips = len(inputs[0])
-        parts = list(zip(*(one.split(self.speed.micro_batch_size or clips) for one in inputs), strict=True))
+        batch_size = len(inputs[0])
+        micro_batch_size = self.speed.micro_batch_size or batch_size
+        micro_batches = list(zip(*(tensor.split(micro_batch_size) for tensor in inputs), strict=True))
         means: dict[str, Tensor] = {}
-        for place, part in enumerate(parts):
-            share = len(part[0]) / clips
-            # Workers say nothing to each other before the last part.
-            silent = isinstance(self.parallel, DistributedDataParallel) and place < len(parts) - 1
-            with self.parallel.no_sync() if silent else nullcontext():  # type: ignore[operator]
-                loss, named = loss_of(*part)
-                self._backward(weight * share * loss)
-            means = {name: means.get(name, 0) + share * value.detach() for name, value in named.items()}
-        means["skipped"] = self._step(step) + means.get("skipped", 0.0)  # of a discriminator, which `loss_of` trains
+        for index, micro_batch in enumerate(micro_batches):
+            fraction = len(micro_batch[0]) / batch_size
+            is_last = index == len(micro_batches) - 1
+            # DDP synchronizes gradients in the last micro-batch only.
+            skip_sync = isinstance(self.parallel, DistributedDataParallel) and not is_last
+            with self.parallel.no_sync() if skip_sync else nullcontext():  # type: ignore[operator]
+                loss, metrics = loss_fn(*micro_batch)
+                self._backward(weight * fraction * loss)
+            means = {name: means.get(name, 0) + fraction * value.detach() for name, value in metrics.items()}
+        means["skipped"] = self._step(step) + means.get("skipped", 0.0)  # `loss_fn` may train a discriminator
         return means
 
     def _backward(self, loss: Tensor) -> None:
-        """Adds the gradient of `loss`. One that is not finite spoils that of every worker, so that all leave it out."""
+        """Backpropagates `loss`.
+
+        A non-finite loss makes the averaged gradient non-finite on every rank, so all ranks skip the step.
+        """
         (loss * torch.where(loss.isfinite(), 1.0, math.nan)).backward()
 
     def _step(self, step: int) -> Tensor:
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr * rate_at(step, self.steps, self.optim)
-        weights = list(self.network.parameters())
-        norm = nn.utils.get_total_norm([one.grad for one in weights if one.grad is not None])
+            group["lr"] = self.lr * lr_factor(step, self.steps, self.optim)
+        parameters = list(self.network.parameters())
+        norm = nn.utils.get_total_norm([parameter.grad for parameter in parameters if parameter.grad is not None])
         if self.optim.max_grad_norm:
-            nn.utils.clip_grads_with_norm_(weights, self.optim.max_grad_norm, norm)
+            nn.utils.clip_grads_with_norm_(parameters, self.optim.max_grad_norm, norm)
         skipped = (~norm.isfinite()).float()
-        # The fused optimiser leaves the step out where this is 1, as for torch.amp.GradScaler: to ask for it here would
-        # be to wait for the GPU at each step.
+        # The fused optimizer skips the step if this is 1, as for torch.amp.GradScaler. Reading the value here would
+        # synchronize with the GPU at each step.
         self.optimizer.found_inf = skipped  # type: ignore[attr-defined]
         self.optimizer.step()
         if self._buffers:
@@ -124,21 +144,22 @@ class OptimizedModule:
 
 
 class BufferSnapshot:
-    """Copies of a network's buffers, such as batch norm's running statistics. Neither call waits for a GPU."""
+    """Copies of a network's buffers, such as batch norm's running statistics. Never synchronizes with a GPU."""
 
     def __init__(self, network: nn.Module):
         self._buffers: dict[torch.dtype, list[Tensor]] = {}
         for buffer in network.buffers():
             self._buffers.setdefault(buffer.dtype, []).append(buffer)
-        # One tensor for each dtype: a network may have hundreds of buffers, and each copy is a kernel launch.
+        # One tensor per dtype: a network may have hundreds of buffers, and each copy is a kernel launch.
         self._copies = {dtype: _flatten(buffers) for dtype, buffers in self._buffers.items()}
 
     def restore_where(self, condition: Tensor) -> None:
         """Restores all buffers if `condition`, a scalar on their device, is true."""
         for dtype, buffers in self._buffers.items():
-            values = torch.where(condition, self._copies[dtype], _flatten(buffers))
-            values = values.split([buffer.numel() for buffer in buffers])
-            torch._foreach_copy_(buffers, [each.view_as(old) for each, old in zip(values, buffers, strict=True)])  # type: ignore[attr-defined]
+            flat = torch.where(condition, self._copies[dtype], _flatten(buffers))
+            pieces = flat.split([buffer.numel() for buffer in buffers])
+            values = [piece.view_as(buffer) for piece, buffer in zip(pieces, buffers, strict=True)]
+            torch._foreach_copy_(buffers, values)  # type: ignore[attr-defined]
 
 
 def _flatten(tensors: Sequence[Tensor]) -> Tensor:
@@ -146,9 +167,9 @@ def _flatten(tensors: Sequence[Tensor]) -> Tensor:
 
 
 class WeightAverage(AveragedModel):
-    """An exponential moving average of all weights and buffers, decay min(`decay`, (1 + n) / (10 + n)) at step n.
+    """Exponential moving average of all weights and buffers, with decay min(`decay`, (1 + n) / (10 + n)) at step n.
 
-    Its state dict is that of AveragedModel, whose own update asks the GPU for the number of steps at each step.
+    Its state dict is that of AveragedModel, whose own update synchronizes with the GPU at each step.
     """
 
     def __init__(self, network: nn.Module, decay: float):
@@ -157,55 +178,58 @@ class WeightAverage(AveragedModel):
 
     @torch.no_grad()
     def update_unless(self, skipped: Tensor, network: nn.Module) -> None:
-        """Takes one step towards `network`, whose weights and buffers are finite; none if `skipped`, a scalar."""
+        """Moves the average towards `network`, unless `skipped`, a scalar, is true. All its values must be finite."""
         count = self.n_averaged.double()
         decay = ((1 + count) / (_EMA_WARMUP_STEPS + count)).clamp(max=self.decay)
-        # The first step copies. A skipped one has the rate 0.
+        # The first step copies the weights. A skipped step has rate 0.
         rate = torch.where(self.n_averaged > 0, 1 - decay, 1.0) * ~skipped
         pairs = [
             *zip(self.module.parameters(), network.parameters(), strict=True),
             *zip(self.module.buffers(), network.buffers(), strict=True),
         ]
-        floats = [(old.detach(), new.detach()) for old, new in pairs if old.is_floating_point()]
-        for dtype in {old.dtype for old, _ in floats}:
-            olds, news = zip(*((old, new) for old, new in floats if old.dtype == dtype), strict=True)
-            changes = torch._foreach_sub(news, olds)  # type: ignore[attr-defined]
+        float_pairs = [(average.detach(), new.detach()) for average, new in pairs if average.is_floating_point()]
+        for dtype in {average.dtype for average, _ in float_pairs}:
+            same_dtype = [(average, new) for average, new in float_pairs if average.dtype == dtype]
+            averages, new_values = zip(*same_dtype, strict=True)
+            changes = torch._foreach_sub(new_values, averages)  # type: ignore[attr-defined]
             torch._foreach_mul_(changes, rate.to(dtype))  # type: ignore[attr-defined]
-            torch._foreach_add_(olds, changes)  # type: ignore[attr-defined]
-        for old, new in pairs:
-            if not old.is_floating_point():
-                old.copy_(new)
+            torch._foreach_add_(averages, changes)  # type: ignore[attr-defined]
+        for average, new in pairs:
+            if not average.is_floating_point():
+                average.copy_(new)
         self.n_averaged += ~skipped
 
 
-def rate_at(step: int, steps: int, optim: OptimConfig) -> float:
-    """The share of the learning rate that step `step` of `steps` takes, in (0, 1].
+def lr_factor(step: int, steps: int, optim: OptimConfig) -> float:
+    """Returns the factor in (0, 1] of the learning rate at step `step` of `steps`.
 
-    Rises evenly over `warmup_steps`; then stays, or falls as a half cosine (SGDR, Loshchilov & Hutter 2017, eq. 5).
+    Rises linearly over `warmup_steps`, then stays constant or falls as a half cosine (SGDR, Loshchilov & Hutter 2017,
+    eq. 5).
     """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":
         return 1.0
-    done = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
-    return 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+    progress = (step - optim.warmup_steps) / max(1, steps - optim.warmup_steps)
+    return 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
 
 
-def _laid_out(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:
+def _prepare_network(network: nn.Module, speed: SpeedConfig, device: torch.device) -> nn.Module:
+    """Converts batch norm and memory format as the `speed` section asks."""
     if speed.sync_batch_norm and device.type == "cuda" and distributed.world_size() > 1:
         network = convert_sync_batch_norm(network)
     if speed.channels_last:
         for parameter in network.parameters():
-            parameter.data = _channels_last(parameter.data)
+            parameter.data = _to_channels_last(parameter.data)
     return network
 
 
-def _channels_last(tensor: Tensor) -> Tensor:
+def _to_channels_last(tensor: Tensor) -> Tensor:
     layouts = {4: torch.channels_last, 5: torch.channels_last_3d}
     return tensor.contiguous(memory_format=layouts[tensor.dim()]) if tensor.dim() in layouts else tensor
 
 
-def _widened(outputs: Any) -> Any:
+def _to_full_precision(outputs: Any) -> Any:
     if isinstance(outputs, tuple):
-        return tuple(_widened(output) for output in outputs)
+        return tuple(_to_full_precision(output) for output in outputs)
     return outputs.float() if outputs.dtype in (torch.bfloat16, torch.float16) else outputs

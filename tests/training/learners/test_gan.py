@@ -1,4 +1,4 @@
-"""A step of the GAN learner against equation 2 written out. Two workers are in test_learner."""
+"""Training step of the GAN learner against equation 2. Tests with several ranks are in test_learner."""
 
 import pytest
 import torch
@@ -12,50 +12,53 @@ from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.training import learners
 from giffy_ray.training.learners.discriminators import DiscriminatorGroup
 from tests.models.test_models import CGAN, DIRECT_3D, TWO_STREAM
-from tests.training.learners.test_learner import CLIPS, CPU, POSITIONS, TIMES
+from tests.training.learners.test_learner import CLIPS, CPU, SAMPLE_INDICES, TIMES
 
 EXPERIMENT = override(Experiment(), CGAN | {"optim.lr": 1e-3, "optim.discriminator_lr": 3e-3})
 
 
-class Judge(nn.Module):
-    """The mean of every frame, weighed: a discriminator whose gradients can be written out."""
+class LinearDiscriminator(nn.Module):
+    """A weighted sum of the frames' means: its gradients are easy to write out."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor([1.0, 2.0, -3.0]))
         self.calls = 0
 
-    def forward(self, real, made):
+    def forward(self, target, generated):
         self.calls += 1
-        return tuple((clips.mean((1, 3, 4)) * self.weight).sum(1) for clips in (real, made))
+        return tuple((clips.mean((1, 3, 4)) * self.weight).sum(1) for clips in (target, generated))
 
 
-def adversary(judges: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> DiscriminatorGroup:
-    return DiscriminatorGroup(judges, torch.device("cpu"), OptimConfig(**optim), 10, SpeedConfig(), loss, label)
+def build_group(discriminators: dict[str, nn.Module], loss: str, label: float = 1.0, **optim) -> DiscriminatorGroup:
+    return DiscriminatorGroup(discriminators, torch.device("cpu"), OptimConfig(**optim), 10, SpeedConfig(), loss, label)
 
 
-def test_the_losses_are_those_of_equation_2():
+def test_losses_match_equation_2():
     experiment = override(EXPERIMENT, {"model.discriminator_updates": 1, "model.frame_weight": 0.3})
     learner, twin = learners.build(experiment, CPU), learners.build(experiment, CPU)
-    real, noise = to_floats(CLIPS), noise_from_keys(0, POSITIONS.tolist(), 3)
+    target = to_floats(CLIPS)
+    noise = noise_from_keys(0, SAMPLE_INDICES.tolist(), 3)
     with torch.no_grad():
-        made, _ = twin.networks["generator"].train()(real[:, :, 0], real[:, :, -1], noise)
-        real_logits, made_logits = twin.networks["discriminator"].train()(real, made)
+        generated, _ = twin.networks["generator"].train()(target[:, :, 0], target[:, :, -1], noise)
+        target_logits, generated_logits = twin.networks["discriminator"].train()(target, generated)
     entropy = functional.binary_cross_entropy_with_logits
-    named = learner.update(CLIPS, TIMES, POSITIONS)
+    metrics = learner.update(CLIPS, TIMES, SAMPLE_INDICES)
 
     ones, zeros = torch.ones(8), torch.zeros(8)
-    torch.testing.assert_close(named["d_loss"], entropy(real_logits, 0.9 * ones) + entropy(made_logits, zeros))
-    torch.testing.assert_close(named["d_real"], real_logits.mean())
-    torch.testing.assert_close(named["d_made"], made_logits.mean())
-    ends = ((made - real)[:, :, 0] ** 2 + (made - real)[:, :, -1] ** 2).sum() / 8
-    torch.testing.assert_close(named["frame_loss"], ends)
-    with torch.no_grad():  # the generator is judged by the discriminator after its step
-        _, judged = learner.networks["discriminator"](real, made)
-    torch.testing.assert_close(named["g_loss"], entropy(judged, ones))
-    absolute = learners.build(override(experiment, {"model.frame_loss": "absolute"}), CPU)
-    ends = ((made - real)[:, :, 0].abs() + (made - real)[:, :, -1].abs()).sum() / 8
-    torch.testing.assert_close(absolute.update(CLIPS, TIMES, POSITIONS)["frame_loss"], ends)
+    d_loss = entropy(target_logits, 0.9 * ones) + entropy(generated_logits, zeros)
+    torch.testing.assert_close(metrics["d_loss"], d_loss)
+    torch.testing.assert_close(metrics["d_real"], target_logits.mean())
+    torch.testing.assert_close(metrics["d_made"], generated_logits.mean())
+    difference = generated - target
+    squared = (difference[:, :, 0] ** 2 + difference[:, :, -1] ** 2).sum() / 8
+    torch.testing.assert_close(metrics["frame_loss"], squared)
+    with torch.no_grad():  # the generator's loss uses the discriminator after its step
+        _, updated_logits = learner.networks["discriminator"](target, generated)
+    torch.testing.assert_close(metrics["g_loss"], entropy(updated_logits, ones))
+    absolute_learner = learners.build(override(experiment, {"model.frame_loss": "absolute"}), CPU)
+    absolute = (difference[:, :, 0].abs() + difference[:, :, -1].abs()).sum() / 8
+    torch.testing.assert_close(absolute_learner.update(CLIPS, TIMES, SAMPLE_INDICES)["frame_loss"], absolute)
 
 
 RECONSTRUCTION = {"model.reconstruction_weight": 50.0}
@@ -72,33 +75,33 @@ WEIGHTS = {
     [CGAN | {"model.frame_loss": "squared"}, TWO_STREAM | {"model.mask_weight": 7.0}, DIRECT_3D | RECONSTRUCTION],
     ids=lambda changes: changes["model.kind"],
 )
-def test_the_generator_descends_the_sum_of_its_losses(changes: dict):
-    """Its gradient by another way: through discriminators that hardly learn."""
+def test_generator_gradient_is_that_of_the_sum_of_its_losses(changes: dict):
+    """Compares with autograd through a twin, whose discriminators barely learn."""
     experiment = override(Experiment(), changes | WEIGHTS)
     learner, twin = learners.build(experiment, CPU), learners.build(experiment, CPU)
     clips = CLIPS.repeat_interleave(experiment.clip.frames // CLIPS.shape[1], dim=1)
-    real, noise = to_floats(clips), noise_from_keys(0, POSITIONS.tolist(), learner.latent)
+    target = to_floats(clips)
+    noise = noise_from_keys(0, SAMPLE_INDICES.tolist(), learner.latent)
     generator = twin.networks["generator"].train()
-    made, penalty = generator(real[:, :, 0], real[:, :, -1], noise)
-    difference = made - real
+    generated, penalty = generator(target[:, :, 0], target[:, :, -1], noise)
+    difference = generated - target
     ends = difference[:, :, [0, -1]].square() if changes.get("model.frame_loss") else difference[:, :, [0, -1]].abs()
-    loss = (
-        penalty.mean() + 0.3 * ends.sum() / 8 + changes.get("model.reconstruction_weight", 0) * difference.abs().mean()
-    )
-    for judge in models.discriminators(experiment.model, experiment.clip):
-        network = twin.networks[judge].train()
-        network(real, made.detach())  # spectral norm looks closer at every call
-        loss = loss + functional.softplus(-network(made.detach(), made)[1]).mean()
+    reconstruction = changes.get("model.reconstruction_weight", 0) * difference.abs().mean()
+    loss = penalty.mean() + 0.3 * ends.sum() / 8 + reconstruction
+    for name in models.build_discriminators(experiment.model, experiment.clip):
+        network = twin.networks[name].train()
+        network(target, generated.detach())  # spectral norm refines its estimate at every call
+        loss = loss + functional.softplus(-network(generated.detach(), generated)[1]).mean()
     loss.backward()
-    learner.update(clips, torch.linspace(0, 1, clips.shape[1]).expand(len(clips), -1), POSITIONS)
-    for found, expected in zip(learner.networks["generator"].parameters(), generator.parameters(), strict=True):
-        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-3, atol=1e-4)
+    learner.update(clips, torch.linspace(0, 1, clips.shape[1]).expand(len(clips), -1), SAMPLE_INDICES)
+    for parameter, expected in zip(learner.networks["generator"].parameters(), generator.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_four_steps_of_the_discriminator_for_each_of_the_generator_at_rates_of_their_own():
+def test_discriminator_takes_four_steps_per_generator_step_at_its_own_learning_rate():
     learner = learners.build(override(EXPERIMENT, {"optim.ema_decay": 0.5}), CPU)
     for _ in range(3):
-        learner.update(CLIPS, TIMES, POSITIONS)
+        learner.update(CLIPS, TIMES, SAMPLE_INDICES)
     steps = {
         name: {int(state["step"]) for state in optimizer.state.values()}
         for name, optimizer in learner.optimizers.items()
@@ -107,81 +110,91 @@ def test_four_steps_of_the_discriminator_for_each_of_the_generator_at_rates_of_t
     rates = {name: optimizer.param_groups[0]["lr"] for name, optimizer in learner.optimizers.items()}
     assert rates == {"generator": 1e-3, "discriminator": 3e-3}
     assert set(learner.networks) == {"generator", "generator_average", "discriminator"}
-    assert learner.adversary.descents["discriminator"].average is None  # type: ignore[attr-defined]
+    assert learner.discriminators.modules["discriminator"].average is None  # type: ignore[attr-defined]
     same = learners.build(override(EXPERIMENT, {"optim.discriminator_lr": None}), CPU)
-    same.update(CLIPS, TIMES, POSITIONS)
+    same.update(CLIPS, TIMES, SAMPLE_INDICES)
     assert same.optimizers["discriminator"].param_groups[0]["lr"] == 1e-3
 
 
 @pytest.mark.parametrize("loss", ["logistic", "hinge"])
-def test_persuading_moves_what_is_made_and_nothing_else(loss: str):
-    judge, made = Judge(), torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    against = adversary({"one": judge}, loss)
-    cost = against.generator_loss(made)
-    logits = (made.detach().mean((1, 3, 4)) * judge.weight.detach()).sum(1)
+def test_generator_loss_has_gradients_only_for_generated_clips(loss: str):
+    discriminator = LinearDiscriminator()
+    generated = torch.rand(2, 3, 3, 4, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    clip_losses = build_group({"one": discriminator}, loss).generator_loss(generated)
+    weight = discriminator.weight.detach()
+    logits = (generated.detach().mean((1, 3, 4)) * weight).sum(1)
     slope = logits.sigmoid() - 1 if loss == "logistic" else -torch.ones(2)
-    torch.testing.assert_close(cost.detach(), functional.softplus(-logits) if loss == "logistic" else -logits)
-    cost.sum().backward()
-    each = slope.view(2, 1, 1, 1, 1) * judge.weight.detach().view(1, 1, 3, 1, 1) / (3 * 4 * 4)
-    torch.testing.assert_close(made.grad, each.expand_as(made))
-    assert judge.weight.grad is None
-    assert judge.weight.requires_grad
-    torch.testing.assert_close(adversary({"a": judge, "b": judge}, loss).generator_loss(made), 2 * cost)
+    expected = functional.softplus(-logits) if loss == "logistic" else -logits
+    torch.testing.assert_close(clip_losses.detach(), expected)
+    clip_losses.sum().backward()
+    gradient = slope.view(2, 1, 1, 1, 1) * weight.view(1, 1, 3, 1, 1) / (3 * 4 * 4)
+    torch.testing.assert_close(generated.grad, gradient.expand_as(generated))
+    assert discriminator.weight.grad is None
+    assert discriminator.weight.requires_grad
+    two_losses = build_group({"a": discriminator, "b": discriminator}, loss).generator_loss(generated)
+    torch.testing.assert_close(two_losses, 2 * clip_losses)
 
 
 @pytest.mark.parametrize(("loss", "label"), [("logistic", 0.9), ("hinge", 1.0)])
-def test_a_discriminators_step_follows_its_gradient_and_leaves_the_made_clips_alone(loss: str, label: float):
-    judge = Judge()
-    real, made = torch.rand(2, 4, 3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
-    made.requires_grad_()
-    frames = [clips.detach().mean((1, 3, 4)) for clips in (real, made)]
-    real_logits, made_logits = ((of * judge.weight.detach()).sum(1) for of in frames)
+def test_discriminator_step_follows_its_gradient_and_has_none_for_generated_clips(loss: str, label: float):
+    discriminator = LinearDiscriminator()
+    weight = discriminator.weight.detach().clone()
+    target, generated = torch.rand(2, 4, 3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+    generated.requires_grad_()
+    target_means = target.detach().mean((1, 3, 4))
+    generated_means = generated.detach().mean((1, 3, 4))
+    target_logits = (target_means * weight).sum(1)
+    generated_logits = (generated_means * weight).sum(1)
     if loss == "logistic":
-        slopes = real_logits.sigmoid() - label, made_logits.sigmoid()
+        target_slope = target_logits.sigmoid() - label
+        generated_slope = generated_logits.sigmoid()
     else:
-        slopes = -(real_logits < 1).float(), (made_logits > -1).float()
-    expected = sum((slope[:, None] * of).mean(0) for slope, of in zip(slopes, frames, strict=True))
-    before = judge.weight.detach().clone()
-    named = adversary({"one": judge}, loss, label, lr=1e-2).update(real, made, step=0, weight=1.0)
-    torch.testing.assert_close(judge.weight.grad, expected)
-    torch.testing.assert_close(judge.weight.detach(), before - 1e-2 * expected.sign(), rtol=0, atol=1e-6)
-    assert made.grad is None
-    assert judge.calls == 1  # what DistributedDataParallel can follow
-    assert named["d_real"] == pytest.approx(float(real_logits.mean()))
+        target_slope = -(target_logits < 1).float()
+        generated_slope = (generated_logits > -1).float()
+    expected = (target_slope[:, None] * target_means).mean(0) + (generated_slope[:, None] * generated_means).mean(0)
+    group = build_group({"one": discriminator}, loss, label, lr=1e-2)
+    metrics = group.update(target, generated, step=0, weight=1.0)
+    torch.testing.assert_close(discriminator.weight.grad, expected)
+    torch.testing.assert_close(discriminator.weight.detach(), weight - 1e-2 * expected.sign(), rtol=0, atol=1e-6)
+    assert generated.grad is None
+    assert discriminator.calls == 1  # DistributedDataParallel supports one forward per backward
+    assert metrics["d_real"] == pytest.approx(float(target_logits.mean()))
 
 
-def test_the_sums_and_means_over_two_discriminators():
-    real, made = torch.rand(2, 4, 3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+def test_metrics_are_sums_and_means_over_discriminators():
+    target, generated = torch.rand(2, 4, 3, 3, 2, 2, generator=torch.Generator().manual_seed(0))
     single, double = (
-        adversary({name: Judge() for name in names}, "logistic").update(real, made, step=0, weight=1.0)
+        build_group({name: LinearDiscriminator() for name in names}, "logistic").update(
+            target, generated, step=0, weight=1.0
+        )
         for names in ("a", "ab")
     )
     torch.testing.assert_close(double, {**single, "d_loss": 2 * single["d_loss"]})
 
 
-def test_making_clips_depends_on_ends_and_noise_and_not_on_the_batch():
+def test_generate_depends_on_endpoints_and_noise_and_not_on_the_batch():
     learner = learners.build(EXPERIMENT, CPU)
-    learner.update(CLIPS, TIMES, POSITIONS)
+    learner.update(CLIPS, TIMES, SAMPLE_INDICES)
     noise = noise_from_keys(1, range(8), 3)
-    made = learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise)
-    assert made.shape == CLIPS.shape
-    assert made.dtype == torch.uint8
-    assert torch.equal(learner.generate(CLIPS[2:3, 0], CLIPS[2:3, -1], noise[2:3]), made[2:3])
-    generator = learner.networks["generator"].train()  # batch norm lifts a fresh network's faint signals
+    generated = learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise)
+    assert generated.shape == CLIPS.shape
+    assert generated.dtype == torch.uint8
+    assert torch.equal(learner.generate(CLIPS[2:3, 0], CLIPS[2:3, -1], noise[2:3]), generated[2:3])
+    generator = learner.networks["generator"].train()  # batch norm amplifies the weak signals of an untrained network
     start, end = to_floats(CLIPS[:, 0]), to_floats(CLIPS[:, -1])
     with torch.no_grad():
-        first, other, turned = (
-            generator(*given)[0] for given in ((start, end, noise), (start, end, -noise), (end, start, noise))
-        )
-    assert not torch.equal(first, other)
-    assert not torch.equal(first, turned)
-    with pytest.raises(ConfigError, match=r"frames: cgan makes clips of clip\.frames=6 \(value 5\)"):
+        first, _ = generator(start, end, noise)
+        with_other_noise, _ = generator(start, end, -noise)
+        reversed_ends, _ = generator(end, start, noise)
+    assert not torch.equal(first, with_other_noise)
+    assert not torch.equal(first, reversed_ends)
+    with pytest.raises(ConfigError, match=r"frames: cgan generates only clips of clip\.frames=6 \(value 5\)"):
         learner.generate(CLIPS[:, 0], CLIPS[:, -1], noise, frames=5)
-    assert learner.reconstruct(CLIPS) is None  # its generator sees no frames between
+    assert learner.reconstruct(CLIPS) is None  # the generator never sees the frames between
 
 
-def test_it_learns_to_reproduce_the_ends():
-    plain = CLIPS[:, :1, :1, :1].expand_as(CLIPS).contiguous()  # one colour each
+def test_training_reduces_the_frame_loss():
+    plain = CLIPS[:, :1, :1, :1].expand_as(CLIPS).contiguous()  # one colour per clip
     learner = learners.build(override(EXPERIMENT, {"optim.lr": 1e-2, "model.discriminator_updates": 1}), CPU)
-    frame = [float(learner.update(plain, TIMES, POSITIONS)["frame_loss"]) for _ in range(30)]
-    assert frame[-1] < 0.5 * frame[0]
+    frame_losses = [float(learner.update(plain, TIMES, SAMPLE_INDICES)["frame_loss"]) for _ in range(30)]
+    assert frame_losses[-1] < 0.5 * frame_losses[0]
