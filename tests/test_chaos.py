@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -150,8 +150,12 @@ def steps_saved(storage: Path) -> int:
 
 
 def workers_of(job: subprocess.Popen | psutil.Process) -> list[psutil.Process]:
-    below = psutil.Process(job.pid).children(recursive=True)
-    return [process for process in below if process.name().startswith("ray::RayTrain")]
+    workers = []
+    for process in psutil.Process(job.pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # it has ended since
+            if process.name().startswith("ray::RayTrain"):
+                workers.append(process)
+    return workers
 
 
 def weights_in(storage: Path) -> dict[str, str]:
