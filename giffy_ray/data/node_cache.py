@@ -32,6 +32,7 @@ from giffy_ray.storage import PARTIAL
 _RESERVE = 0.1  # of the disk stays free where no limit is given; Ray stops spilling to a disk that is 95 % full
 _MOST_MAPPED = 1 / 32  # of the cache or disk, by one process
 _BATCH = 1 / 50  # of the copies are evicted at once, as each eviction lists all of them
+_LOCK_POLL_S = 0.02
 _CHUNK_BYTES = 2**24
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _CANNOT_ALLOCATE = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
@@ -202,21 +203,32 @@ def _evict(copy: _Copy) -> int:
 
 @contextmanager
 def _claimed(partial: Path) -> Iterator[int]:
-    """The descriptor of the file, which is made if need be; no other process writes it. Removes what is left of it."""
+    """The descriptor of the file, which is made if need be; no other process writes it. Removes what is left of it.
+
+    Polls, because a blocking wait may never end: a completed file keeps its inode, and its readers hold shared locks on
+    it for as long as they map it. Closes the file between polls, so that an evicted file frees its space.
+    """
     while True:
         file = os.open(partial, os.O_CREAT | os.O_RDWR, 0o600)
         try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(file, partial):  # it was completed or evicted while we waited
-                continue
-            try:
-                yield file
-            finally:
-                if _is_at(file, partial):
-                    partial.unlink()
-            return
+            if _try_lock(file) and _is_at(file, partial):  # else completed or evicted in the meantime
+                try:
+                    yield file
+                finally:
+                    if _is_at(file, partial):  # not renamed
+                        partial.unlink()
+                return
         finally:
             os.close(file)
+        time.sleep(_LOCK_POLL_S)
+
+
+def _try_lock(file: int) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _is_at(file: int, path: Path) -> bool:

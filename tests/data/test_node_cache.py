@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import fcntl
 import hashlib
 import multiprocessing
 import os
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +27,7 @@ from giffy_ray.data import store as stores
 from giffy_ray.data.catalog import Catalog, Video
 from giffy_ray.data.node_cache import NodeCache
 from giffy_ray.data.store import Store
-from giffy_ray.storage import write_bytes
+from giffy_ray.storage import PARTIAL, write_bytes
 
 SHARD_BYTES, DISK_BYTES = 2**18, 2**21
 REMOTE = fs.LocalFileSystem()  # stands for a bucket
@@ -86,6 +88,27 @@ def read_at_random(folder: Path, shards: list[tuple[str, str]], seed: int, limit
 
 def is_in_memory(content: np.ndarray) -> bool:
     return not isinstance(content, np.memmap)
+
+
+def test_thread_that_waits_for_a_download_uses_it_although_others_map_it(tmp_path, remote):
+    """Its readers hold shared locks on the file for good, so whoever waits for an exclusive one would wait forever."""
+    path, sha256 = remote[0]
+    cache = NodeCache(tmp_path / "cache")
+    copy = cache.folder / "key" / f"{sha256}.u8"
+    copy.parent.mkdir(parents=True)
+    partial = copy.with_name(copy.name + PARTIAL)
+    with partial.open("xb") as writer:
+        fcntl.flock(writer, fcntl.LOCK_EX)
+        waiting = threading.Thread(target=mapped, args=(cache, remote[0]), daemon=True)
+        waiting.start()
+        time.sleep(0.3)
+        assert waiting.is_alive()
+        writer.write(Path(path).read_bytes())
+        writer.flush()
+        partial.rename(copy)
+        fcntl.flock(writer, fcntl.LOCK_SH)  # as a map of it does
+        waiting.join(10)
+        assert not waiting.is_alive()
 
 
 @pytest.mark.parametrize("limit_bytes", [None, 5 * SHARD_BYTES])
