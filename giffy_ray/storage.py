@@ -16,7 +16,7 @@ from pyarrow import fs
 
 # User and password of an address: up to the last @ of its host. A password may also hold what it should not, such as /:
 # where there is no port after a colon, it is hidden up to the last @ of the word, or of the next address.
-_USER_INFO = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))(?:(?!://)\S)*)@")
+_USER_INFO = re.compile(r"(://)(?:[^\s/?#]*|[^\s/?#@:]*:(?!\d*(?:[/?#\s]|$))\S*)@")
 # A value of a query whose name says that it is a credential (sig, X-Amz-Signature, access_key, sslpassword, ...), or of
 # a list of settings (password=... host=...).
 _NAME, _VALUE = r"""[^\s=&;?#'"]*""", r"""[^\s&;#'"<>]+?(?=[])},.:]*(?:[\s&;#'"<>]|$))"""

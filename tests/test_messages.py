@@ -47,6 +47,7 @@ ADDRESSES = {
     "https://hush@host": "https://***@host",
     "postgresql+psycopg://me:hush@host/optuna": "postgresql+psycopg://***@host/optuna",
     "postgresql://me:hu/sh@hush@host/optuna": "postgresql://***@host/optuna",
+    "postgresql://me:hush://hush@host/optuna": "postgresql://***@host/optuna",
     "postgresql://me:hush#?@host/optuna?sslmode=require": "postgresql://***@host/optuna?sslmode=require",
     "postgresql://host/optuna?user=me&password=hush&sslmode=require": (
         "postgresql://host/optuna?user=me&password=***&sslmode=require"
