@@ -34,7 +34,7 @@ lint: $(INSTALLED)
 	.venv/bin/pyright
 
 docs: $(INSTALLED)  ## the documentation site, into site/
-	.venv/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PORT
 	@.venv/bin/python -m giffy_ray.tracking.server $(or $(RUNS),runs) $(or $(PORT),5000)

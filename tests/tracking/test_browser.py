@@ -91,10 +91,10 @@ def find_row(page: Chrome, run: str) -> WebElement:
     return page.find_element(*locator)
 
 
-def find_clips(page: Chrome, step: int) -> list[WebElement]:
-    """Returns the images of a step in the image grid, once they are loaded."""
+def find_clips(page: Chrome, step: int, at_least: int) -> list[WebElement]:
+    """Returns the images of a step in the image grid, once enough of them are loaded."""
     xpath = f"//img[contains(@src, 'images%2Fvalidation%2Bstep%2B{step}%2B') and contains(@src, 'compressed.webp')]"
-    wait_for(page, lambda: page.find_elements(By.XPATH, xpath))
+    wait_for(page, lambda: len(page.find_elements(By.XPATH, xpath)) >= at_least)
     images = page.find_elements(By.XPATH, xpath)
     wait_for(page, lambda: all(page.execute_script("return arguments[0].naturalWidth", image) for image in images))
     return images
@@ -105,7 +105,7 @@ def capture(element: WebElement) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("RGB")).astype(float)
 
 
-def is_playing(page: Chrome, image: WebElement, within_s: float = 10) -> bool:
+def is_playing(page: Chrome, image: WebElement, within_s: float = 40) -> bool:
     """Returns whether the clips of an image move while its labels on the left stand still (once the page settles)."""
     page.execute_script("arguments[0].scrollIntoView({block: 'center'})", image)
     before, end_s = capture(image), time.monotonic() + within_s
@@ -124,8 +124,7 @@ def test_a_new_profile_opens_on_curves_and_moving_clips(page: Chrome):
     wait_for(page, lambda: len(page.find_elements(By.CSS_SELECTOR, ".js-plotly-plot .scatterlayer .trace")) >= 4)
     text = page.find_element(By.TAG_NAME, "body").text
     assert text.index("best/val/l2_paper") < text.index("Samples") < text.index("Training")
-    clips = find_clips(page, 0)
-    assert len(clips) == 4  # of the search, its two trials, and the training of the best one
+    clips = find_clips(page, 0, at_least=4)  # of the search, its two trials, and the training of the best one
     assert any(is_playing(page, clip) for clip in clips)
 
 
@@ -134,8 +133,7 @@ def test_the_slider_selects_the_clips_of_a_step(page: Chrome):
     for step in (0, 1):
         if step:
             slider.send_keys(Keys.ARROW_RIGHT)
-        clips = find_clips(page, step)
-        assert len(clips) == 4
+        clips = find_clips(page, step, at_least=4)
         assert all(is_playing(page, clip) for clip in clips[:2])
 
 
