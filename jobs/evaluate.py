@@ -55,7 +55,7 @@ def without_file(experiment: Experiment, overrides: Sequence[str]) -> Experiment
             "nothing to evaluate: give an experiment file, name=RUN to evaluate a run with its own experiment, or "
             "evaluate.runs=[a, b] with name=NAME for the results; see --help"
         )
-    text = read_text(join(experiment.storage, experiment.name, "experiment.yaml"))
+    text = read_text(join(experiment.run_dir, "experiment.yaml"))
     if text is None:
         return experiment
     return override(from_yaml(text, overrides), {"storage": experiment.storage})

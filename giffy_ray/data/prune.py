@@ -84,7 +84,7 @@ def protect_store(experiment: Experiment, store_location: str) -> Iterator[None]
         yield
     finally:
         lease.release()
-        filesystem, folder = filesystem_of(join(job.storage, job.name))
+        filesystem, folder = filesystem_of(job.run_dir)
         with contextlib.suppress(FileNotFoundError):
             filesystem.delete_dir(folder)
 

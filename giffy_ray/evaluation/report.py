@@ -185,7 +185,7 @@ def report_evaluation(
         "evaluation.html": render_comparison(dataset, split, scores, summaries, sprites, split_size),
         **_render_pictures(sheet_clips, dataset, scores, [REAL, BASELINE, *(run.name for run in runs)]),
     }
-    folder = join(experiment.storage, experiment.name)
+    folder = experiment.run_dir
     for name, content in files.items():
         write_bytes(join(folder, name), content)
         print(f"  {join(folder, name)}")

@@ -54,7 +54,7 @@ def register(experiment: Experiment) -> str:
         ConfigError: The run has no validated checkpoint, or MLflow has no record of the run.
         MlflowException: The registry failed.
     """
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     model_name = experiment.tracking.model
     uri = tracking_uri(experiment)
     if model_name is None:
@@ -94,7 +94,7 @@ def version_tags(experiment: Experiment, trained: Experiment, state: Mapping[str
         trained: The experiment stored in the checkpoint.
         state: The train state stored in the checkpoint.
     """
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     tags = {
         "giffy_ray.run": redact_credentials(run_dir),
         "model.kind": trained.model.kind,

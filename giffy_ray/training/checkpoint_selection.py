@@ -157,7 +157,7 @@ def available_bytes(experiment: Experiment) -> float:
     """Returns the disk space for the run's checkpoints: free space plus what they occupy. Infinite for a bucket."""
     if not is_local(experiment.storage):
         return math.inf
-    filesystem, folder = filesystem_of(join(experiment.storage, experiment.name))
+    filesystem, folder = filesystem_of(experiment.run_dir)
     infos = filesystem.get_file_info(fs.FileSelector(folder, recursive=True, allow_not_found=True))
     occupied = sum(info.size or 0 for info in infos if "/checkpoint_" in info.path)
     existing = Path(folder)
@@ -201,7 +201,7 @@ def _delete_all_except(experiment: Experiment, select_kept: Callable[[TrainState
         for checkpoint_dir in completed.keys() - select_kept(completed):
             delete_checkpoint(checkpoint_dir)
     except OSError as error:
-        run_dir = join(experiment.storage, experiment.name)
+        run_dir = experiment.run_dir
         _log.warning("%s: could not delete older checkpoints (%r); trying again after the next one", run_dir, error)
 
 
@@ -219,7 +219,7 @@ def list_checkpoints(experiment: Experiment) -> TrainStates:
     Newest means most steps, then the later name. Incomplete and corrupt checkpoints, whose steps are unknown, come
     first, so that the search for a valid one reports them.
     """
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     filesystem, base = filesystem_of(run_dir)
     infos = filesystem.get_file_info(fs.FileSelector(base, allow_not_found=True))
     names = [info.base_name for info in infos if info.type == fs.FileType.Directory]
@@ -239,7 +239,7 @@ def first_valid(experiment: Experiment, checkpoint_dirs: list[str]) -> str:
             problems.append(str(error))
         else:
             return checkpoint_dir
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     raise ConfigError("\n  ".join([f"name: no valid checkpoint in {run_dir} (value {experiment.name!r})", *problems]))
 
 

@@ -132,7 +132,7 @@ def _count_bytes(tensor: torch.Tensor) -> int:
 
 def new_checkpoint_path(experiment: Experiment) -> str:
     """Returns the path or URI for the run's next checkpoint, named as Ray Train names them."""
-    return join(experiment.storage, experiment.name, f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
+    return join(experiment.run_dir, f"checkpoint_{datetime.now():%Y-%m-%d_%H-%M-%S.%f}")
 
 
 def copy_checkpoint_from(experiment: Experiment, source: Experiment, epoch: int) -> None:
@@ -162,7 +162,7 @@ def delete_ray_checkpoint_list(experiment: Experiment) -> None:
     Ray Train reads it at the start of a run and refuses the run if a listed checkpoint is missing. We select and delete
     checkpoints ourselves.
     """
-    delete_file(join(experiment.storage, experiment.name, _RAY_CHECKPOINT_LIST))
+    delete_file(join(experiment.run_dir, _RAY_CHECKPOINT_LIST))
 
 
 def restore(checkpoint_dir: str, learner: Learner) -> TrainState:

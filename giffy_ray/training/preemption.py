@@ -22,11 +22,11 @@ _log = logging.getLogger(__name__)
 
 
 def request_stop(experiment: Experiment) -> None:
-    write_text(join(experiment.storage, experiment.name, _STOP_FILE), "")
+    write_text(join(experiment.run_dir, _STOP_FILE), "")
 
 
 def clear_stop_request(experiment: Experiment) -> None:
-    delete_file(join(experiment.storage, experiment.name, _STOP_FILE))
+    delete_file(join(experiment.run_dir, _STOP_FILE))
 
 
 class PreemptionMonitor:
@@ -51,7 +51,7 @@ class PreemptionMonitor:
             get_preemption_info: Returns a new value when a node of the training is about to be preempted.
             lock_watcher: Watches the run lock, if given.
         """
-        self.location = join(experiment.storage, experiment.name, _STOP_FILE)
+        self.location = join(experiment.run_dir, _STOP_FILE)
         self._get_preemption_info = get_preemption_info
         self._reduce_flags = distributed.DelayedAnyReduce(device)
         self._lock_watcher = lock_watcher

@@ -102,7 +102,7 @@ def train_loop_per_worker(settings: dict[str, Any]) -> str:
         return str(error)  # `train` raises it
     except RunFailure as failure:
         if distributed.rank() == 0:
-            write_text(join(experiment.storage, experiment.name, FAILURE_FILE), str(failure))
+            write_text(join(experiment.run_dir, FAILURE_FILE), str(failure))
     return ""
 
 
@@ -124,7 +124,7 @@ def _nodes_share_folders(experiment: Experiment, settings: dict[str, Any]) -> bo
     if not ranks_with_storage:
         raise RuntimeError(message)
     if distributed.rank() == ranks_with_storage[0]:
-        write_text(join(experiment.storage, experiment.name, FAILURE_FILE), message)
+        write_text(join(experiment.run_dir, FAILURE_FILE), message)
     return False
 
 

@@ -50,13 +50,8 @@ from giffy_ray.training import (
 )
 from giffy_ray.training.train_loop import FAILURE_FILE, RunFailure, train_loop_per_worker
 
-# Fields, and sections that end with a dot, that may differ when a run resumes.
-MUTABLE_FIELDS = (
-    "train.epochs",
-    "train.checkpoint_every",
-    "train.keep_checkpoints",
-    "train.max_skipped_steps",
-    "train.validate_clips",
+# Fields, and sections that end with a dot, that say where and how fast something runs, and not what it computes.
+ENVIRONMENT_FIELDS = (
     "storage",
     "data.root",
     "data.node_cache_gb",
@@ -64,6 +59,15 @@ MUTABLE_FIELDS = (
     "cluster.",
     "tracking.",
     "evaluate.",
+)
+# The fields and sections that may differ when a run resumes.
+MUTABLE_FIELDS = (
+    *ENVIRONMENT_FIELDS,
+    "train.epochs",
+    "train.checkpoint_every",
+    "train.keep_checkpoints",
+    "train.max_skipped_steps",
+    "train.validate_clips",
     "search.",
 )
 
@@ -115,7 +119,7 @@ def train(
         RunLockLost: Another process trains the run now.
         SystemExit: The training stopped after a signal.
     """
-    failure_file = join(experiment.storage, experiment.name, FAILURE_FILE)
+    failure_file = join(experiment.run_dir, FAILURE_FILE)
     # `fit` does not run in the main thread: there Ray would handle the signals and leave no checkpoint.
     executor = ThreadPoolExecutor(1)
     with (
@@ -331,7 +335,7 @@ def check_experiment(experiment: Experiment, searched_fields: Collection[str] = 
         raise ConfigError(
             f"train.global_batch_size: must have a clip for each of cluster.workers={workers} (value {batch_size})"
         )
-    if read_text(join(experiment.storage, experiment.name, _EXPERIMENT_FILE)) is None:
+    if read_text(join(experiment.run_dir, _EXPERIMENT_FILE)) is None:
         _check_init_from(experiment)
 
 
@@ -408,7 +412,7 @@ def _validate_run_config(experiment: Experiment, dataset: ClipDataset, mutable_f
     Raises:
         ConfigError: The run started with other clips, or with other values of fields that are not mutable.
     """
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     recorded_yaml = read_text(join(run_dir, _EXPERIMENT_FILE), "replace")
     if recorded_yaml is None:
         _check_init_from(experiment)
@@ -428,7 +432,7 @@ def _validate_run_config(experiment: Experiment, dataset: ClipDataset, mutable_f
 
 
 def _check_immutable_fields(experiment: Experiment, recorded_yaml: str, mutable_fields: tuple[str, ...]) -> None:
-    run_dir = join(experiment.storage, experiment.name)
+    run_dir = experiment.run_dir
     try:
         before, now = flatten(from_yaml(recorded_yaml)), flatten(experiment)
     except ConfigError as error:

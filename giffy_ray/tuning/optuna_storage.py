@@ -38,7 +38,7 @@ def resolve_storage_address(experiment: Experiment) -> str:
         raise ConfigError(
             f"search.storage: Optuna cannot store its study in {experiment.storage!r}; give {_SUPPORTED} (value None)"
         )
-    folder = join(experiment.storage, experiment.name)
+    folder = experiment.run_dir
     Path(folder).mkdir(parents=True, exist_ok=True)
     return sqlite_address(join(folder, "optuna.db"))
 

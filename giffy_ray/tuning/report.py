@@ -40,7 +40,7 @@ def show_search(experiment: Experiment, study: Study, dataset: ClipDataset, trac
     target = torch.from_numpy(dataset.get_clips(indices))
     strips = _generate_strips(experiment, study, target, clip_ids)
     page = render_study(experiment, study, dataset.clip, clip_ids, strips)
-    path = join(experiment.storage, experiment.name, "study.html")
+    path = join(experiment.run_dir, "study.html")
     write_bytes(path, page)
     print(f"  {path}")
     log_files({"study.html": page}, [tracker])

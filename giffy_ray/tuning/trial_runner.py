@@ -16,7 +16,7 @@ from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.cluster.shared_storage import find_storage_problem
 from giffy_ray.config import Experiment, flatten, from_yaml, override
 from giffy_ray.core.run_lock import RunLockWatcher
-from giffy_ray.core.storage import filesystem_of, join, redact_credentials
+from giffy_ray.core.storage import filesystem_of, redact_credentials
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.tracking.tracker import open_run, tracking_uri
 from giffy_ray.training import checkpoint_selection, checkpoints, train_loop
@@ -40,7 +40,7 @@ def trial_experiment(experiment: Experiment, number: int, values: Values) -> Exp
     """Returns the experiment that a trial trains, with its run in the study's folder."""
     changes = {
         "name": trial_name(number),
-        "storage": join(experiment.storage, experiment.name),
+        "storage": experiment.run_dir,
         "tracking.uri": tracking_uri(experiment),
         "train.epochs": experiment.search.epochs,
         "cluster.workers": experiment.search.workers,

@@ -31,7 +31,13 @@ from giffy_ray.tracking.search_progress import SearchProgress, TrialResult
 from giffy_ray.tracking.tracker import Tracker, fetch_params, tracking_uri
 from giffy_ray.training import checkpoint_selection
 from giffy_ray.training.progress_callback import format_epoch
-from giffy_ray.training.trainer import check_experiment, check_run, estimate_checkpoint_bytes, locked_run
+from giffy_ray.training.trainer import (
+    ENVIRONMENT_FIELDS,
+    check_experiment,
+    check_run,
+    estimate_checkpoint_bytes,
+    locked_run,
+)
 from giffy_ray.tuning.independent_trials import EPOCH_ATTR, IndependentTrials
 from giffy_ray.tuning.objectives import check_metrics, resolve_objectives
 from giffy_ray.tuning.optuna_storage import open_storage, reject_shared_database
@@ -67,18 +73,12 @@ __all__ = [
 
 # Fields, and prefixes of fields, that may change when a study resumes.
 _MUTABLE_FIELDS = (
+    *ENVIRONMENT_FIELDS,
     "search.trials",
     "search.max_hours",
     "search.patience",
     "search.resume",
     "search.enqueue",
-    "storage",
-    "data.root",
-    "data.node_cache_gb",
-    "speed.",
-    "cluster.",
-    "tracking.",
-    "evaluate.",
 )
 _PROCESS_DIED = "the trial's process died"
 
@@ -357,7 +357,7 @@ def build_tuner(
         ),
         run_config=tune.RunConfig(
             name="tune",
-            storage_path=join(experiment.storage, experiment.name),
+            storage_path=experiment.run_dir,
             failure_config=tune.FailureConfig(max_failures=experiment.cluster.max_failures),
             verbose=0,
             stop=LockLossStopper(lock),
