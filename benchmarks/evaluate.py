@@ -91,7 +91,7 @@ class TimedEvaluator:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", nargs="?", default="published/between")
+    parser.add_argument("run", nargs="?", default="giffy_ray/pretrained/between")
     parser.add_argument("--clips", type=int, default=200)
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--actors", type=int, default=2)

@@ -34,7 +34,7 @@ from giffy_ray.data.sampler import TrainingSampler, rank_indices
 from giffy_ray.training import learners
 from giffy_ray.training.learners import losses
 
-DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "cvae-erupting.yaml"
+DEFAULT_EXPERIMENT = Path(__file__).parent.parent / "giffy_ray" / "experiments" / "cvae-erupting.yaml"
 ROUNDS, WARMUP_STEPS, STEPS, CURVE_STEPS = 3, 6, 25, 300
 BATCHES = 100
 CAREFUL_SCRIPT = "plain script, TF32, cuDNN tuned"

@@ -283,7 +283,7 @@ def check_training(folder: Path, dataset: ClipDataset) -> tuple[float, float, li
     Returns:
         step_s and train_start_s from two short runs, and the measurements of two longer ones.
     """
-    demo = load(ROOT / "jobs/experiments/demo.yaml")
+    demo = load(ROOT / "giffy_ray/experiments/demo.yaml")
     training_clips = len(dataset.split_indices("training"))
 
     def run(steps: int) -> float:
@@ -307,7 +307,7 @@ def check_training(folder: Path, dataset: ClipDataset) -> tuple[float, float, li
 
 
 def check_evaluation(folder: Path, actors: int) -> tuple[float, float, list[Measurement]]:
-    learner, trained = checkpoint_format.load_learner(str(ROOT / "published/between"))
+    learner, trained = checkpoint_format.load_learner(str(ROOT / "giffy_ray/pretrained/between"))
     overrides = {
         "storage": str(folder / "evaluated"),
         "data.synthetic.training_clips": 1,

@@ -35,7 +35,7 @@ from giffy_ray.training.checkpoints import Snapshot
 from giffy_ray.training.learners import Learner
 
 ROOT = Path(__file__).parent.parent
-TABLE_1 = ROOT / "jobs" / "experiments" / "cvae-erupting.yaml"
+TABLE_1 = ROOT / "giffy_ray" / "experiments" / "cvae-erupting.yaml"
 METHODS = ("each", "broadcast")
 
 

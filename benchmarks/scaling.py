@@ -38,7 +38,7 @@ from giffy_ray.cluster.local import free_port
 from giffy_ray.config import Experiment, from_yaml, load, override, to_yaml
 from giffy_ray.training import learners
 
-EXPERIMENTS = Path(__file__).parent.parent / "jobs" / "experiments"
+EXPERIMENTS = Path(__file__).parent.parent / "giffy_ray" / "experiments"
 BATCH_SIZE = 16  # clips per worker in the check
 GPU_BATCH_SIZE = 20  # clips per GPU in the prediction
 GPU_COUNTS = (1, 8, 64, 512)

@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/search.py [--seeds N] [--trials N]
 
 The overhead is measured on a CVAE whose training takes next to no time: its trials run one after the other, first with
-one report each, then with many. The comparison alternates between searches of jobs/experiments/demo.yaml by TPE and by
+one report each, then with many. The comparison alternates between searches of giffy_ray/experiments/demo.yaml by TPE and by
 random sampling. Their best trials, and the trial with the paper's values (the first of every search), are evaluated on
 test clips, which no search uses.
 """
@@ -35,7 +35,7 @@ from giffy_ray.tuning.tuner import Study, Trial
 
 ROOT = Path(__file__).parent.parent
 TINY_EXPERIMENT = ROOT / "tests" / "tiny.yaml"
-DEMO_EXPERIMENT = ROOT / "jobs" / "experiments" / "demo.yaml"
+DEMO_EXPERIMENT = ROOT / "giffy_ray" / "experiments" / "demo.yaml"
 MANY_EPOCHS = 21  # reports of a trial
 OVERHEAD_TRIALS = 6
 TEST_BATCHES = 10

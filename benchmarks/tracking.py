@@ -30,7 +30,7 @@ from giffy_ray.tracking.server import mlflow_server
 from giffy_ray.tracking.tracker import Tracker, open_run
 from giffy_ray.training import learners
 
-EXPERIMENT = Path(__file__).parent.parent / "jobs" / "experiments" / "demo.yaml"
+EXPERIMENT = Path(__file__).parent.parent / "giffy_ray" / "experiments" / "demo.yaml"
 BATCH_SIZE = 2
 ANIMATION_EVERY_STEPS = 50
 ANIMATION = b"\0" * 300_000  # about the size of a real one

@@ -2,7 +2,7 @@
 
     PYTHONPATH=. python benchmarks/train.py [--rounds N] [--steps N]
 
-The model is the CVAE of jobs/experiments/small/cvae.yaml, on cached built-in clips, on the CPU:
+The model is the CVAE of giffy_ray/experiments/small/cvae.yaml, on cached built-in clips, on the CPU:
 
     bare        the same steps on batches in memory, in plain processes: the ceiling
     giffy_ray   the training loop in Ray Train's workers, with batches from Ray Data
@@ -273,7 +273,7 @@ def main() -> None:
             "data.synthetic.training_clips": CLIPS // 2,
             "data.synthetic.validation_clips": 2,
         }
-        experiment = override(load(ROOT / "jobs/experiments/small/cvae.yaml"), overrides)
+        experiment = override(load(ROOT / "giffy_ray/experiments/small/cvae.yaml"), overrides)
         dataset = prepare(experiment)
         rounds = [run_round(experiment, dataset, arguments.steps) for _ in range(arguments.rounds)]
     Console(width=100).print(format_table(rounds))

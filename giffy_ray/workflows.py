@@ -1,4 +1,4 @@
-"""The work of the jobs: prepare a dataset, train and evaluate, tune.
+"""The work of the jobs: prepare a dataset, train, evaluate, tune, publish.
 
 Call `giffy_ray.cluster.resources.connect` first: all functions but the checks and `prune_storage` need a Ray cluster.
 Functions import torch, Ray and MLflow themselves, so that a job reports a mistake in its experiment within a second.
@@ -6,14 +6,17 @@ Functions import torch, Ray and MLflow themselves, so that a job reports a mista
 
 from __future__ import annotations
 
+import functools
 import logging
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from giffy_ray.config import ConfigError, Experiment, override, to_minimal_yaml
-from giffy_ray.core.storage import join, write_text
+from giffy_ray.config import ConfigError, Experiment, from_yaml, override, to_minimal_yaml
+from giffy_ray.core.packaged import packaged_path
+from giffy_ray.core.storage import is_local, join, read_text, write_text
 
 if TYPE_CHECKING:
     from giffy_ray.cluster.placement import WorkerResources
@@ -26,7 +29,6 @@ PREPARE_FLAGS = {
     "dry_run": "with --prune: only list what would be removed",
 }
 TUNE_FLAGS = {"compare_published": "evaluate the published model `between` too"}
-_PUBLISHED_MODEL = Path(__file__).resolve().parent.parent / "published" / "between"
 _log = logging.getLogger(__name__)
 
 
@@ -104,11 +106,21 @@ def check_training(experiment: Experiment) -> None:
     Raises:
         ConfigError: The training or its evaluation cannot run.
     """
-    from giffy_ray.evaluation.report import check_evaluation
     from giffy_ray.training.trainer import check_experiment
 
     check_experiment(experiment)
     check_evaluation(experiment)
+
+
+def check_evaluation(experiment: Experiment, dataset: ClipDataset | None = None) -> None:
+    """Checks what an evaluation can check without a cluster, and with the dataset that its split has clips.
+
+    Raises:
+        ConfigError: The evaluation cannot run.
+    """
+    from giffy_ray.evaluation import report
+
+    report.check_evaluation(experiment, dataset)
 
 
 def train_and_evaluate(
@@ -135,7 +147,6 @@ def train_and_evaluate(
     """
     from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.evaluation.report import check_evaluation
     from giffy_ray.tracking.tracker import check_tracking
 
     if worker_resources is None:
@@ -220,13 +231,94 @@ def _evaluate_and_register(
         registration.try_register(experiment)
 
 
+def evaluate(experiment: Experiment) -> None:
+    """Compares the runs of `evaluate.runs`, or the experiment's own run, with each other and with the baselines.
+
+    Writes tables and pictures to the experiment's folder, and to an MLflow run of their own.
+
+    Raises:
+        ConfigError: A run does not exist, or its model cannot generate the experiment's clips.
+    """
+    from giffy_ray.cluster import resources
+    from giffy_ray.data.prepare import prepare
+    from giffy_ray.evaluation.report import report_evaluation
+    from giffy_ray.inference.loading import load_trained_models
+    from giffy_ray.tracking.tracker import check_tracking, open_evaluation
+
+    resources.resources_for(experiment)
+    check_tracking(experiment)
+    runs = load_trained_models(experiment, experiment.clip)
+    dataset = prepare(experiment)
+    with open_evaluation(experiment) as tracker:
+        report_evaluation(experiment, runs, dataset, [tracker])
+
+
+def experiment_of_run(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
+    """Returns the experiment of the run `name` with the overrides applied, or `experiment` if there is no such run.
+
+    Raises:
+        ConfigError: The overrides set no name, so the results would replace those of the default run.
+    """
+    if not any(assignment.startswith("name=") for assignment in overrides):
+        raise ConfigError(
+            "nothing to evaluate: give an experiment, name=RUN to evaluate a run with its own experiment, or "
+            "evaluate.runs=[a, b] with name=NAME for the results; see --help"
+        )
+    text = read_text(join(experiment.run_dir, "experiment.yaml"))
+    if text is None:
+        return experiment
+    return override(from_yaml(text, overrides), {"storage": experiment.storage})
+
+
+def publish(experiment: Experiment) -> None:
+    """Exports the run's best checkpoint to published/NAME in a local `storage`, and prints the folder.
+
+    Raises:
+        ConfigError: The storage is a bucket, or the run has no checkpoint.
+    """
+    if not is_local(experiment.storage):
+        raise ConfigError(
+            f"storage: publishing needs a local folder; download the run first (value {experiment.storage!r})"
+        )
+    from giffy_ray.training import checkpoint_format, checkpoint_selection
+
+    folder = Path(experiment.storage, "published", experiment.name)
+    select = functools.partial(checkpoint_selection.select_checkpoint, experiment)
+    checkpoint_dir, _ = checkpoint_selection.select_and_read(
+        select, lambda selected: checkpoint_format.export_weights(selected, folder)
+    )
+    print(f"published {checkpoint_selection.describe_checkpoint(checkpoint_dir)}")
+    print(folder)
+
+
+def register(experiment: Experiment) -> None:
+    """Registers the run's best model in MLflow, and prints its version."""
+    from giffy_ray.inference import registration
+
+    print(registration.register(experiment))
+
+
+def replay_tracking(experiment: Experiment) -> None:
+    """Sends MLflow the events of a run that it has not received.
+
+    Raises:
+        SystemExit: MLflow still does not have all of them.
+    """
+    from giffy_ray.core import run_lock
+    from giffy_ray.tracking import tracker
+
+    with run_lock.run_lock(experiment.run_dir):  # a running job sends its own events
+        undelivered = tracker.replay(experiment)
+    if undelivered:
+        sys.exit(1)
+
+
 def check_tuning(experiment: Experiment) -> None:
     """Checks what `tune` can check without a cluster and clips.
 
     Raises:
         ConfigError: The search, a trial, the training of the best trial or its evaluation cannot run.
     """
-    from giffy_ray.evaluation.report import check_evaluation
     from giffy_ray.tuning import tuner
 
     tuner.check_search(experiment)
@@ -249,7 +341,7 @@ def tune(experiment: Experiment, *, compare_published: bool = False) -> None:
     """
     from giffy_ray.cluster import resources
     from giffy_ray.data.prepare import prepare
-    from giffy_ray.evaluation.report import check_evaluation, log_dataset_report
+    from giffy_ray.evaluation.report import log_dataset_report
     from giffy_ray.tracking.tracker import check_tracking, open_run
     from giffy_ray.tuning import tuner
     from giffy_ray.tuning.report import show_search
@@ -288,8 +380,6 @@ def _load_published_model(experiment: Experiment, dataset: ClipDataset) -> Train
     """Loads the published `between`, which generates clips of the dataset's size and length."""
     from giffy_ray.inference.loading import load_trained_models
 
-    if not _PUBLISHED_MODEL.is_dir():
-        raise ConfigError(f"--compare-published: needs {_PUBLISHED_MODEL}, which only a checkout of the project has")
-    comparison = override(experiment, {"evaluate.runs": (str(_PUBLISHED_MODEL),)})
+    comparison = override(experiment, {"evaluate.runs": (str(packaged_path("models", "between")),)})
     (model,) = load_trained_models(comparison, dataset.clip)
     return model._replace(name="published between")  # the trained model may be a `between` too

@@ -1,7 +1,7 @@
 """Runs the full pipeline on a local Ray head: python jobs/demo.py [section.field=value ...]
 
-Starts a head with its dashboard on free ports, submits jobs/tune.py with demo.yaml to it, and stops the head. Other Ray
-clusters on the machine are not affected. The final evaluation includes the published model `between`.
+Starts a head with its dashboard on free ports, submits jobs/tune.py with the experiment `demo` to it, and stops the
+head. Other Ray clusters on the machine are not affected. The final evaluation includes the published model `between`.
 """
 
 import re
@@ -10,14 +10,16 @@ import sys
 import time
 from pathlib import Path
 
-from giffy_ray import cli
+from giffy_ray.cli import jobs
+from giffy_ray.cli.errors import report_errors
 from giffy_ray.cluster.local import local_head
 from giffy_ray.config import ConfigError, load
 from giffy_ray.core.messages import redact_output
+from giffy_ray.core.packaged import packaged_path
 from giffy_ray.core.storage import resolve_path
 
 _CHECKOUT = Path(__file__).resolve().parent.parent
-_EXPERIMENT = "jobs/experiments/demo.yaml"
+_EXPERIMENT = "demo"
 _MODELS = (
     "'cvae' is the demo's model, trained for about a minute; 'published between' comes with the project and was "
     "trained for 20 minutes on two CPU cores."
@@ -26,13 +28,13 @@ _MODELS = (
 _RAY_MESSAGE = re.compile(r"(\d{4}-\d\d-\d\d [\d:,]+\s+)?(INFO|SUCC|WARNING) \S+\.py:\d+ -- |Running entrypoint")
 
 
-def main(arguments: cli.Arguments) -> int:
+def main(arguments: jobs.Arguments) -> int:
     redact_output()
-    if arguments.path is not None:
-        raise ConfigError(f"{arguments.path!r}: the demo has its own experiment file, {_EXPERIMENT}")
+    if arguments.experiment is not None:
+        raise ConfigError(f"{arguments.experiment!r}: this job always runs the experiment {_EXPERIMENT!r}")
     overrides = [f"storage={_CHECKOUT / 'runs'}", *arguments.overrides]
     # The storage is absolute because Ray runs the job in a copy of the working directory.
-    overrides.append(f"storage={resolve_path(load(_CHECKOUT / _EXPERIMENT, overrides).storage)}")
+    overrides.append(f"storage={resolve_path(load(packaged_path('experiments', _EXPERIMENT), overrides).storage)}")
     options = ["--compare-published", *(["--debug"] if arguments.debug else [])]
     start_s = time.monotonic()
     print("starting a local Ray head", flush=True)
@@ -60,6 +62,6 @@ def _run_and_stream(command: list[str], environment: dict[str, str]) -> int:
 
 
 if __name__ == "__main__":
-    parsed = cli.parse(__doc__, sys.argv[1:])
-    with cli.report_errors(parsed.debug):
+    parsed = jobs.parse(__doc__, sys.argv[1:])
+    with report_errors(Path(sys.argv[0]).name, parsed.debug):
         sys.exit(main(parsed))

@@ -1,13 +1,7 @@
-"""Trains a conditional VAE: python jobs/train_cvae.py [EXPERIMENT.yaml] [section.field=value ...]
+"""Trains a conditional VAE: python jobs/train_cvae.py [EXPERIMENT] [section.field=value ...]"""
 
-The same as jobs/train.py, with demo.yaml as the default experiment.
-"""
-
-from pathlib import Path
-
-from giffy_ray import cli, workflows
-
-_DEFAULT = Path(__file__).parent / "experiments" / "demo.yaml"
+from giffy_ray.cli.jobs import TRAIN, run_job
+from giffy_ray.core.packaged import packaged_path
 
 if __name__ == "__main__":
-    cli.run(workflows.train_and_evaluate, __doc__, _DEFAULT, check=workflows.check_training)
+    run_job(TRAIN, experiment=packaged_path("experiments", "demo"))

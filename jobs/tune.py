@@ -1,15 +1,6 @@
-"""Tunes hyperparameters: python jobs/tune.py [EXPERIMENT.yaml] [section.field=value ...]
+"""Tunes hyperparameters: python jobs/tune.py [EXPERIMENT] [section.field=value ...]"""
 
-Searches the `search` section's space, trains the best configuration to completion and evaluates it. MLflow shows the
-trials and the final training below the search. Started again, an interrupted search resumes; --resume=never starts a
-new search, and --resume=must fails if there is none to resume.
-"""
-
-from pathlib import Path
-
-from giffy_ray import cli, workflows
-
-_DEFAULT = Path(__file__).parent / "experiments" / "demo.yaml"
+from giffy_ray.cli.jobs import TUNE, run_job
 
 if __name__ == "__main__":
-    cli.run(workflows.tune, __doc__, _DEFAULT, check=workflows.check_tuning, flags=workflows.TUNE_FLAGS)
+    run_job(TUNE)

@@ -1,13 +1,7 @@
-"""Tunes a conditional GAN: python jobs/tune_cgan.py [EXPERIMENT.yaml] [section.field=value ...]
+"""Tunes a conditional GAN: python jobs/tune_cgan.py [EXPERIMENT] [section.field=value ...]"""
 
-The same as jobs/tune.py, with cgan-demo.yaml as the default experiment.
-"""
-
-from pathlib import Path
-
-from giffy_ray import cli, workflows
-
-_DEFAULT = Path(__file__).parent / "experiments" / "cgan-demo.yaml"
+from giffy_ray.cli.jobs import TUNE, run_job
+from giffy_ray.core.packaged import packaged_path
 
 if __name__ == "__main__":
-    cli.run(workflows.tune, __doc__, _DEFAULT, check=workflows.check_tuning, flags=workflows.TUNE_FLAGS)
+    run_job(TUNE, experiment=packaged_path("experiments", "cgan-demo"))

@@ -6,7 +6,7 @@ from typing import Any
 
 import ray
 
-from giffy_ray import cli
+from giffy_ray.cli.jobs import Job, run_job
 from giffy_ray.cluster import resources
 from giffy_ray.config import Experiment, from_yaml
 from giffy_ray.core import distributed
@@ -51,4 +51,4 @@ def main(experiment: Experiment) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, __doc__, Path("tests/tiny.yaml"))
+    run_job(Job(main, __doc__, experiment=Path("tests/tiny.yaml")))

@@ -95,7 +95,8 @@ def test_a_library_has_one_importer(library: str):
     ("module", "forbidden"),
     [
         ("giffy_ray", "torch ray mlflow av"),
-        ("giffy_ray.cli", "torch ray mlflow av"),
+        ("giffy_ray.cli.main", "torch ray mlflow av numpy pydantic pyarrow rich PIL"),
+        ("giffy_ray.cli.jobs", "torch ray mlflow av"),
         ("giffy_ray.workflows", "torch ray mlflow av"),
         ("giffy_ray.config", "torch ray mlflow"),
         ("giffy_ray.data.decode", "torch ray mlflow"),
@@ -121,11 +122,11 @@ import torch
 from giffy_ray.config import Experiment, override
 from giffy_ray.inference.loading import load_trained_models
 from giffy_ray.inference.pyfunc_model import InterpolationModel
-clip = InterpolationModel("published/between").experiment.clip
+clip = InterpolationModel("giffy_ray/pretrained/between").experiment.clip
 start, end = torch.randint(0, 256, (2, 1, clip.height, clip.width, 3), dtype=torch.uint8)
-(model,) = load_trained_models(override(Experiment(), {"evaluate.runs": ["published/between"]}), clip)
+(model,) = load_trained_models(override(Experiment(), {"evaluate.runs": ["giffy_ray/pretrained/between"]}), clip)
 generated = model.learner.generate(start, end, torch.zeros(1, model.learner.latent))
-predicted = InterpolationModel("published/between").predict({"start": start.numpy(), "end": end.numpy()})
+predicted = InterpolationModel("giffy_ray/pretrained/between").predict({"start": start.numpy(), "end": end.numpy()})
 print(tuple(generated.shape) == (1, clip.frames, clip.height, clip.width, 3), (generated.numpy() == predicted).all())
 """
 

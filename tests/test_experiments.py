@@ -1,4 +1,4 @@
-"""Every experiment of jobs/experiments, with reduced widths and sizes, trains and reduces its own error."""
+"""Every experiment of giffy_ray/experiments, with reduced widths and sizes, trains and reduces its own error."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from giffy_ray.training import learners
 from tests.conftest import ROOT, in_float64
 from tests.models.test_models import ADVANCED, CGAN, DIRECT_3D, TWO_STREAM
 
-FOLDER = ROOT / "jobs" / "experiments"
+FOLDER = ROOT / "giffy_ray" / "experiments"
 EXPERIMENTS = sorted(FOLDER.rglob("*.yaml"))
 # Reference values of every fourth step. GIFFY_RAY_GOLDEN=1 rewrites them.
 GOLDEN = ROOT / "tests" / "golden_curves.json"

@@ -118,12 +118,12 @@ def test_a_run_resumes_and_best_yaml_is_an_experiment_file(head: Head, storage: 
 def test_own_videos_starts_from_the_published_checkpoint(head: Head, storage: Path, videos: Path):
     overrides = [f"data.root={videos}", "data.validation_fraction=0.3", f"storage={storage}", "cluster.workers=1"]
     overrides += ["train.epochs=1", "train.validate_every=1", "evaluate.samples=1"]
-    output = submit(head, "jobs/train_cvae.py", "jobs/experiments/own-videos.yaml", *overrides)
+    output = submit(head, "jobs/train_cvae.py", "giffy_ray/experiments/own-videos.yaml", *overrides)
     assert "epoch 1/1" in output
     learner, experiment = checkpoint_format.load_learner(
-        checkpoint_selection.latest_checkpoint(load(ROOT / "jobs/experiments/own-videos.yaml", overrides))
+        checkpoint_selection.latest_checkpoint(load(ROOT / "giffy_ray/experiments/own-videos.yaml", overrides))
     )
-    assert experiment.train.init_from == "published/between"
+    assert experiment.train.init_from == "between"
     assert len(learner.networks["between"].mirrors) == 4
 
 

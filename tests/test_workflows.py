@@ -1,10 +1,8 @@
 import contextlib
 import csv
-import importlib
 import io
 import math
 import re
-import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +18,7 @@ from giffy_ray import workflows
 from giffy_ray.cluster import resources
 from giffy_ray.cluster.resources import WorkerResources
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, override
+from giffy_ray.core.packaged import packaged_path
 from giffy_ray.data import prepare as preparing
 from giffy_ray.data.sampler import subsample_split
 from giffy_ray.evaluation import metrics, report
@@ -33,7 +32,6 @@ from giffy_ray.tracking import tracker as tracker_module
 from giffy_ray.tracking.tracker import open_run, replay, tracking_uri
 from giffy_ray.training import checkpoint_format, checkpoint_selection, checkpoints, learners, trainer
 from giffy_ray.tuning import tuner
-from tests.conftest import ROOT
 from tests.evaluation.test_perceptual_evaluator import FakeLpips
 
 CLIP = ClipConfig(frames=4, fps=2.0, height=16, width=16)
@@ -182,6 +180,22 @@ def test_runs_are_loaded_by_name_or_path(experiments_by_checkpoint: dict[str, Ex
     assert [run.name for run in load_trained_models(make_experiment(tmp_path), CLIP)] == ["cvae"]  # the run named study
 
 
+def test_a_run_is_preferred_to_a_pretrained_model_of_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    loaded: list[str] = []
+
+    def load(location: str):
+        loaded.append(location)
+        return FakeLearner(), make_experiment()
+
+    monkeypatch.setattr(checkpoint_format, "load_learner", load)
+    experiment = make_experiment(tmp_path, runs=("between",))
+    (model,) = load_trained_models(experiment, CLIP)
+    checkpoint_dir = create_checkpoint(tmp_path, "between")
+    load_trained_models(experiment, CLIP)
+    assert loaded == [str(packaged_path("models", "between")), checkpoint_dir]
+    assert model.name == "between"
+
+
 @pytest.mark.parametrize(
     ("runs", "message"),
     [
@@ -321,15 +335,6 @@ def test_measures_table_fits_long_method_names():
         assert row.endswith("33.5")
 
 
-def load_job(name: str) -> Any:
-    """Imports jobs/NAME.py."""
-    sys.path.insert(0, str(ROOT / "jobs"))
-    try:
-        return importlib.import_module(name)
-    finally:
-        sys.path.remove(str(ROOT / "jobs"))
-
-
 class SixFrames(FakeDataset):
     """Clips of a length that a tiny CVAE supports."""
 
@@ -393,7 +398,6 @@ def test_the_evaluated_checkpoint_is_the_registered_one(
 def test_evaluation_does_not_touch_the_mlflow_run_of_a_running_training(
     run_with_checkpoints: Experiment, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    evaluate_job = load_job("evaluate")
     folder = tmp_path / "set"
     folder.mkdir()
     training = open_run(run_with_checkpoints)
@@ -402,7 +406,7 @@ def test_evaluation_does_not_touch_the_mlflow_run_of_a_running_training(
     events = sorted(Path(training.run_dir, "tracking").rglob("*"))
     monkeypatch.setattr(resources, "resources_for", lambda experiment: None)
     monkeypatch.setattr(preparing, "prepare", lambda experiment: SixFrames(folder))
-    evaluate_job.main(run_with_checkpoints)
+    workflows.evaluate(run_with_checkpoints)
 
     client = MlflowClient(tracking_uri(run_with_checkpoints))
     evaluation, running = sorted(client.search_runs(["1"]), key=lambda run: run.info.status)
@@ -419,7 +423,7 @@ def test_evaluation_does_not_touch_the_mlflow_run_of_a_running_training(
 
     monkeypatch.setattr(report, "report_evaluation", raising(RuntimeError("it broke")))
     with pytest.raises(RuntimeError, match="it broke"):
-        evaluate_job.main(run_with_checkpoints)
+        workflows.evaluate(run_with_checkpoints)
     statuses = sorted(run.info.status for run in client.search_runs(["1"]))
     assert statuses == ["FAILED", "FINISHED", "RUNNING"]
     training.finish()
@@ -479,18 +483,13 @@ def test_a_search_that_raises_ends_its_mlflow_run(
     assert (run.info.run_name, run.info.status) == ("tuned-study", status)
 
 
-def test_the_published_model_generates_clips_of_the_dataset(
-    tmp_path: Path, tiny: Experiment, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_published_model_generates_clips_of_the_dataset(tmp_path: Path, tiny: Experiment):
     dataset: Any = SixFrames(tmp_path)
     model = workflows._load_published_model(tiny, dataset)
     assert model.name == "published between"
     clips = torch.from_numpy(dataset.get_clips(np.arange(2)))
     generated = model.learner.generate(clips[:, 0], clips[:, -1], torch.zeros(2, model.learner.latent))
     assert generated.shape == clips.shape
-    monkeypatch.setattr(workflows, "_PUBLISHED_MODEL", tmp_path / "nowhere")
-    with pytest.raises(ConfigError, match=r"^--compare-published: needs .*nowhere"):
-        workflows._load_published_model(tiny, dataset)
 
 
 def raising(error: BaseException) -> Any:

@@ -211,7 +211,8 @@ class TrainConfig(StrictSection):
     keep_checkpoints: PositiveInt = 1
     """Number of checkpoints with the best validation score to keep, in addition to the newest two."""
     init_from: Location | None = None
-    """Run in `storage`, or location of a checkpoint (with a `/`), that initializes the networks of a new run."""
+    """What initializes the networks of a new run: a run in `storage`, or else a pretrained model of that name, such as
+    `between`; or the location of a checkpoint (with a `/`)."""
     max_skipped_steps: NonNegativeInt = 10
     """Fail after more than this many steps with a non-finite gradient."""
     seed: Seed = 0
@@ -294,8 +295,8 @@ class EvaluateConfig(StrictSection):
     clips: PositiveInt = 1000
     """Maximum number of clips. All evaluations on a dataset use the same ones."""
     runs: tuple[Run, ...] = ()
-    """Models that `jobs/evaluate.py` compares: run names in `storage`, locations of checkpoints (with a `/`), or
-    `models:/NAME@champion`. Empty evaluates the run `name`."""
+    """Models that `jobs/evaluate.py` compares: names of runs in `storage` or of pretrained models, locations of
+    checkpoints (with a `/`), or `models:/NAME@champion`. Empty evaluates the run `name`."""
     baselines: tuple[Baseline, ...] = get_args(Baseline)
     """Baselines to compare with. `linear` is always included, as the reference for the skill."""
     perceptual: tuple[PerceptualMetric, ...] = ()

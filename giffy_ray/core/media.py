@@ -180,10 +180,11 @@ def _resize(frame: np.ndarray, width: int, height: int) -> Image.Image:
 
 
 @functools.cache
-def _font() -> ImageFont.FreeTypeFont:
-    # Pillow's built-in font lacks accented letters. Importing matplotlib is slow, so only its path is looked up.
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    # Importing matplotlib is slow, so only its path is looked up.
     spec = importlib.util.find_spec("matplotlib")
-    assert spec and spec.origin
+    if spec is None or spec.origin is None:  # installed for inference only; Pillow's font lacks accented letters
+        return ImageFont.load_default(_FONT_PX)
     return ImageFont.truetype(Path(spec.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf", _FONT_PX)
 
 

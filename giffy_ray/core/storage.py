@@ -1,4 +1,8 @@
-"""File access to local folders and buckets (s3://bucket/folder), both through pyarrow.fs."""
+"""File access to local folders, and through pyarrow.fs to buckets (s3://bucket/folder).
+
+pyarrow is imported only where it is used: it takes as long to import as all that a job needs to check its experiment,
+and generating clips needs none of it.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +14,11 @@ import sys
 import uuid
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 from urllib.parse import unquote
 
-from pyarrow import fs
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 # User and password of an address: everything up to the last @ of its host. A password may contain characters that it
 # should escape, such as /: if no port follows the colon, the match extends to the last @ before a space.
@@ -97,17 +103,29 @@ def expand_home(path: str) -> str:
 
 
 def filesystem_of(location: str) -> tuple[fs.FileSystem, str]:
-    """Returns the filesystem of a local path or an address, and the absolute path on it. Raises ValueError."""
-    location = normalize_location(location)
-    scheme, separator, rest = location.partition("://")
-    if separator:
+    """Returns pyarrow's filesystem of a local path or an address, and the absolute path on it. Raises ValueError."""
+    path = local_path(location)
+    if path is None:
+        scheme, _, rest = normalize_location(location).partition("://")
         return _open_bucket(f"{scheme}://{rest.partition('/')[0]}"), rest.rstrip("/")
-    return fs.LocalFileSystem(), str(Path(location).absolute())
+    from pyarrow import fs
+
+    return fs.LocalFileSystem(), str(path)
+
+
+def local_path(location: str) -> Path | None:
+    """Returns the absolute path of a local location, and None for an address of a bucket. Raises ValueError."""
+    location = normalize_location(location)
+    return None if "://" in location else Path(location).absolute()
 
 
 @functools.lru_cache
 def _open_bucket(address: str) -> fs.FileSystem:
     """Cached, because pyarrow looks up the bucket's region over the network."""
+    try:
+        from pyarrow import fs
+    except ImportError as error:
+        raise ValueError(f"{address}: buckets need pyarrow; pip install 'giffy_ray[train]'") from error
     return fs.FileSystem.from_uri(address)[0]
 
 
@@ -141,31 +159,43 @@ def resolve_path(location: str) -> str:
     return str(path)
 
 
+def open_stream(location: str) -> BinaryIO:
+    """Opens a file for reading. Raises FileNotFoundError."""
+    path = local_path(location)
+    if path is not None:
+        return path.open("rb")
+    filesystem, key = filesystem_of(location)
+    return filesystem.open_input_stream(key)
+
+
 def read_text(location: str, errors: str = "strict") -> str | None:
     """Returns the text of a file, or None if it does not exist. `errors` is that of bytes.decode."""
-    filesystem, path = filesystem_of(location)
-    if filesystem.get_file_info(path).type != fs.FileType.File:
-        return None
-    with filesystem.open_input_stream(path) as stream:
-        return stream.read().decode(errors=errors)
+    return read_bytes(location).decode(errors=errors) if is_file(location) else None
 
 
 def is_file(location: str) -> bool:
-    filesystem, path = filesystem_of(location)
-    return filesystem.get_file_info(path).type == fs.FileType.File
+    path = local_path(location)
+    if path is not None:
+        return path.is_file()
+    filesystem, key = filesystem_of(location)
+    return filesystem.get_file_info(key).is_file
 
 
 def read_bytes(location: str) -> bytes:
-    filesystem, path = filesystem_of(location)
-    with filesystem.open_input_stream(path) as stream:
+    with open_stream(location) as stream:
         return stream.read()
 
 
 def delete_file(location: str) -> None:
     """Deletes a file if it exists."""
-    filesystem, path = filesystem_of(location)
-    if filesystem.get_file_info(path).type == fs.FileType.File:
-        filesystem.delete_file(path)
+    if not is_file(location):
+        return
+    path = local_path(location)
+    if path is not None:
+        path.unlink(missing_ok=True)
+    else:
+        filesystem, key = filesystem_of(location)
+        filesystem.delete_file(key)
 
 
 def write_text(location: str, text: str) -> None:
@@ -174,21 +204,20 @@ def write_text(location: str, text: str) -> None:
 
 def write_bytes(location: str, content: bytes) -> None:
     """Writes a file atomically, and creates its parent folders."""
-    filesystem, path = filesystem_of(location)
-    output_path = path
-    # An object store shows an object only when it is complete. A local file is written under another name and moved.
-    if is_local(location):
-        filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        output_path = f"{path}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    try:
-        with filesystem.open_output_stream(output_path) as stream:
+    path = local_path(location)
+    if path is None:  # an object store shows an object only when it is complete
+        filesystem, key = filesystem_of(location)
+        with filesystem.open_output_stream(key) as stream:
             stream.write(content)
-        if output_path != path:
-            filesystem.move(output_path, path)
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex}{PARTIAL_SUFFIX}")
+    try:
+        partial.write_bytes(content)
+        partial.replace(path)
     except BaseException:
-        if output_path != path:
-            with suppress(OSError):  # frees the space of a partial file, for example on a full disk
-                filesystem.delete_file(output_path)
+        with suppress(OSError):  # frees the space of a partial file, for example on a full disk
+            partial.unlink()
         raise
 
 
@@ -233,19 +262,29 @@ def _probe(verb: str, location: str) -> None:
 
 
 def _probe_in_process(verb: str, location: str) -> None:
-    filesystem, path = filesystem_of(location)
-    if verb == "read":
-        if filesystem.get_file_info(path).type == fs.FileType.NotFound:
-            raise FileNotFoundError("no such file or folder")
-        return
-    probe_path = f"{path}/.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
-    if isinstance(filesystem, fs.LocalFileSystem):
-        if Path(path).exists() and not Path(path).is_dir():
+    path = local_path(location)
+    if path is None:
+        _probe_bucket(verb, location)
+    elif verb == "write":
+        if path.exists() and not path.is_dir():
             raise NotADirectoryError("not a folder")
-        Path(path).mkdir(parents=True, exist_ok=True)
-    with filesystem.open_output_stream(probe_path) as stream:
-        stream.write(b"writable")
-    filesystem.delete_file(probe_path)
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / f".{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+        probe.write_bytes(b"writable")
+        probe.unlink()
+    elif not path.exists():
+        raise FileNotFoundError("no such file or folder")
+
+
+def _probe_bucket(verb: str, location: str) -> None:
+    filesystem, key = filesystem_of(location)
+    if verb == "write":
+        probe = f"{key}/.{uuid.uuid4().hex}{PARTIAL_SUFFIX}"
+        with filesystem.open_output_stream(probe) as stream:
+            stream.write(b"writable")
+        filesystem.delete_file(probe)
+    elif filesystem.get_file_info(key).type.name == "NotFound":
+        raise FileNotFoundError("no such file or folder")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Loads trained models by run name, checkpoint path or registered version. Imports neither Ray nor MLflow.
+"""Loads trained models: runs, pretrained models, checkpoints and registered versions. Imports neither Ray nor MLflow.
 
 MLflow is imported only for an address in its registry, such as `models:/giffy_ray@champion`.
 """
@@ -52,14 +52,16 @@ def load_trained_models(experiment: Experiment, clip: ClipConfig) -> list[Traine
 def _load_run(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
     """Loads a run by its name, a checkpoint by path or URI, or a registered model by its models:/ address.
 
-    A path or URI is recognized by a slash.
+    A path or URI is recognized by a slash. A name that no run has may be that of a pretrained model.
     """
     try:
         if run.startswith(_REGISTRY_SCHEME):
             return _load_registered(experiment, run)
         if "/" in run:
             return checkpoint_format.load_learner(resolve_path(run))
-        return _load_selected(override(experiment, {"name": run}))
+        named = override(experiment, {"name": run})
+        pretrained = checkpoint_selection.find_pretrained(named)
+        return _load_selected(named) if pretrained is None else checkpoint_format.load_learner(pretrained)
     except (ConfigError, FileNotFoundError, checkpoint_format.CorruptCheckpoint) as error:
         raise ConfigError(f"evaluate.runs: {error} (value {run!r})") from error
 

@@ -6,20 +6,15 @@
     context, target frames --> q(latent)                                        (training only)
     time, latent, context, features --Synthesis, coarse to fine--> two flows, visibility, residual --> frame
 
-A frame at time t, from 0 at the start to 1 at the end, is
-
-    (1 - a) warp(start, t flow_start) + a warp(end, (1 - t) flow_end) + 4 t (1 - t) residual,
-    a = sigmoid(logit(t) + visibility)
-
-This is the blend of Super SloMo (Jiang et al. 2018, arXiv 1712.00080). The features of both end images are warped at
-every scale, as in IFRNet (Kong et al. 2022, arXiv 2205.14620). All heads start from zero, so an untrained network *is*
-linear interpolation; both end frames are exact for any weights. The prior is learned (SVG-LP, Denton & Fergus 2018,
-arXiv 1802.07687). The latent has few dimensions: with many independent ones, hardly any sample is right in most.
+`models.motion` defines the blend. The features of both end images are warped at every scale, as in IFRNet (Kong et al.
+2022, arXiv 2205.14620). All heads start from zero, so an untrained network *is* linear interpolation; both end frames
+are exact for any weights. The prior is learned (SVG-LP, Denton & Fergus 2018, arXiv 1802.07687). The latent has few
+dimensions: with many independent ones, hardly any sample is right in most.
 """
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -27,16 +22,17 @@ from torch.nn import functional
 
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError
 from giffy_ray.core.tensor_types import ClipFloats, ImageFloats, Noise, Times
+from giffy_ray.models.motion import Motion, blend, warp
 
 _COARSEST_STRIDE = 8  # image pixels per position of the coarsest features
 _SEARCH_RADIUS = 4  # of the cost volume, in positions of the coarsest features
 _FLOW_CHANNELS = 4  # two flows of (x, y)
 _BLEND_CHANNELS = 4  # visibility, and a residual of three colours
 _LEAKY_SLOPE = 0.2
-_MAX_VISIBILITY = 8.0
 _LOG_STD_RANGE = -6.0, 3.0
 _INITIAL_LOG_STD = -2.0  # keeps the first samples of the latent informative
 _POOLED_SIZE = 4  # positions along height and width that the latent's distribution depends on
+_MAX_BATCH_PIXELS = 2**18  # image pixels x frames per call of the synthesis; bounds its memory to some 500 MB
 _MIRRORS = ((), (-1,), (-2,), (-2, -1))  # flipped axes: none, horizontal, vertical, both
 
 
@@ -105,6 +101,19 @@ class Between(nn.Module):
         mean, std = self.prior(context)
         return self._synthesise(start, end, features, context, mean + std * noise, times)
 
+    @torch.no_grad()
+    def iter_motion(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Tensor) -> Iterator[Motion]:
+        """Estimates the motion between two images; see `models.motion.MotionEstimator`.
+
+        Height and width must be multiples of 8. `self_ensemble` has no effect.
+        """
+        features, context = self._encode(start, end)
+        mean, std = self.prior(context)
+        latent = mean + std * noise
+        batch_frames = max(1, _MAX_BATCH_PIXELS // (start.shape[2] * start.shape[3]))
+        for batch in times.split(batch_frames):
+            yield self._estimate(features, context, latent, batch[None])
+
     def _encode(self, start: ImageFloats, end: ImageFloats) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Returns the features of (start, end) at each scale, from fine to coarse, and the context."""
         levels = self.pyramid(torch.cat([start, end]))
@@ -112,9 +121,14 @@ class Between(nn.Module):
         return features, self.context(*features[-1])  # type: ignore[arg-type, return-value]
 
     def _synthesise(self, start, end, features, context: Tensor, latent: Tensor, times: Times) -> ClipFloats:
+        motion = self._estimate(features, context, latent, times)
+        repeated = _repeat_pairs(times)
+        frames = blend(start[repeated], end[repeated], times.reshape(-1, 1, 1, 1), motion)
+        return frames.view(*times.shape, *frames.shape[1:]).transpose(1, 2)
+
+    def _estimate(self, features, context: Tensor, latent: Tensor, times: Times) -> Motion:
         """Encoded pairs are repeated for each of their times, so the batch of the synthesis is pairs x times."""
-        pairs, count = times.shape
-        repeated = torch.arange(pairs, device=times.device).repeat_interleave(count)
+        repeated = _repeat_pairs(times)
         time = times.reshape(-1, 1, 1, 1)
         latent_planes = latent[:, :, None, None].expand(-1, -1, *context.shape[2:])
         coarse = torch.cat([context, latent_planes], dim=1)[repeated]
@@ -122,8 +136,7 @@ class Between(nn.Module):
             (start_features[repeated], end_features[repeated])
             for start_features, end_features in reversed(features[:-1])
         ]
-        frames = blend(start[repeated], end[repeated], time, *self.synthesis(coarse, finer, time))
-        return frames.view(pairs, count, *frames.shape[1:]).transpose(1, 2)
+        return self.synthesis(coarse, finer, time)
 
 
 class Pyramid(nn.Module):
@@ -215,16 +228,13 @@ class Synthesis(nn.Module):
             ]
         )
 
-    def forward(self, coarse: Tensor, finer: list[tuple[Tensor, Tensor]], time: Tensor) -> tuple[Tensor, Tensor]:
-        """Computes the inputs of `blend`.
+    def forward(self, coarse: Tensor, finer: list[tuple[Tensor, Tensor]], time: Tensor) -> Motion:
+        """Estimates the motion of each frame.
 
         Args:
             coarse: Context and latent at 1/8 of the size.
             finer: Features of start and end at 1/4 and 1/2 of the size.
             time: Time of each frame, [n, 1, 1, 1].
-
-        Returns:
-            Flows of start and end in pixels, and visibility and residual, [n, 4, height, width] each.
         """
         inputs = coarse
         flows = coarse.new_zeros(len(coarse), _FLOW_CHANNELS, *coarse.shape[2:])
@@ -233,7 +243,8 @@ class Synthesis(nn.Module):
             state, change = refine(torch.cat([inputs, planes], dim=1))
             flows = functional.interpolate(flows, scale_factor=2, mode="bilinear") + change[:, :_FLOW_CHANNELS]
             if features is None:
-                return flows, change[:, _FLOW_CHANNELS:]
+                visibility_residual = change[:, _FLOW_CHANNELS:]
+                return Motion(flows, visibility_residual[:, :1], visibility_residual[:, 1:])
             start, end = features
             warped_start = warp(start, time * flows[:, :2] / pixels)
             warped_end = warp(end, (1 - time) * flows[:, 2:] / pixels)
@@ -266,49 +277,6 @@ class Residual(nn.Module):
         return functional.leaky_relu(features + self.layers(features), _LEAKY_SLOPE)
 
 
-def blend(
-    start: ImageFloats, end: ImageFloats, time: Tensor, flows: Tensor, visibility_residual: Tensor
-) -> ImageFloats:
-    """Blends the warped end images to the frame at `time`.
-
-    The weight of the end, sigmoid(logit(t) + visibility), is computed in a form that is exactly 0 and 1 at the ends.
-
-    Args:
-        start: Start images.
-        end: End images.
-        time: Time of each frame, [n, 1, 1, 1].
-        flows: Flows of start and end in pixels, [n, 4, height, width].
-        visibility_residual: Visibility, then the residual, [n, 4, height, width].
-    """
-    odds = time * visibility_residual[:, :1].clamp(-_MAX_VISIBILITY, _MAX_VISIBILITY).exp()
-    weight = odds / (1 - time + odds)
-    # Bicubic, because bilinear sampling blurs: its frames are 7 % less sharp than the target's.
-    warped_start = warp(start, time * flows[:, :2], "bicubic")
-    warped_end = warp(end, (1 - time) * flows[:, 2:], "bicubic")
-    residual = visibility_residual[:, 1:]
-    return (1 - weight) * warped_start + weight * warped_end + 4 * time * (1 - time) * residual
-
-
-def warp(picture: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
-    """Backward warping: samples each pixel at the position that its flow points to.
-
-    Positions outside use the nearest edge pixel. A non-finite flow gives NaN.
-
-    Args:
-        picture: Images or features, [n, channels, height, width].
-        flow: Displacements (x, y) in pixels, [n, 2, height, width].
-        mode: Interpolation of `grid_sample`, bilinear or bicubic.
-    """
-    height, width = flow.shape[2:]
-    finite = flow.isfinite().all(1, keepdim=True)
-    flow = torch.where(finite, flow, 0.0)  # on a CPU, grid_sample's gradient at NaN segfaults
-    x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
-    y = torch.arange(height, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
-    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
-    warped = functional.grid_sample(picture, grid, mode, padding_mode="border", align_corners=True)
-    return torch.where(finite, warped, math.nan)
-
-
 def cost_volume(features: Tensor, other_features: Tensor) -> Tensor:
     """Cosine similarity of each position with the other image's positions within `_SEARCH_RADIUS`.
 
@@ -322,6 +290,12 @@ def cost_volume(features: Tensor, other_features: Tensor) -> Tensor:
     neighbours = functional.unfold(normalized, 2 * _SEARCH_RADIUS + 1, padding=_SEARCH_RADIUS)
     neighbours = neighbours.view(pairs, channels, -1, height, width)
     return (neighbours * functional.normalize(features, dim=1)[:, :, None]).sum(1)
+
+
+def _repeat_pairs(times: Times) -> Tensor:
+    """Returns the index of the pair of each frame, int64 [pairs x times]."""
+    pairs, count = times.shape
+    return torch.arange(pairs, device=times.device).repeat_interleave(count)
 
 
 def _conv_activation(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:

@@ -15,24 +15,27 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from pyarrow import fs
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from giffy_ray.config import BetweenConfig, Experiment, flatten, from_yaml, override, to_yaml
-from giffy_ray.core.storage import filesystem_of, join, read_bytes, read_text, write_text
+from giffy_ray.core.storage import is_file, join, local_path, open_stream, read_bytes, read_text, write_text
 from giffy_ray.training import learners
 from giffy_ray.training.learners import Learner
 from giffy_ray.training.learners.optimized_module import AVERAGE_SUFFIX
+
+if TYPE_CHECKING:
+    from pyarrow import fs
 
 EXPERIMENT = "experiment.yaml"
 MANIFEST = "manifest.json"
@@ -40,6 +43,7 @@ OPTIMIZERS = "optimizers.safetensors"
 TRAIN_STATE = "position.json"
 _EXPORTED_FIELDS = ("clip.", "model.", "train.seed")  # the config fields that determine the generated clips
 _CHUNK_BYTES = 2**24
+_CPU = torch.device("cpu")
 
 TensorLayouts = Mapping[str, tuple[list[int], torch.dtype]]  # shape and dtype of each tensor in a file, by name
 
@@ -69,13 +73,14 @@ def contiguous_weights(network: nn.Module) -> dict[str, torch.Tensor]:
     return {key: value.contiguous() for key, value in network.state_dict().items()}
 
 
-def load_learner(checkpoint_dir: str) -> tuple[Learner, Experiment]:
-    """Loads a checkpoint on the CPU, ready to generate.
+def load_learner(checkpoint_dir: str, device: torch.device = _CPU) -> tuple[Learner, Experiment]:
+    """Loads a checkpoint, ready to generate.
 
     Only the weights are read or downloaded: the optimizer states of the paper's CVAE are twice as large.
 
     Args:
         checkpoint_dir: Local path or URI of the checkpoint.
+        device: Device of the networks.
 
     Raises:
         FileNotFoundError: The folder holds no checkpoint.
@@ -85,7 +90,7 @@ def load_learner(checkpoint_dir: str) -> tuple[Learner, Experiment]:
     if text is None:
         raise FileNotFoundError(f"{checkpoint_dir}: not a checkpoint (it has no {EXPERIMENT})")
     experiment = from_yaml(text)
-    learner = learners.build(experiment, torch.device("cpu"))
+    learner = learners.build(experiment, device)
     with open_files(checkpoint_dir, [network_file(name) for name in learner.networks]) as folder:
         _load_networks(folder, learner)
     return learner, experiment
@@ -141,6 +146,8 @@ def copy_checkpoint(
     folder: Path, filesystem: fs.FileSystem, path: str, before_manifest: Callable[[], None] = lambda: None
 ) -> None:
     """Copies a local checkpoint to `path` on `filesystem`, its manifest last, right after `before_manifest`."""
+    from pyarrow import fs  # loading a checkpoint, for inference, does without it
+
     filesystem.create_dir(path)
     names = sorted(file.name for file in folder.iterdir() if file.name != MANIFEST)
     for name in (*names, MANIFEST):
@@ -168,12 +175,12 @@ def read_manifest(checkpoint_dir: str) -> dict[str, dict[str, Any]]:
 
 def read_train_state(checkpoint_dir: str) -> dict[str, Any]:
     """Returns the content of position.json, or an empty dict where it is missing or does not match the manifest."""
-    filesystem, path = filesystem_of(join(checkpoint_dir, TRAIN_STATE))
+    location = join(checkpoint_dir, TRAIN_STATE)
     try:
         expected = read_manifest(checkpoint_dir).get(TRAIN_STATE)
-        if expected is None or filesystem.get_file_info(path).type != fs.FileType.File:
+        if expected is None or not is_file(location):
             return {}
-        content = read_bytes(join(checkpoint_dir, TRAIN_STATE))
+        content = read_bytes(location)
     except (CorruptCheckpoint, FileNotFoundError):  # a running training may just be deleting it
         return {}
     return json.loads(content) if hashlib.sha256(content).hexdigest() == expected["sha256"] else {}
@@ -193,17 +200,17 @@ def open_files(checkpoint_dir: str, names: list[str] | None) -> Iterator[Path]:
     Files of a bucket are downloaded to a temporary folder. Raises CorruptCheckpoint.
     """
     files = read_manifest(checkpoint_dir)
-    filesystem, path = filesystem_of(checkpoint_dir)
+    local_folder = local_path(checkpoint_dir)
     with tempfile.TemporaryDirectory() as temporary:
-        local = isinstance(filesystem, fs.LocalFileSystem)
-        folder = Path(path if local else temporary)
+        folder = local_folder or Path(temporary)
         for name in files if names is None else names:
             source = join(checkpoint_dir, name)
             if name not in files:
                 raise CorruptCheckpoint(f"{checkpoint_dir}/{MANIFEST}: does not list {name}")
-            if not local:
-                _check_exists(filesystem, f"{path}/{name}", source)
-                fs.copy_files(f"{path}/{name}", str(folder / name), filesystem, fs.LocalFileSystem())
+            if local_folder is None:
+                _check_exists(source)
+                with open_stream(source) as stream, (folder / name).open("wb") as file:
+                    shutil.copyfileobj(stream, file, _CHUNK_BYTES)
             _check_fingerprint(str(folder / name), files[name], source)
         yield folder
 
@@ -217,20 +224,19 @@ def _check_fingerprint(path: str, expected: Mapping[str, Any], display_path: str
 
 
 def _fingerprint(location: str) -> dict[str, Any]:
-    filesystem, path = filesystem_of(location)
-    _check_exists(filesystem, path, location)
+    _check_exists(location)
     digest = hashlib.sha256()
     size = 0
-    with filesystem.open_input_stream(path) as stream:
+    with open_stream(location) as stream:
         while chunk := stream.read(_CHUNK_BYTES):
             digest.update(chunk)
             size += len(chunk)
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
-def _check_exists(filesystem: fs.FileSystem, path: str, display_path: str) -> None:
-    if filesystem.get_file_info(path).type != fs.FileType.File:
-        raise CorruptCheckpoint(f"{display_path}: is missing")
+def _check_exists(location: str) -> None:
+    if not is_file(location):
+        raise CorruptCheckpoint(f"{location}: is missing")
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from pyarrow import fs
 
 from giffy_ray.config import ConfigError, Experiment, override
+from giffy_ray.core.packaged import packaged_models, packaged_path
 from giffy_ray.core.storage import filesystem_of, is_local, join, read_text
 from giffy_ray.training.checkpoint_format import MANIFEST, CorruptCheckpoint, read_train_state, verify
 
@@ -139,8 +140,9 @@ def last_metrics(experiment: Experiment) -> dict[str, Any] | None:
 def resolve_init_from(experiment: Experiment) -> str | None:
     """Returns the checkpoint named by `train.init_from`: a path or URI as it is, or a run's newest checkpoint.
 
-    A trial stores its runs in the study's folder, so its `train.init_from` may also name a run beside that folder.
-    Raises ConfigError where a run of that name has no valid checkpoint.
+    A trial stores its runs in the study's folder, so its `train.init_from` may also name a run beside that folder. A
+    name that no run has may be that of a pretrained model. Raises ConfigError where none of these is a valid
+    checkpoint.
     """
     init_from = experiment.train.init_from
     if init_from is None or "/" in init_from:
@@ -150,7 +152,14 @@ def resolve_init_from(experiment: Experiment) -> str | None:
     if parent.partition("://")[2 if "://" in experiment.storage else 0] and not list_checkpoints(run):
         run_beside_study = override(run, {"storage": parent})
         run = run_beside_study if list_checkpoints(run_beside_study) else run
-    return latest_checkpoint(run)
+    return find_pretrained(run) or latest_checkpoint(run)
+
+
+def find_pretrained(run: Experiment) -> str | None:
+    """Returns the pretrained model of the run's name. None if there is none, or if the run has checkpoints itself."""
+    if run.name not in packaged_models() or list_checkpoints(run):
+        return None
+    return str(packaged_path("models", run.name))
 
 
 def available_bytes(experiment: Experiment) -> float:

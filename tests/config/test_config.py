@@ -20,7 +20,7 @@ from giffy_ray.config import (
 )
 from tests.conftest import ROOT
 
-EXPERIMENTS = sorted((ROOT / "jobs" / "experiments").glob("*.yaml"))
+EXPERIMENTS = sorted((ROOT / "giffy_ray" / "experiments").glob("*.yaml"))
 
 
 def test_the_defaults_are_the_papers_values():

@@ -14,7 +14,7 @@ from giffy_ray.models.baselines import linear
 from giffy_ray.training import checkpoint_format, checkpoints, learners
 from tests.conftest import ROOT
 
-PUBLISHED = sorted((ROOT / "published").glob("*/"))
+PUBLISHED = sorted((ROOT / "giffy_ray" / "pretrained").glob("*/"))
 VIDEOS = 12
 
 
@@ -48,8 +48,8 @@ def test_published_model_is_valid_and_beats_interpolation(folder: Path, target: 
 
 
 def test_own_videos_experiment_starts_from_the_accurate_model():
-    experiment = load(PUBLISHED[0].parent.parent / "jobs" / "experiments" / "own-videos.yaml")
-    assert experiment.train.init_from == "published/between"
+    experiment = load(PUBLISHED[0].parent.parent / "experiments" / "own-videos.yaml")
+    assert experiment.train.init_from == "between"
     learner = learners.build(experiment, torch.device("cpu"), steps=1)
     checkpoints.load_pretrained(str(PUBLISHED[0]), learner)
     published, _ = checkpoint_format.load_learner(str(PUBLISHED[0]))

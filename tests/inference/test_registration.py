@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import runpy
 import shutil
 import subprocess
 import sys
@@ -15,6 +14,7 @@ import torch
 from mlflow.models import get_model_info
 from mlflow.tracking import MlflowClient
 
+from giffy_ray import workflows
 from giffy_ray.config import ClipConfig, ConfigError, Experiment, flatten, from_yaml, override
 from giffy_ray.core.storage import write_text
 from giffy_ray.inference import registration
@@ -230,8 +230,7 @@ def test_checkpoint_deleted_by_a_running_training_is_selected_again(
     elif job == "evaluate":
         load_trained_models(run, run.clip)
     else:
-        main = runpy.run_path(str(ROOT / "jobs" / "publish.py"))["main"]
-        main(run)
+        workflows.publish(run)
         checkpoint_format.verify(str(tmp_path / "runs" / "published" / "training"))
     assert loaded[:2] == [str(folders[1]), str(folders[0])]
 

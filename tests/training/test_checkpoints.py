@@ -11,6 +11,7 @@ from pyarrow import fs
 from torch import nn
 
 from giffy_ray.config import ConfigError, Experiment, load, override
+from giffy_ray.core.packaged import packaged_path
 from giffy_ray.core.run_lock import RunLockLost
 from giffy_ray.core.storage import filesystem_of
 from giffy_ray.training import checkpoint_format, checkpoint_selection, checkpoints, learners, train_loop
@@ -413,6 +414,26 @@ def test_altered_step_count_does_not_make_a_checkpoint_newer(run: Experiment):
     state_file.write_text(state_file.read_text().replace('"steps_done": 10', '"steps_done": 90'))
     assert checkpoint_format.read_train_state(str(folder)) == {}
     assert checkpoint_selection.latest_checkpoint(run).endswith("checkpoint_2")
+
+
+def test_init_from_names_a_run_or_else_a_pretrained_model(tiny: Experiment, tmp_path: Path):
+    storage = {"storage": str(tmp_path), "name": "mine"}
+    experiment = override(tiny, storage | {"train.init_from": "between"})
+    assert checkpoint_selection.resolve_init_from(experiment) == str(packaged_path("models", "between"))
+    trial = override(experiment, {"storage": str(tmp_path / "study"), "name": "trial-0000"})
+    assert checkpoint_selection.resolve_init_from(trial) == str(packaged_path("models", "between"))
+
+    checkpoint_dir = tmp_path / "between" / "checkpoint_1"
+    checkpoint_dir.mkdir(parents=True)
+    checkpoints.Snapshot(build_learner(tiny), tiny, TrainState(1)).save(checkpoint_dir)
+    for named in (experiment, trial):
+        assert checkpoint_selection.resolve_init_from(named) == str(checkpoint_dir)
+    (checkpoint_dir / "cvae.safetensors").write_bytes(b"damaged")
+    with pytest.raises(ConfigError, match=r"no valid checkpoint in .*between"):  # instead of other weights in silence
+        checkpoint_selection.resolve_init_from(experiment)
+    unknown = override(tiny, storage | {"train.init_from": "betwen"})
+    with pytest.raises(ConfigError, match=r"no valid checkpoint in .*betwen"):
+        checkpoint_selection.resolve_init_from(unknown)
 
 
 def test_interrupted_deletion_leaves_an_incomplete_checkpoint(run: Experiment, monkeypatch: pytest.MonkeyPatch):

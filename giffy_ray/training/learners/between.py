@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
@@ -13,8 +13,19 @@ from giffy_ray import models
 from giffy_ray.config import BetweenConfig, Experiment
 from giffy_ray.core import distributed
 from giffy_ray.core.async_copy import to_device_async
-from giffy_ray.core.tensor_types import ClipFloats, Clips, Images, Noise, SampleIndices, Times, to_floats, to_pixels
+from giffy_ray.core.tensor_types import (
+    ClipFloats,
+    Clips,
+    ImageFloats,
+    Images,
+    Noise,
+    SampleIndices,
+    Times,
+    to_floats,
+    to_pixels,
+)
 from giffy_ray.models.between import Between
+from giffy_ray.models.motion import Motion
 from giffy_ray.models.pair_discriminator import AUGMENT_DRAWS, diff_augment
 from giffy_ray.models.sampling import noise_from_keys
 from giffy_ray.training.learners import losses
@@ -162,6 +173,11 @@ class BetweenLearner:
         times = torch.linspace(0, 1, frames or self.experiment.clip.frames, device=self.device)[1:-1]
         between = network.generate(first, last, noise.to(self.device), times.expand(len(first), -1))
         return to_pixels(torch.cat([first[:, :, None], between, last[:, :, None]], dim=2)).cpu()
+
+    def iter_motion(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Tensor) -> Iterator[Motion]:
+        """Estimates the motion between two images; see `models.motion.MotionEstimator`."""
+        network = cast(Between, self.module.eval_module.eval())
+        return network.iter_motion(start, end, noise, times)
 
     @torch.no_grad()
     def reconstruct(self, clips: Clips) -> Clips:

@@ -1,7 +1,8 @@
-"""The command line: arguments, exit codes and messages. Jobs are stubs, and Ray does not start."""
+"""The command line of jobs: arguments, exit codes and messages. Jobs are stubs, and Ray does not start."""
 
 import os
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -15,14 +16,14 @@ import ray
 from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
-from giffy_ray import cli, workflows
+from giffy_ray import workflows
 from giffy_ray.cluster import local, resources
 from giffy_ray.config import ConfigError, Experiment, load, override, to_yaml
 from giffy_ray.core.storage import write_text
 from tests.conftest import ROOT
 
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
-DEMO = ROOT / "jobs" / "experiments" / "demo.yaml"
+DEMO = ROOT / "giffy_ray" / "experiments" / "demo.yaml"
 OWN_VIDEOS = str(DEMO.parent / "own-videos.yaml")
 
 
@@ -33,19 +34,21 @@ def working_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "a.yaml").write_text("name: a\n")
     (tmp_path / "a=b.yaml").write_text("name: ab\n")
     (tmp_path / "own.yaml").write_text("data:\n  root: ???\n")
+    (tmp_path / "cgan-demo").write_text("name: file\n")
+    (tmp_path / "small").mkdir()
     return tmp_path
 
 
 @pytest.fixture
 def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str]]:
-    """Runs a job with command-line arguments; returns its exit code and stderr."""
+    """Runs a function as a job with command-line arguments; returns its exit code and stderr."""
     monkeypatch.setattr(resources, "connect", lambda: None)
 
-    def run_cli(job: Callable[[Experiment], None], *arguments: str, **settings) -> tuple[int, str]:
+    def run_cli(function: Callable[[Experiment], None], *arguments: str, **settings) -> tuple[int, str]:
         monkeypatch.setattr(sys, "argv", ["jobs/stub.py", *arguments])
         code = 0
         try:
-            cli.run(job, "What it does.", DEMO, **settings)
+            jobs.run_job(jobs.Job(function, "What it does.", **settings))
         except SystemExit as system_exit:
             code = system_exit.code  # type: ignore[assignment]
         return code, capsys.readouterr().err
@@ -59,6 +62,8 @@ def run_cli(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         ([], "demo"),
         (["a.yaml"], "a"),
         (["a=b.yaml"], "ab"),
+        (["small/cgan"], "small-cgan"),
+        (["cgan-demo"], "file"),  # a path wins over a name
         (["a.yaml", "name=mine"], "mine"),
         (["name=mine", "a.yaml"], "mine"),
         (["--resume", "never", "name=mine", "--profile"], "mine"),
@@ -84,17 +89,21 @@ def test_a_job_receives_the_experiment(run_cli, working_dir: Path, arguments: li
         (["--resum", "never"], "unrecognized arguments: --resum"),
         (["--resume"], "--resume: expected one argument"),
         (["--resume", "soon"], "invalid choice: 'soon'"),
-        (["a.yaml", "b.yaml"], "unexpected 'b.yaml': the experiment file is 'a.yaml'"),
+        (["a.yaml", "b.yaml"], "unexpected 'b.yaml': the experiment is 'a.yaml'"),
         (["a.yaml", "train.epochs"], "unexpected 'train.epochs'"),
-        ([""], "unexpected '': expected an experiment file"),
-        (["", "name=mine"], "unexpected '': expected an experiment file"),
-        (["b.yaml"], "b.yaml: no such experiment file"),
+        ([""], "unexpected '': expected an experiment or section.field=value"),
+        (["", "name=mine"], "unexpected '': expected an experiment"),
+        (["b.yaml"], "b.yaml: no such experiment file; giffy_ray comes with between, between-sharp, cgan-demo"),
+        (["betwen"], "betwen: no such experiment file; did you mean 'between'?"),
+        (["jobs/experiments/demo.yaml"], "jobs/experiments/demo.yaml: no such experiment file; did you mean 'demo'?"),
+        (["small/cgam"], "small/cgam: no such experiment file; did you mean 'small/cgan'?"),
+        (["small"], "small: is a folder"),
         (["."], ".: is a folder"),
         (["optim.lrr=1"], "optim.lrr: no such field (value 1); did you mean 'optim.lr'?"),
         (["data.root="], "data.root: is empty"),
         (["data.root=nowhere"], "data.root: no such folder or list (.csv, .parquet) of videos (value 'nowhere')"),
         (["own.yaml"], "data.root: is required by this experiment; set data.root=/path/to/videos"),
-        ([OWN_VIDEOS], "data.root: is required by this experiment; set data.root=/path/to/videos"),
+        (["own-videos"], "data.root: is required by this experiment; set data.root=/path/to/videos"),
         (["storage=file"], "storage: cannot be written: not a folder"),
         (["storage=file/runs"], "storage: cannot be written: Not a directory"),
         (["storage=/proc/runs"], "storage: cannot be written: No such file or directory (value '/proc/runs')"),
@@ -174,8 +183,8 @@ def task_error(error: Exception) -> Exception:
     ("error", "code", "message"),
     [
         (PermissionError(13, "Permission denied", "/x"), 1, "PermissionError: [Errno 13] Permission denied: '/x'"),
-        (RuntimeError("a\n\n  b"), 1, "RuntimeError: a b (test_cli.py:"),
-        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division (test_cli.py:"),
+        (RuntimeError("a\n\n  b"), 1, "RuntimeError: a b (test_jobs.py:"),
+        (ZeroDivisionError("division"), 1, "ZeroDivisionError: division (test_jobs.py:"),
         (OSError("no s3://key:hush@bucket"), 1, "OSError: no s3://***@bucket"),
         (training_error(), 1, "ValueError: a loss is not finite"),
         (task_error(KeyError("x")), 1, "KeyError: 'x'"),
@@ -308,7 +317,7 @@ def test_every_job_prints_its_help_without_ray(name: str):
     ("arguments", "message"),
     [
         ([], "nothing to evaluate"),
-        (["evaluate.runs=[published/between]"], "nothing to evaluate"),
+        (["evaluate.runs=[between]"], "nothing to evaluate"),
         (["name=mine", "optim.lrr=1"], "optim.lrr: no such field"),
         (["name=mine", "evaluate.runs=[a]"], "RAY_ADDRESS: http:// is a dashboard"),  # the last check before Ray starts
     ],
@@ -321,23 +330,43 @@ def test_an_evaluation_requires_something_to_evaluate(working_dir: Path, argumen
     assert not (working_dir / "runs" / "demo").exists()
 
 
-def test_a_run_is_evaluated_with_its_own_experiment(working_dir: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.syspath_prepend(str(ROOT / "jobs"))
-    import evaluate
-
+def test_a_run_is_evaluated_with_its_own_experiment(working_dir: Path):
     trained = load(ROOT / "tests" / "tiny.yaml", [f"storage={working_dir}", "name=mine", "train.epochs=7"])
     write_text(f"{working_dir}/mine/experiment.yaml", to_yaml(trained))
     overrides = ["name=mine", f"storage={working_dir}", "evaluate.samples=2"]
-    experiment = evaluate.without_file(load(DEMO, overrides), overrides)
+    experiment = workflows.experiment_of_run(load(DEMO, overrides), overrides)
     assert (experiment.clip, experiment.train.epochs, experiment.evaluate.samples) == (trained.clip, 7, 2)
-    assert evaluate.without_file(load(DEMO, ["name=new"]), ["name=new"]).clip == load(DEMO).clip
+    assert workflows.experiment_of_run(load(DEMO, ["name=new"]), ["name=new"]).clip == load(DEMO).clip
+
+
+@pytest.mark.parametrize("library", ["ray", "mlflow", "optuna"])
+def test_a_missing_library_is_named(run_cli, monkeypatch: pytest.MonkeyPatch, library: str):
+    monkeypatch.setitem(sys.modules, library, None)  # as if it was not installed
+    code, stderr = run_cli(lambda _: pytest.fail("the job started"))
+    assert code == 2
+    assert stderr == f"stub.py: needs {library}, which the core install lacks; pip install 'giffy_ray[train]'\n"
+
+
+@pytest.mark.parametrize("name", ["train", "tune", "evaluate", "prepare"])
+def test_a_command_of_giffy_runs_the_same_job(name: str, monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    monkeypatch.setattr(jobs, "run_job", lambda job, **options: calls.append((job, options)))
+    monkeypatch.setattr(sys, "argv", ["giffy", name, "demo", "name=mine", "--resume", "never", "--debug"])
+    with pytest.raises(SystemExit) as exit_info:
+        main.main()
+    assert not exit_info.value.code
+    runpy.run_path(str(ROOT / "jobs" / f"{name}.py"), run_name="__main__")
+    (job, options), (script_job, script_options) = calls
+    assert job is script_job
+    assert options == {"program": f"giffy {name}", "argv": ("demo", "name=mine", "--resume", "never", "--debug")}
+    assert script_options == {}
 
 
 def test_an_interrupt_during_the_start_prints_no_traceback(working_dir: Path):
     (working_dir / "slow.py").write_text(
-        "import time\nfrom giffy_ray import cli\nfrom giffy_ray.cluster import resources\n"
+        "import time\nfrom giffy_ray.cli.jobs import Job, run_job\nfrom giffy_ray.cluster import resources\n"
         "resources.connect = lambda: (print('started', flush=True), time.sleep(60))\n"
-        f"cli.run(print, None, {str(DEMO)!r}, needs_data=False)\n"
+        "run_job(Job(print, '', needs_data=False))\n"
     )
     job = [sys.executable, "slow.py"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

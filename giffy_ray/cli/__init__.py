@@ -1,0 +1,1 @@
+"""The command line: `giffy`, and the runner that the scripts in jobs/ share with it."""

@@ -1,0 +1,150 @@
+"""Estimates the motion of one pair of images, coarse to fine.
+
+    small images --network, at several sizes--> candidates, of which each place takes the one that matches best
+    candidates --matching, coarse to fine--> displacement of each pixel, from start to end
+    displacement and the network's own motion --> motion of each frame
+
+Matching is precise, the network sees far and knows occlusion. Each place takes the motion under which the images agree,
+or none, which is a cross-fade.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from giffy_ray.core.tensor_types import ImageFloats, Noise
+from giffy_ray.models.matching import (
+    match_error,
+    mean_displacement,
+    move_to_time,
+    refine_displacement,
+    resize_displacement,
+    select_displacement,
+)
+from giffy_ray.models.motion import Motion, MotionEstimator
+
+_SIZE_MULTIPLE = 8  # of height and width of the images that the network sees
+_NETWORK_SIZES = (64, 128, 256)  # longer sides, of which the best is used
+_SELECTION_SIZE = 128  # longer side of the images on which the first displacement is selected
+# Factors of the match errors: no motion is preferred to motion that matches little better, and so is the network's
+# motion to that by matching, because errors of either are the more visible.
+_FIRST_PENALTIES = (1.0, 1.1)
+_FINAL_PENALTIES = (1.0, 1.1, 1.2)
+
+
+class PairMotion:
+    """The motion between two images.
+
+    Args:
+        estimator: A trained network.
+        start: Start image, [1, 3, height, width], 0..1.
+        end: End image, of the same shape.
+        noise: [1, latent]; zeros give the mean of the prior.
+        motion_size: Longer side of the images on which they are matched.
+        matching: Refine the network's motion by matching.
+        dtype: Precision of the network.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        estimator: MotionEstimator,
+        start: ImageFloats,
+        end: ImageFloats,
+        noise: Noise,
+        motion_size: int,
+        matching: bool = True,
+        dtype: torch.dtype = torch.float32,
+    ):
+        self._estimator = estimator
+        self._noise = noise
+        self._dtype = dtype
+        images = torch.cat([start, end])
+        self._small_images, network_displacement = self._choose_network_size(images, motion_size)
+        self._images = scale(images, motion_size)
+        self._matching = matching
+        if matching:
+            self._match(images, network_displacement, motion_size)
+
+    def _match(self, images: Tensor, network_displacement: Tensor, motion_size: int) -> None:
+        size = self._images.shape[2:]
+        first = scale(images, min(motion_size, _SELECTION_SIZE))
+        network_first = resize_displacement(network_displacement, *first.shape[2:])
+        initial, _ = select_displacement(first, [torch.zeros_like(network_first), network_first], [*_FIRST_PENALTIES])
+        matched = refine_displacement(self._images, initial)
+        network = resize_displacement(network_displacement, *size)
+        candidates = [torch.zeros_like(matched), network, matched]
+        self._displacement, selected = select_displacement(self._images, candidates, [*_FINAL_PENALTIES])
+        self._is_network = (selected == 1).float()
+
+    @torch.no_grad()
+    def iter_motion(self, times: Sequence[float]) -> Iterator[Motion]:
+        """Yields the motion of the frame at each of `times`, above 0 and below 1, at the size of the matching."""
+        for time, motion in zip(times, self._iter_network_motion(self._small_images, times), strict=True):
+            yield self._combine(motion, time) if self._matching else motion
+
+    def _iter_network_motion(self, images: Tensor, times: Sequence[float]) -> Iterator[Motion]:
+        """Yields the network's motion at each of `times`, in float32."""
+        times_tensor = torch.tensor(times, device=images.device)
+        batches = self._estimator.iter_motion(*images.split(1), self._noise, times_tensor)
+        while True:
+            with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            for fields in zip(*batch, strict=True):
+                yield Motion(*(field[None].float() for field in fields))
+
+    def _choose_network_size(self, images: Tensor, motion_size: int) -> tuple[Tensor, Tensor]:
+        """Returns the images of the size at which the network's motion matches best, and its displacement."""
+        compared = scale(images, min(motion_size, _SELECTION_SIZE))
+        best = None
+        for longer_side in sorted({min(size, motion_size) for size in _NETWORK_SIZES}):
+            small = scale(images, longer_side)
+            displacement = mean_displacement(next(self._iter_network_motion(small, [0.5])))
+            error = match_error(compared, resize_displacement(displacement, *compared.shape[2:])).mean()
+            if best is None or error < best[0]:
+                best = error, small, displacement
+        assert best is not None
+        return best[1], best[2]
+
+    def _combine(self, network_motion: Motion, time: float) -> Motion:
+        """Takes the network's motion where it was selected, and the displacement elsewhere."""
+        motion = resize_motion(network_motion, *self._images.shape[2:])
+        fields = torch.cat([self._displacement, self._is_network], dim=1)
+        moved = move_to_time(fields, self._displacement, time)
+        displacement, is_network = moved[:, :2], moved[:, 2:]
+        flows = torch.cat([-displacement, displacement], dim=1)
+        return Motion(
+            is_network * motion.flows + (1 - is_network) * flows,
+            is_network * motion.visibility,
+            is_network * motion.residual,
+        )
+
+
+def resize_motion(motion: Motion, height: int, width: int) -> Motion:
+    """Resizes a motion to images of another size."""
+    fields = torch.cat(motion, dim=1)
+    resized = functional.interpolate(fields, (height, width), mode="bilinear")
+    pixels = fields.new_tensor([width / fields.shape[3], height / fields.shape[2]] * 2).view(1, -1, 1, 1)
+    return Motion(resized[:, :4] * pixels, resized[:, 4:5], resized[:, 5:])
+
+
+def scale(image: Tensor, longer_side: int) -> Tensor:
+    """Scales down with antialiasing so that the longer side is about `longer_side`, in multiples of 8."""
+    height, width = image.shape[2:]
+    factor = min(1.0, longer_side / max(height, width))
+    return scale_to(image, _round_size(height * factor), _round_size(width * factor))
+
+
+def scale_to(image: Tensor, height: int, width: int) -> Tensor:
+    """Scales to a size, with antialiasing."""
+    return functional.interpolate(image, (height, width), mode="bilinear", antialias=True)
+
+
+def _round_size(size: float) -> int:
+    return max(1, round(size / _SIZE_MULTIPLE)) * _SIZE_MULTIPLE
