@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +25,7 @@ from giffy_ray.core.errors import InputError
 if TYPE_CHECKING:
     from giffy_ray.cli.key_frames import KeyFrames
     from giffy_ray.inference.images import Fit
-    from giffy_ray.inference.interpolator import Ease, Interpolator
+    from giffy_ray.inference.interpolator import Dtype, Ease, Interpolator
 
 _VIDEO_SUFFIXES = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")
 _MIN_MOTION_SIZE = 8
@@ -94,7 +93,7 @@ class Request:
     to_fps: float | None
     model: str
     device: str
-    dtype: str
+    dtype: Dtype
     motion_size: int | None  # pixels
     quality: int
     overwrite: bool
@@ -323,7 +322,6 @@ def raise_frame_rate(request: Request, reporter: Reporter) -> None:
         )
     if request.output.exists() and not request.overwrite:
         raise InputError(f"{request.output}: exists already; choose another --output, or replace it with --overwrite")
-    _check_parent(request.output)
     interpolator = _load_interpolator(request)
     from giffy_ray.inference.video import interpolate_video
 
@@ -442,16 +440,6 @@ def _check_outputs(output: Path, request: Request) -> None:
             raise InputError(f"{path}: is an input too; choose another --output")
         if existing and not request.overwrite:
             raise InputError(f"{existing[0]}: exists already; choose another --output, or replace it with --overwrite")
-        _check_parent(path)
-
-
-def _check_parent(path: Path) -> None:
-    """Raises InputError if the file cannot be created, as far as one can see: a GIF is written after all its frames."""
-    parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise InputError(f"{path}: cannot be written: {parent} is not a folder; choose another --output")
-    if not os.access(parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written: {parent} is read-only; choose another --output")
 
 
 def _refuse_other_options(context: click.Context, kind: InputKind) -> None:

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from giffy_ray.core.errors import InputError
-from giffy_ray.inference.clip import output_format, save_frames
+from giffy_ray.inference.clip import output_format, png_pattern, save_frames
 from giffy_ray.inference.images import Fit, match_sizes, read_image
 
 if TYPE_CHECKING:
@@ -42,7 +42,8 @@ class KeyFrames:
     def __init__(self, paths: Sequence[str | Path], fit: Fit, loop: bool):
         self._read = functools.lru_cache(maxsize=2)(_read_picture)
         self._count = len(paths)
-        self._paths, self._fit = (*paths, *paths[: int(loop)]), fit
+        self._paths = (*paths, *paths[: int(loop)])
+        self._fit: Fit = fit
         has_alpha = [self._read(path).shape[2] == 4 for path in paths]
         self._has_alpha = any(has_alpha)
 
@@ -143,7 +144,7 @@ class ClipWriter:
         old_files = find_outputs(path)
         count = save_frames(self._watch(self._iter_frames(sample), on_frame), path, fps, quality)
         if output_format(path) == "png":
-            folder, pattern = _png_pattern(path)
+            folder, pattern = png_pattern(path)
             new_files = {folder / (pattern % number) for number in range(1, count + 1)}
             for old_file in set(old_files) - new_files:
                 old_file.unlink()
@@ -196,15 +197,8 @@ def find_outputs(path: Path) -> list[Path]:
     """Returns the files of an output that exist: the file, or the PNG files of a folder or pattern."""
     if output_format(path) != "png":
         return [path] if path.exists() else []
-    folder, pattern = _png_pattern(path)
-    before, number, after = re.fullmatch(r"([^%]*)(%\d*d)?(.*)", pattern, re.DOTALL).groups()  # type: ignore[union-attr]
-    matcher = re.compile(re.escape(before) + (r"\d+" if number else "") + re.escape(after))
+    folder, pattern = png_pattern(path)
+    before, after = re.split(r"%\d*d", pattern)
+    matcher = re.compile(rf"{re.escape(before)}\d+{re.escape(after)}")
     names = [file.name for file in folder.iterdir()] if folder.is_dir() else []
     return [folder / name for name in sorted(names) if matcher.fullmatch(name)]
-
-
-def _png_pattern(path: Path) -> tuple[Path, str]:
-    """Returns the folder and the names of the PNG files that `save_frames` writes."""
-    if not path.suffix:
-        return path, "frame_%04d.png"
-    return path.parent, path.name if "%" in path.name else f"{path.stem}_%04d.png"

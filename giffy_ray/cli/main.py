@@ -84,18 +84,20 @@ def serve(limits: tuple[str, ...], reload_interval: float, **options: Any) -> No
 def _parse_limits(assignments: tuple[str, ...]) -> ServiceLimits:
     from giffy_ray.inference.service_guard import ServiceLimits
 
-    defaults = dataclasses.asdict(ServiceLimits())
+    types = {field.name: {"int": int, "float": float}[str(field.type)] for field in dataclasses.fields(ServiceLimits)}
     changes: dict[str, Any] = {}
     for assignment in assignments:
         name, _, text = assignment.partition("=")
-        if name not in defaults:
-            closest = difflib.get_close_matches(name, defaults, n=1)
-            hint = f"did you mean {closest[0]!r}?" if closest else f"expected one of {', '.join(defaults)}"
+        if name not in types:
+            closest = difflib.get_close_matches(name, types, n=1)
+            hint = f"did you mean {closest[0]!r}?" if closest else f"expected one of {', '.join(types)}"
             raise InputError(f"--limit: there is no {name!r}; {hint}")
         try:
-            changes[name] = type(defaults[name])(text)
+            changes[name] = types[name](text)
         except ValueError:
-            raise InputError(f"--limit: {name} must be a number (value {text!r})") from None
+            raise InputError(
+                f"--limit: {name} must be a number of type {types[name].__name__} (value {text!r})"
+            ) from None
     return ServiceLimits(**changes)
 
 

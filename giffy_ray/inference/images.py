@@ -28,7 +28,7 @@ _UNSUPPORTED = {
 }
 _HEADER_BYTES = 12
 _OPAQUE = 255
-_FLOAT_TOLERANCE = 1e-3  # by which rounding may leave 0..1
+_FLOAT_TOLERANCE = 1e-3  # by which rounding errors may leave 0..1; a quarter of a level
 _TRANSPOSITIONS = {  # by EXIF orientation
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -257,7 +257,7 @@ def _to_uint8(array: np.ndarray, name: str) -> np.ndarray:
             raise ImageError(f"{name}: has pixels that are NaN or infinite; floats must be in 0..1")
         if array.min() < -_FLOAT_TOLERANCE or array.max() > 1 + _FLOAT_TOLERANCE:
             raise ImageError(f"{name}: floats must be in 0..1 (values {array.min():g} to {array.max():g})")
-        return np.round(array.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
+        return np.round(array.astype(np.float32) * 255).astype(np.uint8)
     if kind == "b":
         return array.astype(np.uint8) * 255
     if kind == "u" and item_bytes == 1:

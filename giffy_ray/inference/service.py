@@ -676,6 +676,8 @@ def run_service(
     limits = limits or ServiceLimits()
     if workers < 1:
         raise InputError(f"workers: must be at least 1 (value {workers})")
+    if not 0 <= port < 2**16:
+        raise InputError(f"port: must be 0 to 65535 (value {port})")
     if token is not None and not re.fullmatch(r"[!-~]+", token):
         raise InputError("token: must consist of printable ASCII characters without spaces")
     is_loopback = host in LOOPBACK_NAMES
@@ -709,7 +711,8 @@ async def _serve(
 
 
 def create_server(app: App, limits: ServiceLimits) -> uvicorn.Server:
-    """Creates the HTTP server, which logs nothing itself: `Guard` logs failures."""
+    """Creates the HTTP server. It logs nothing about what clients send; `Guard` logs failures."""
+    logging.getLogger("python_multipart").setLevel(logging.ERROR)
     config = uvicorn.Config(
         cast(Any, app),
         http=TimedConnection.with_limits(limits),
@@ -775,6 +778,7 @@ def _connect_ray(workers: int) -> Iterator[None]:
         if ray.is_initialized():
             yield
             return
+        sigterm_handler = signal.getsignal(signal.SIGTERM)
         ray.init(
             address="local",
             num_cpus=workers,
@@ -784,12 +788,11 @@ def _connect_ray(workers: int) -> Iterator[None]:
             logging_level=logging.WARNING,
             _temp_dir=folder,
         )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, sigterm_handler)  # Ray has replaced it
         try:
             yield
         finally:
-            from ray import serve
-
-            serve.shutdown()
             ray.shutdown()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -801,8 +804,8 @@ def _bind(host: str, port: int) -> Iterator[socket.socket]:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
         listener = socket.socket(family, kind, protocol)
-    except (OSError, OverflowError) as error:
-        raise InputError(f"host: {host!r} and port {port} are no address to listen on ({error})") from error
+    except OSError as error:
+        raise InputError(f"host: {host!r} is no address to listen on ({error.strerror})") from error
     with listener:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -46,7 +46,7 @@ def run_giffy(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
 @pytest.fixture(scope="session")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The folder of a model with random weights, whose samples differ."""
-    changes = {"clip.frames": 6, "clip.height": 16, "clip.width": 16, "model.kind": "between", "model.latent": 2}
+    changes = {"clip.frames": 6, "clip.height": 32, "clip.width": 32, "model.kind": "between", "model.latent": 2}
     experiment = override(Experiment(), changes | {"model.widths": (4, 6, 8)})
     learner = learners.build(experiment, torch.device("cpu"))
     generator = torch.Generator().manual_seed(0)

@@ -17,14 +17,15 @@ from ray.exceptions import RayTaskError
 from ray.train import TrainingFailedError
 
 from giffy_ray import workflows
+from giffy_ray.cli import jobs, main
 from giffy_ray.cluster import local, resources
 from giffy_ray.config import ConfigError, Experiment, load, override, to_yaml
+from giffy_ray.core.packaged import packaged_path
 from giffy_ray.core.storage import write_text
 from tests.conftest import ROOT
 
 JOBS = sorted(path.name for path in (ROOT / "jobs").glob("*.py"))
-DEMO = ROOT / "giffy_ray" / "experiments" / "demo.yaml"
-OWN_VIDEOS = str(DEMO.parent / "own-videos.yaml")
+DEMO = packaged_path("experiments", "demo")
 
 
 @pytest.fixture(autouse=True)

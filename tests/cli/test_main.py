@@ -73,7 +73,8 @@ def test_the_help_takes_less_than_a_third_of_a_second():
         ("ui a b", "giffy: Got unexpected extra argument (b) See 'giffy ui --help'."),
         ("export --format onnx", "giffy: Missing option '-o' / '--output'. See 'giffy export --help'."),
         ("serve --workers 0", "giffy: Invalid value for '--workers': 0 is not in the range x>=1. See"),
-        ("serve --limit queue", "giffy: --limit: queue must be a number (value '')"),
+        ("serve --limit queue", "giffy: --limit: queue must be a number of type int (value '')"),
+        ("serve --limit queue=1.5", "giffy: --limit: queue must be a number of type int (value '1.5')"),
         ("serve --limit quee=3", "giffy: --limit: there is no 'quee'; did you mean 'queue'?"),
         ("serve --limit zzz=3", "giffy: --limit: there is no 'zzz'; expected one of upload_mb, "),
         ("serve --limit queue=0", "giffy: limits.queue: must be above 0 (value 0)"),
@@ -184,3 +185,22 @@ def test_a_pipe_that_closes_early_prints_no_traceback():
 def test_output_is_valid_json_in_a_process():
     completed = run_process("doctor", "--json")
     assert json.loads(completed.stdout)["ok"] == (completed.returncode == 0)
+
+
+CORE_INSTALL = """
+import sys
+for name in ("ray", "mlflow", "optuna", "pyarrow", "matplotlib", "torchmetrics", "sklearn", "psutil", "boto3",
+             "filelock", "tenacity", "pynvml", "fastapi", "onnx"):
+    sys.modules[name] = None  # makes importing it fail
+from giffy_ray.cli.main import main
+main()
+"""
+
+
+@pytest.mark.parametrize("command", ["interpolate 0.png 1.png -o out.mp4 --frames 3", "doctor"])
+def test_the_core_install_is_enough_for(command: str, pictures: list[str]):
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    process = [sys.executable, "-c", CORE_INSTALL, *command.split()]
+    completed = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=60, check=False)
+    assert (completed.returncode, completed.stderr) == (0, "")
+    assert ("pip install 'giffy_ray[train]'" in completed.stdout) == (command == "doctor")

@@ -75,7 +75,7 @@ def read_animation(path: Path | io.BytesIO) -> tuple[list[Image.Image], list[int
 
 
 def psnr(image: np.ndarray, target: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / np.square(image.astype(float) - target).mean()))
+    return float(10 * np.log10(255**2 / max(1e-9, np.square(image.astype(float) - target).mean())))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -404,7 +404,7 @@ def test_frames_larger_than_the_format_are_refused(output: str, limit_px: int, t
 
 @pytest.mark.parametrize("output", ["clip.mp4", "clip.webp"])
 def test_quality_raises_size_and_fidelity(output: str, tmp_path: Path):
-    clip = np.stack([np.kron(frame, np.ones((2, 2, 1))) for frame in moving(6, 64, 64)]).astype(np.uint8)
+    clip = np.kron(np.random.default_rng(0).integers(0, 256, (6, 16, 16, 3)), np.ones((1, 4, 4, 1))).astype(np.uint8)
     sizes, fidelities = [], []
     for quality in (0, 30, 60, 80, 100):
         Clip(clip, 10).save(tmp_path / output, quality)

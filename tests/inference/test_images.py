@@ -540,15 +540,25 @@ def test_paths_that_cannot_be_read_are_named(tmp_path: Path, monkeypatch: pytest
         read_image(path)
 
 
-def test_lack_of_memory_is_explained(monkeypatch: pytest.MonkeyPatch):
+@pytest.mark.parametrize(
+    ("raised", "message"),
+    [
+        (MemoryError(), "a.png: does not fit in memory; scale it down"),
+        (ValueError("bad\n  chunk"), "a.png: is damaged and cannot be decoded: bad chunk"),
+        (EOFError(), "a.png: is damaged and cannot be decoded: EOFError"),
+        (OSError(5, "Input/output error"), "a.png: cannot be read: Input/output error"),
+        (OSError("broken data stream"), "a.png: is damaged and cannot be decoded: broken data stream"),
+    ],
+)
+def test_any_error_of_a_decoder_becomes_one_line(raised: Exception, message: str, monkeypatch: pytest.MonkeyPatch):
     def fail(_image):
-        raise MemoryError
+        raise raised
 
     content = encode(noise(4, 4))
-    monkeypatch.setattr(Image.Image, "load", fail)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", fail)
-    with pytest.raises(ImageError, match=r"^a.png: does not fit in memory; scale it down$"):
+    with pytest.raises(ImageError, match=f"^{re.escape(message)}$") as error:
         read_image(content, "a.png")
+    assert error.value.__cause__ is raised
 
 
 # --- damaged files

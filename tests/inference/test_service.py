@@ -345,7 +345,7 @@ def test_oversized_bodies_are_refused_early():
         headers = {"content-type": prepared.headers["content-type"]}
         chunked = requests.post(f"{address}/interpolate", data=iter(chunks), headers=headers, timeout=10)
         assert chunked.status_code == 413
-        endless = itertools.repeat(b"a" * 2**16)
+        endless = itertools.chain(chunks[:1], itertools.repeat(b"a" * 2**16))
         begin_s = time.monotonic()
         with contextlib.suppress(requests.ConnectionError):  # or the answer, if it is read before the connection ends
             assert requests.post(f"{address}/interpolate", data=endless, headers=headers, timeout=30).status_code == 413
@@ -630,8 +630,8 @@ def test_alias_is_resolved_to_a_version(monkeypatch: pytest.MonkeyPatch):
         ({"token": "a b"}, "token: must consist of printable ASCII"),
         ({"token": ""}, "token: must consist"),
         ({"workers": 0}, "workers: must be at least 1"),
-        ({"host": "no.such.host.invalid"}, "host: "),
-        ({"port": 70_000}, "port"),
+        ({"host": "192.0.2.1"}, r"port: 192\.0\.2\.1:8000 cannot be used"),  # an address of no machine
+        ({"port": 70_000}, "port: must be 0 to 65535"),
     ],
 )
 def test_wrong_arguments_are_refused(arguments: dict, message: str):

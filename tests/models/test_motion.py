@@ -110,9 +110,9 @@ def test_weight_of_the_end_is_exactly_0_and_1_at_the_ends(visibility: float):
 
 
 def test_weight_of_the_end_is_a_sigmoid(rng: torch.Generator):
-    visibility = 3 * torch.randn(2, 1, 8, 8, generator=rng)
+    visibility = 6 * torch.randn(2, 1, 8, 8, generator=rng)
     time = torch.tensor([0.3, 0.8]).view(2, 1, 1, 1)
-    expected = torch.sigmoid(torch.logit(time) + visibility)
+    expected = torch.sigmoid(torch.logit(time) + visibility.clamp(-8, 8))  # its bounds keep the odds finite
     torch.testing.assert_close(end_weight(time, visibility), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(end_weight(time, torch.zeros(2, 1, 8, 8)), time.expand(2, 1, 8, 8))
 
