@@ -3,7 +3,7 @@
     PYTHONPATH=. python benchmarks/search.py [--seeds N] [--trials N]
 
 The overhead is measured on a CVAE whose training takes next to no time: its trials run one after the other, first with
-one report each, then with many. The comparison alternates between searches of giffy_ray/experiments/demo.yaml by TPE and by
+one report each, then with many. The comparison alternates between searches of the experiment `demo` by TPE and by
 random sampling. Their best trials, and the trial with the paper's values (the first of every search), are evaluated on
 test clips, which no search uses.
 """

@@ -4,7 +4,8 @@
 
 In every round all requests start at the same moment: three of five send their own pair of images, the others hostile
 files, wrong options and oversized bodies. Checks that each good request gets its own clip, and each bad one an answer
-4xx that says why. From the second round on, the model is replaced while the requests are in progress.
+4xx that says why. From the second round on, the model is replaced while requests are in progress, and a quarter of
+them starts after that.
 
 Prints the latency of both kinds, the rate, and the memory (proportional set size) of the service's processes.
 """
@@ -134,10 +135,12 @@ class MemoryMonitor(threading.Thread):
 
 
 def run_round(address: str, number: int, options: argparse.Namespace, checkpoint: Path) -> list[Answer]:
-    barrier = threading.Barrier(options.requests + 1)
+    barrier, is_replaced = threading.Barrier(options.requests + 1), threading.Event()
 
     def send(index: int) -> Answer:
         barrier.wait()
+        if number and index >= options.requests * 3 // 4:
+            is_replaced.wait()
         seed = number * options.requests + index
         if index % 5 < 3:
             return send_good(address, seed, options.size, options.frames)
@@ -149,6 +152,7 @@ def run_round(address: str, number: int, options: argparse.Namespace, checkpoint
         if number:
             concurrent.futures.wait(futures, return_when=concurrent.futures.FIRST_COMPLETED)
             replace_model(address, checkpoint, MODELS[number % len(MODELS)])
+            is_replaced.set()
         return [future.result() for future in futures]
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from os import PathLike, fspath
@@ -56,12 +58,13 @@ INPUT_NAMES, OUTPUT_NAME = ("start", "end", "times"), "frames"
 METADATA_FILE = "giffy_ray.json"  # in a file of torch.export
 _OPSET = 18  # at 20, GridSample gives wrong results in some runtimes
 _SUFFIXES = {"torch-export": ".pt2", "onnx": ".onnx"}
-_MAX_SIZE = 8192  # of height and width; the exporter needs a bound
+_MIN_SIZE, _MAX_SIZE = 16, 8192  # of height and width
 _MAX_COUNT = 4096  # of pairs and frames
 _EXAMPLE_SHAPE = 2, 64, 80, 3  # pairs, height, width and frames that the exporter traces with
-_CHECKED_SHAPE = 1, 48, 56, 2  # others, with which the result is checked
+_CHECKED_SHAPE = 3, 56, 48, 5  # others, with which the result is checked
 _MAX_ERROR = 1e-3  # a quarter of a level of 8 bits
-_BICUBIC_PADDING = 4  # pixels; positions lie up to 2 beyond the edge, and their samples 2 further
+_DIMENSION_NAMES = {"batch": "batch", "frames": "frames", "height": "height_eighths", "width": "width_eighths"}
+_SYMBOL = re.compile(r"\bs\d+\b")  # torch's name of an unknown size
 _FLOAT = 1  # ONNX's number of float32
 _UNKNOWN = "Not recorded in the checkpoint."
 _CARD = """---
@@ -219,13 +222,28 @@ def _load_network(source: str, file_format: ExportFormat) -> tuple[ExportedNetwo
 
 
 def _trace(network: ExportedNetwork) -> ExportedProgram:
-    batch, frames = Dim("batch", min=1, max=_MAX_COUNT), Dim("frames", min=1, max=_MAX_COUNT)
-    height, width = (Dim(f"{name}_eighths", min=2, max=_MAX_SIZE // SIZE_MULTIPLE) for name in ("height", "width"))
+    batch, frames = (Dim(_DIMENSION_NAMES[name], min=1, max=_MAX_COUNT) for name in ("batch", "frames"))
+    height, width = (
+        Dim(_DIMENSION_NAMES[name], min=_MIN_SIZE // SIZE_MULTIPLE, max=_MAX_SIZE // SIZE_MULTIPLE)
+        for name in ("height", "width")
+    )
     image = {0: batch, 2: SIZE_MULTIPLE * height, 3: SIZE_MULTIPLE * width}
     dynamic_shapes = {"start": image, "end": image, "times": {0: batch, 1: frames}}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own code
-        return torch.export.export(network, make_example(*_EXAMPLE_SHAPE), dynamic_shapes=dynamic_shapes, strict=True)
+    with _silence_exporter():
+        return torch.export.export(network, make_example(*_EXAMPLE_SHAPE), dynamic_shapes=dynamic_shapes)
+
+
+@contextmanager
+def _silence_exporter() -> Iterator[None]:
+    """Hides warnings about the exporter's own code, and about libraries that it could export if they were installed."""
+    disabled_level = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled_level)
 
 
 def make_example(batch: int, height: int, width: int, frames: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -253,8 +271,7 @@ def _write_torch_export(network: ExportedNetwork, description: Mapping[str, str]
 def _write_onnx(network: ExportedNetwork, description: Mapping[str, str], path: Path) -> None:
     import onnxruntime
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about the exporter's own code
+    with _silence_exporter():
         program = torch.onnx.export(
             _trace(network),
             dynamo=True,
@@ -265,6 +282,7 @@ def _write_onnx(network: ExportedNetwork, description: Mapping[str, str], path: 
             verbose=False,
         )
     assert program is not None
+    _rename_dimensions(program.model)
     program.model.metadata_props.update(description)
     program.save(path)
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -275,33 +293,43 @@ def _write_onnx(network: ExportedNetwork, description: Mapping[str, str], path: 
     _check_export(run, network)
 
 
+def _rename_dimensions(model: Any) -> None:
+    """Replaces the exporter's symbols, such as s37, by the names of the dimensions.
+
+    Args:
+        model: An `onnx_ir.Model`.
+    """
+    import onnx_ir
+
+    start, _, times = (value.shape for value in model.graph.inputs)
+    sizes = {"batch": start[0], "height": start[2], "width": start[3], "frames": times[1]}
+    # Height and width are expressions, 8*s61.
+    names = {_SYMBOL.findall(size.value)[0]: _DIMENSION_NAMES[name] for name, size in sizes.items()}
+    nodes = (value for node in model.graph.all_nodes() for value in node.outputs)
+    for value in (*model.graph.inputs, *model.graph.outputs, *nodes):
+        if value.shape is not None:
+            value.shape = onnx_ir.Shape(_rename_symbols(size, names) for size in value.shape)
+
+
+def _rename_symbols(size: Any, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return _SYMBOL.sub(lambda match: names.get(match[0], match[0]), size.value)
+
+
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
-    """Returns how operators become ONNX where torch's own translation gives other numbers or only fixed sizes."""
+    """Returns how operators become ONNX where torch's own translation is wrong, or right for one size only."""
     from onnxscript import opset18 as op
 
-    def grid_sampler(picture: Any, grid: Any, mode: int, padding_mode: int, align_corners: bool) -> Any:
-        """Samples like torch beyond an edge, also with cubic splines.
-
-        There, torch repeats the edge pixel, and onnxruntime moves the position to the edge first. They agree on a
-        picture that is padded so far that no position lies beyond its edges.
-        """
-        modes, paddings = ("bilinear", "nearest", "bicubic"), ("zeros", "border", "reflection")
-        if modes[mode] != "bicubic":
-            return op.GridSample(
-                picture, grid, mode=modes[mode], padding_mode=paddings[padding_mode], align_corners=int(align_corners)
-            )
-        assert paddings[padding_mode] == "border" and align_corners
-        size = op.Gather(op.Shape(picture), op.Constant(value_ints=[3, 2]))
-        last = op.Cast(op.Sub(size, op.Constant(value_int=1)), to=_FLOAT)  # x and y of the last pixel, [2]
-        position = op.Mul(op.Mul(op.Add(grid, 1.0), 0.5), last)
-        # Two pixels beyond an edge and further out, all four samples are the edge pixel.
-        position = op.Min(op.Max(position, op.Constant(value_float=-2.0)), op.Add(last, 2.0))
-        padded_position = op.Add(position, float(_BICUBIC_PADDING))
-        padded_last = op.Add(last, 2.0 * _BICUBIC_PADDING)
-        padded_grid = op.Sub(op.Div(op.Mul(padded_position, 2.0), padded_last), 1.0)
-        pads = op.Constant(value_ints=[0, 0, _BICUBIC_PADDING, _BICUBIC_PADDING] * 2)
-        padded = op.Pad(picture, pads, mode="edge")
-        return op.GridSample(padded, padded_grid, mode="bicubic", padding_mode="border", align_corners=1)
+    def repeat_interleave(values: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
+        """Repeats each element of a vector. onnxscript repeats the vector if the number is not a constant."""
+        assert len(values.shape) == 1
+        count = op.Reshape(repeats, op.Constant(value_ints=[-1]))
+        columns = op.Expand(
+            op.Unsqueeze(values, op.Constant(value_ints=[1])),
+            op.Concat(op.Constant(value_ints=[1]), count, axis=0),
+        )
+        return op.Reshape(columns, op.Constant(value_ints=[-1]))
 
     def adaptive_avg_pool2d(features: Any, output_size: Sequence[int]) -> Any:
         """Averages by products with matrices, because ONNX has pooling for windows of fixed size only."""
@@ -321,8 +349,7 @@ def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
 
     aten = torch.ops.aten
     return {
-        aten.grid_sampler.default: grid_sampler,
-        aten.grid_sampler_2d.default: grid_sampler,
+        aten.repeat_interleave.self_int: repeat_interleave,
         aten.adaptive_avg_pool2d.default: adaptive_avg_pool2d,
         aten._adaptive_avg_pool2d.default: adaptive_avg_pool2d,
     }

@@ -29,7 +29,7 @@ DEFAULT_MODEL = "between"
 DEFAULT_FPS = 10.0
 Dtype = Literal["float32", "bfloat16", "float16"]
 Ease = Literal["linear", "in", "out", "in-out"]
-_MAX_MOTION_SIZE = 512  # longer side, in pixels: finds motion of a fifth of a pixel in pictures of 2,000
+_MAX_MOTION_SIZE = 1024  # longer side, in pixels
 
 
 class Interpolator:
@@ -189,7 +189,7 @@ class Interpolator:
             matching = size > max(self.experiment.clip.height, self.experiment.clip.width)
         pair_motion = PairMotion(self.generator, first[:, :3], last[:, :3], noise, size, matching, self.dtype)
         motions = pair_motion.iter_motion([time for time in times if 0 < time < 1])
-        renderer = FrameRenderer(_premultiply(first), _premultiply(last))
+        renderer = FrameRenderer(_premultiply(first), _premultiply(last), oversample=True)
         for time in times:
             if time <= 0 or time >= 1:
                 yield start if time <= 0 else end

@@ -1,8 +1,8 @@
 """Estimates the motion of one pair of images, coarse to fine.
 
-    small images --network, at several sizes--> candidates, of which each place takes the one that matches best
-    candidates --matching, coarse to fine--> displacement of each pixel, from start to end
-    displacement and the network's own motion --> motion of each frame
+    small images --network--> motion
+    larger images, starting from that motion --matching, coarse to fine--> displacement of each pixel
+    both --selection, pixel by pixel--> motion of each frame
 
 Matching is precise, the network sees far and knows occlusion. Each place takes the motion under which the images agree,
 or none, which is a cross-fade.
@@ -18,7 +18,6 @@ from torch.nn import functional
 
 from giffy_ray.core.tensor_types import ImageFloats, Noise
 from giffy_ray.models.matching import (
-    match_error,
     mean_displacement,
     move_to_time,
     refine_displacement,
@@ -28,8 +27,7 @@ from giffy_ray.models.matching import (
 from giffy_ray.models.motion import Motion, MotionEstimator
 
 _SIZE_MULTIPLE = 8  # of height and width of the images that the network sees
-_NETWORK_SIZES = (64, 128, 256)  # longer sides, of which the best is used
-_SELECTION_SIZE = 128  # longer side of the images on which the first displacement is selected
+_NETWORK_SIZE = 128  # longer side of the images that the network sees, if matching continues on larger ones
 # Factors of the match errors: no motion is preferred to motion that matches little better, and so is the network's
 # motion to that by matching, because errors of either are the more visible.
 _FIRST_PENALTIES = (1.0, 1.1)
@@ -64,19 +62,18 @@ class PairMotion:
         self._noise = noise
         self._dtype = dtype
         images = torch.cat([start, end])
-        self._small_images, network_displacement = self._choose_network_size(images, motion_size)
         self._images = scale(images, motion_size)
+        self._small_images = scale(images, min(motion_size, _NETWORK_SIZE)) if matching else self._images
         self._matching = matching
         if matching:
-            self._match(images, network_displacement, motion_size)
+            self._match()
 
-    def _match(self, images: Tensor, network_displacement: Tensor, motion_size: int) -> None:
-        size = self._images.shape[2:]
-        first = scale(images, min(motion_size, _SELECTION_SIZE))
-        network_first = resize_displacement(network_displacement, *first.shape[2:])
-        initial, _ = select_displacement(first, [torch.zeros_like(network_first), network_first], [*_FIRST_PENALTIES])
+    def _match(self) -> None:
+        small_network = mean_displacement(next(self._iter_network_motion(self._small_images, [0.5])))
+        still = torch.zeros_like(small_network)
+        initial, _ = select_displacement(self._small_images, [still, small_network], [*_FIRST_PENALTIES])
         matched = refine_displacement(self._images, initial)
-        network = resize_displacement(network_displacement, *size)
+        network = resize_displacement(small_network, *self._images.shape[2:])
         candidates = [torch.zeros_like(matched), network, matched]
         self._displacement, selected = select_displacement(self._images, candidates, [*_FINAL_PENALTIES])
         self._is_network = (selected == 1).float()
@@ -98,19 +95,6 @@ class PairMotion:
                 return
             for fields in zip(*batch, strict=True):
                 yield Motion(*(field[None].float() for field in fields))
-
-    def _choose_network_size(self, images: Tensor, motion_size: int) -> tuple[Tensor, Tensor]:
-        """Returns the images of the size at which the network's motion matches best, and its displacement."""
-        compared = scale(images, min(motion_size, _SELECTION_SIZE))
-        best = None
-        for longer_side in sorted({min(size, motion_size) for size in _NETWORK_SIZES}):
-            small = scale(images, longer_side)
-            displacement = mean_displacement(next(self._iter_network_motion(small, [0.5])))
-            error = match_error(compared, resize_displacement(displacement, *compared.shape[2:])).mean()
-            if best is None or error < best[0]:
-                best = error, small, displacement
-        assert best is not None
-        return best[1], best[2]
 
     def _combine(self, network_motion: Motion, time: float) -> Motion:
         """Takes the network's motion where it was selected, and the displacement elsewhere."""

@@ -166,13 +166,14 @@ def _open_locally(location: str) -> Iterator[Path]:
 
 
 def _download_registered(address: str, folder: Path) -> str:
-    try:
-        from giffy_ray.tracking.model_registry import download_checkpoint
-    except ImportError as error:
-        raise InputError(
-            f"model: {address!r} is in MLflow's registry, and MLflow is not installed; pip install 'giffy_ray[train]'"
-        ) from error
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise InputError(f"model: set MLFLOW_TRACKING_URI to the MLflow server of {address!r}")
-    return download_checkpoint(uri, address, folder)
+    try:
+        from giffy_ray.tracking.model_registry import download_checkpoint
+
+        return download_checkpoint(uri, address, folder)
+    except ImportError as error:  # the registry imports MLflow when it is used
+        raise InputError(
+            f"model: {address!r} is in MLflow's registry, and MLflow is not installed; pip install 'giffy_ray[train]'"
+        ) from error

@@ -765,6 +765,7 @@ def _connect_ray(workers: int) -> Iterator[None]:
         yield
         return
     folder = tempfile.mkdtemp(prefix="giffy_ray-")
+    environment = dict(os.environ)
     try:
         check_temp_dir_length(folder)
         if "RAY_AUTH_MODE" not in os.environ:  # keeps other users out; Ray reads it when it is imported
@@ -795,6 +796,9 @@ def _connect_ray(workers: int) -> Iterator[None]:
         finally:
             ray.shutdown()
     finally:
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH", "RAY_USAGE_STATS_ENABLED"):
+            if name not in environment:
+                os.environ.pop(name, None)
         shutil.rmtree(folder, ignore_errors=True)
 
 

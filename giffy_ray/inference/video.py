@@ -3,7 +3,8 @@
     source --video_file.read_frames--> frames, each with its time
     frames --drop_duplicates--> pictures, which differ from each other or are still
     pictures --scene_cuts.mark_cuts--> pictures, and the cuts between them
-    pairs of pictures --fill_grid, Interpolator--> output frames, at a constant rate
+    pairs of pictures --plan_segments, FilmMotion--> times of output frames, and the motion at these
+    segments --render_segments, FilmRenderer--> output frames, at a constant rate
     output frames, packets of the other streams --video_file.FilmWriter--> output
 
 A frame of the source that has the time of an output frame passes unchanged. Across a cut, and while nothing moves, the
@@ -12,23 +13,28 @@ nearest frame is repeated.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
-from typing import Protocol
 
 import av
-import numpy as np
 
 from giffy_ray.core.errors import InputError
 from giffy_ray.inference.clip import DEFAULT_QUALITY
+from giffy_ray.inference.interpolator import Interpolator
+from giffy_ray.inference.pair_motion import PairMotion
 from giffy_ray.inference.scene_cuts import Thumbnail, ThumbnailMaker, is_duplicate, mark_cuts, measure_change
-from giffy_ray.inference.video_file import CONTAINERS, FilmWriter, FrameConverter, inspect_film, open_film, read_frames
+from giffy_ray.inference.video_file import CONTAINERS, FilmWriter, inspect_film, open_film, read_frames
+from giffy_ray.inference.video_motion import FilmMotion, FilmRenderer
 
 _MAX_FPS = 1000
 _MAX_RATE_DENOMINATOR = 1001  # 29.97 frames per second are 30000/1001
@@ -41,23 +47,7 @@ _STILL_AFTER_S = Fraction(1, 4)
 _STILL_AFTER_INTERVALS = 4
 # Screen recorders write no frame while nothing changes, so the film is still in a gap that is longer.
 _LONGEST_GAP_S = Fraction(1)
-_PAIRS_PER_MOTION_SIZE = 60  # to choose it costs as much as several pairs
-
-
-class PairInterpolator(Protocol):
-    """What `interpolate_video` uses of an `Interpolator`."""
-
-    @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        """(height, width) of the only clips that it generates, or None."""
-
-    def choose_motion_size(self, start: np.ndarray, end: np.ndarray) -> int:
-        """Returns the longer side of the images to estimate motion on."""
-
-    def iter_frames(
-        self, start: np.ndarray, end: np.ndarray, times: Sequence[float], *, motion_size: int | None
-    ) -> Iterator[np.ndarray]:
-        """Yields the frames at `times`."""
+_SEGMENTS_AHEAD = 2  # whose motion is estimated while another one is rendered
 
 
 @dataclass
@@ -115,8 +105,27 @@ class _Picture:
     is_still: bool = False
 
 
+@dataclass
+class _Segment:
+    """The output frames from one picture to the next.
+
+    Attributes:
+        repeated: Those that are frames of the source. They come first.
+        start: The frame to begin the motion with, if there are others.
+        end: The frame to end it with.
+        between: Times of the others, above 0 at the start and below 1 at the end.
+        motion: The motion from start to end, as soon as it is estimated.
+    """
+
+    repeated: list[av.VideoFrame]
+    start: av.VideoFrame | None = None
+    end: av.VideoFrame | None = None
+    between: list[float] = field(default_factory=list)
+    motion: Future[PairMotion] | None = None
+
+
 def interpolate_video(
-    interpolator: PairInterpolator,
+    interpolator: Interpolator,
     source: str | PathLike[str],
     output: str | PathLike[str],
     *,
@@ -139,7 +148,7 @@ def interpolate_video(
         times: Factor of the frame rate: 2 doubles it. If the source's rate is variable, its average counts.
         fps: Frame rate, instead of the factor.
         quality: 0 to 100, as for `save_frames`.
-        motion_size: Longer side of the images that motion is estimated on; None chooses it anew for each scene.
+        motion_size: Longer side of the images that motion is estimated on; None chooses it by the size of the film.
         on_progress: Called after each frame with the number of frames written and their total.
 
     Raises:
@@ -148,13 +157,14 @@ def interpolate_video(
     """
     started_s = time.monotonic()
     path, target = Path(source), Path(output)
-    _check_arguments(interpolator, path, target, quality)
+    _check_arguments(interpolator, path, target, quality, motion_size)
     rate_of = _parse_rate(times, fps)
     film = inspect_film(path)
     rate = rate_of(film.rate)
     report = VideoReport(float(film.rate), float(rate))
     grid = _TimeGrid(film.first, film.end, rate)
-    maker = _FrameMaker(interpolator, motion_size, film.converter)
+    film_motion = FilmMotion(interpolator, film.converter, motion_size)
+    renderer = FilmRenderer(film.converter, interpolator.device)
     container_format = CONTAINERS[target.suffix.lower()]
     # Players can start before they have all of the file. Given as `options`, it would go to the encoders, too.
     options = {} if container_format == "matroska" else {"movflags": "+faststart"}
@@ -168,9 +178,12 @@ def interpolate_video(
             writer = FilmWriter(muxer, container, film, rate, quality)
             frames = read_frames(container, film, writer.forward)
             pictures = _drop_duplicates(frames, film.rate, report)
-            for number, frame in enumerate(_fill_grid(pictures, grid, maker, report), 1):
-                writer.write(frame)
-                on_progress(number, grid.count)
+            segments = _plan_segments(pictures, grid, film_motion, report)
+            with closing(segments):
+                for frame in _render_segments(segments, renderer, report):
+                    writer.write(frame)
+                    report.frames_written += 1
+                    on_progress(report.frames_written, grid.count)
             writer.finish()
         os.replace(partial, target)
     finally:
@@ -181,9 +194,13 @@ def interpolate_video(
     return report
 
 
-def _check_arguments(interpolator: PairInterpolator, source: Path, output: Path, quality: int) -> None:
+def _check_arguments(
+    interpolator: Interpolator, source: Path, output: Path, quality: int, motion_size: int | None
+) -> None:
     if not 0 <= quality <= 100:
         raise InputError(f"quality: must be 0 to 100 (value {quality})")
+    if motion_size is not None and motion_size < 1:
+        raise InputError(f"motion_size: must be at least 1 (value {motion_size})")
     if interpolator.fixed_size is not None:
         height, width = interpolator.fixed_size
         raise InputError(f"model: this one generates only clips of {width}x{height} pixels; for videos use between")
@@ -235,38 +252,6 @@ class _TimeGrid:
             yield next_time
 
 
-class _FrameMaker:
-    """Makes frames between two pictures."""
-
-    def __init__(self, interpolator: PairInterpolator, motion_size: int | None, converter: FrameConverter):
-        self._interpolator, self._fixed_motion_size, self._converter = interpolator, motion_size, converter
-        self._motion_size: int | None = None
-        self._pairs = 0  # made with this size
-        self._last: tuple[av.VideoFrame, np.ndarray] | None = None  # the end of the last pair starts the next
-
-    def begin_scene(self) -> None:
-        self._motion_size = None
-
-    def make(self, start: av.VideoFrame, end: av.VideoFrame, times: Sequence[float]) -> Iterator[av.VideoFrame]:
-        """Yields the frames at `times`, from 0 at the start to 1 at the end."""
-        first, last = self._to_rgb(start), self._to_rgb(end)
-        self._last = end, last
-        size = self._fixed_motion_size or self._choose_motion_size(first, last)
-        for rgb in self._interpolator.iter_frames(first, last, times, motion_size=size):
-            yield self._converter.from_rgb(rgb)
-
-    def _to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        if self._last is not None and self._last[0] is frame:
-            return self._last[1]
-        return self._converter.to_rgb(frame)
-
-    def _choose_motion_size(self, start: np.ndarray, end: np.ndarray) -> int:
-        if self._motion_size is None or self._pairs >= _PAIRS_PER_MOTION_SIZE:
-            self._motion_size, self._pairs = self._interpolator.choose_motion_size(start, end), 0
-        self._pairs += 1
-        return self._motion_size
-
-
 def _drop_duplicates(
     frames: Iterable[tuple[Fraction, av.VideoFrame]], rate: Fraction, report: VideoReport
 ) -> Iterator[_Picture]:
@@ -300,40 +285,54 @@ def _drop_duplicates(
         last_time = frame_time
 
 
-def _fill_grid(
-    pictures: Iterable[_Picture], grid: _TimeGrid, maker: _FrameMaker, report: VideoReport
-) -> Iterator[av.VideoFrame]:
-    """Yields the output frames."""
+def _plan_segments(
+    pictures: Iterable[_Picture], grid: _TimeGrid, film_motion: FilmMotion, report: VideoReport
+) -> Generator[_Segment, None, None]:
+    """Yields the segments of the output, whose motion a thread estimates."""
     start: _Picture | None = None
     first_time = Fraction(0)
-    for end, is_cut in mark_cuts(pictures):
-        if start is None:
-            first_time = end.time
-        else:
+    with ThreadPoolExecutor(1) as thread:
+        for end, is_cut in mark_cuts(pictures):
+            if start is None:
+                start, first_time = end, end.time
+                continue
             if is_cut:
                 report.cut_times_s.append(float(end.time - first_time))
-                maker.begin_scene()
-            times = list(grid.take_before(end.time - _SAME_TIME_S))
-            yield from _fill_pair(start, end, is_cut, times, maker, report)
-        start = end
-    if start is not None:
-        for _ in grid.take_before(math.inf):
-            report.frames_written += 1
-            yield start.frame
+            segment = _plan_segment(start, end, is_cut, list(grid.take_before(end.time - _SAME_TIME_S)))
+            if segment.between:
+                segment.motion = thread.submit(film_motion.estimate, start.frame, end.frame)
+            yield segment
+            start = end
+        if start is not None:
+            yield _Segment([start.frame for _ in grid.take_before(math.inf)])
 
 
-def _fill_pair(
-    start: _Picture, end: _Picture, is_cut: bool, times: Sequence[Fraction], maker: _FrameMaker, report: VideoReport
-) -> Iterator[av.VideoFrame]:
-    """Yields the output frames at `times`, which are after `start` and before `end`, or as good as at the start."""
-    report.frames_written += len(times)
+def _plan_segment(start: _Picture, end: _Picture, is_cut: bool, times: Sequence[Fraction]) -> _Segment:
+    """Plans the output frames at `times`, which are after `start` and before `end`, or as good as at the start."""
     if is_cut or end.is_still:
         middle = (end.last_time + end.time) / 2
-        yield from (start.frame if moment <= middle else end.frame for moment in times)
-        return
+        return _Segment([start.frame if moment <= middle else end.frame for moment in times])
     between = [moment for moment in times if moment - start.time > _SAME_TIME_S]
-    yield from [start.frame] * (len(times) - len(between))
-    if between:
-        report.frames_made += len(between)
-        duration = end.time - start.time
-        yield from maker.make(start.frame, end.frame, [float((moment - start.time) / duration) for moment in between])
+    duration = end.time - start.time
+    return _Segment(
+        [start.frame] * (len(times) - len(between)),
+        start.frame,
+        end.frame,
+        [float((moment - start.time) / duration) for moment in between],
+    )
+
+
+def _render_segments(
+    segments: Iterator[_Segment], renderer: FilmRenderer, report: VideoReport
+) -> Iterator[av.VideoFrame]:
+    """Yields the output frames. Takes `_SEGMENTS_AHEAD` segments before it renders one."""
+    waiting: deque[_Segment] = deque()
+    while True:
+        waiting.extend(itertools.islice(segments, _SEGMENTS_AHEAD + 1 - len(waiting)))
+        if not waiting:
+            return
+        segment = waiting.popleft()
+        yield from segment.repeated
+        if segment.motion is not None and segment.start is not None and segment.end is not None:
+            report.frames_made += len(segment.between)
+            yield from renderer.iter_frames(segment.start, segment.end, segment.motion.result(), segment.between)

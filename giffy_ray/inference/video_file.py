@@ -54,7 +54,8 @@ _MAX_BACKWARD_S = 1  # frames whose time steps back by less are shown one after 
 # Colour matrices (ITU-T H.273) and pixel formats of frames that pass unchanged. FFmpeg reads 2, unspecified, as BT.601.
 _MATRICES = {1: Colorspace.ITU709, 2: Colorspace.ITU601, 5: Colorspace.ITU601, 6: Colorspace.ITU601}
 _PIXEL_FORMATS = ("yuv420p", "yuvj420p")  # of limited and of full range
-_BT709, _LIMITED_RANGE = 1, 1
+_LUMA_WEIGHTS = {Colorspace.ITU709: (0.2126, 0.0722), Colorspace.ITU601: (0.299, 0.114)}  # of red and blue
+_BT709, _LIMITED_RANGE, _FULL_RANGE = 1, 1, 2
 
 # FFmpeg's muxers refuse these, although it lists them for the container.
 _REFUSED_CODECS = {"mp4": ("truehd",), "mov": ("truehd", "opus", "flac"), "matroska": ()}
@@ -169,7 +170,7 @@ def read_frames(
 
 
 class FrameConverter:
-    """Converts frames of a film to those of the output, and these to RGB and back.
+    """Converts frames of a film to those of the output, and these to arrays and back.
 
     Args:
         path: The film, for messages.
@@ -191,9 +192,10 @@ class FrameConverter:
         if not self._passes:
             self.matrix, self.colour_range = _BT709, _LIMITED_RANGE
             self.primaries, self.transfer = _BT709, _BT709
-        source, output = ClipConfig(height=height, width=width), ClipConfig(height=self.height, width=self.width)
+        self.luma_weights = _LUMA_WEIGHTS[_MATRICES[self.matrix]]  # of red and blue
+        self.is_full_range = self.colour_range == _FULL_RANGE
+        source = ClipConfig(height=height, width=width)
         self._from_source = FrameScaler(source, 1.0, Crop(), (height, width), MAX_PIXELS)
-        self._from_output = FrameScaler(output, 1.0, Crop(), (self.height, self.width), MAX_PIXELS)
         self._to_output = VideoReformatter()
 
     def convert(self, frame: av.VideoFrame) -> av.VideoFrame:
@@ -202,9 +204,23 @@ class FrameConverter:
             return frame
         return self.from_rgb(np.ascontiguousarray(self._from_source(frame)))
 
-    def to_rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        """Converts a frame of the output to uint8 [height, width, 3]."""
-        return np.ascontiguousarray(self._from_output(frame))
+    def to_small_rgb(self, frame: av.VideoFrame, height: int, width: int) -> np.ndarray:
+        """Scales a frame of the output to uint8 [height, width, 3] by area averages."""
+        scaler = FrameScaler(ClipConfig(height=height, width=width), 1.0, Crop(), (height, width), MAX_PIXELS)
+        return np.ascontiguousarray(scaler(frame))
+
+    def to_planes(self, frame: av.VideoFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Returns luma, uint8 [height, width], and chroma, uint8 [2, height / 2, width / 2], of an output frame."""
+        planes = frame.to_ndarray()
+        luma, chroma = np.split(planes, [self.height])
+        return luma, chroma.reshape(2, self.height // 2, self.width // 2)
+
+    def from_planes(self, luma: np.ndarray, chroma: np.ndarray) -> av.VideoFrame:
+        """Makes an output frame from uint8 [height, width] and [height / 2, width / 2, 2]."""
+        planes = np.concatenate([luma.ravel(), chroma[..., 0].ravel(), chroma[..., 1].ravel()])
+        frame = av.VideoFrame.from_ndarray(planes.reshape(-1, self.width), format=self.pixel_format)
+        frame.colorspace, frame.color_range = self.matrix, self.colour_range
+        return frame
 
     def from_rgb(self, rgb: np.ndarray) -> av.VideoFrame:
         """Converts uint8 [height, width, 3] to a frame of the output; an odd height or width is padded."""

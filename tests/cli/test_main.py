@@ -182,11 +182,6 @@ def test_a_pipe_that_closes_early_prints_no_traceback():
         assert "Traceback" not in process.stderr.read()
 
 
-def test_output_is_valid_json_in_a_process():
-    completed = run_process("doctor", "--json")
-    assert json.loads(completed.stdout)["ok"] == (completed.returncode == 0)
-
-
 CORE_INSTALL = """
 import sys
 for name in ("ray", "mlflow", "optuna", "pyarrow", "matplotlib", "torchmetrics", "sklearn", "psutil", "boto3",
@@ -197,10 +192,10 @@ main()
 """
 
 
-@pytest.mark.parametrize("command", ["interpolate 0.png 1.png -o out.mp4 --frames 3", "doctor"])
+@pytest.mark.parametrize("command", ["interpolate 0.png 1.png -o out.mp4 --json", "doctor --json"])
 def test_the_core_install_is_enough_for(command: str, pictures: list[str]):
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     process = [sys.executable, "-c", CORE_INSTALL, *command.split()]
     completed = subprocess.run(process, capture_output=True, text=True, env=environment, timeout=60, check=False)
     assert (completed.returncode, completed.stderr) == (0, "")
-    assert ("pip install 'giffy_ray[train]'" in completed.stdout) == (command == "doctor")
+    assert json.loads(completed.stdout)

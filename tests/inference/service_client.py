@@ -185,10 +185,12 @@ def wait_until_ready(address: str, is_alive: Any) -> None:
 
 
 @contextlib.contextmanager
-def run_process(model: str, folder: Path, **arguments: Any) -> Iterator[tuple[str, subprocess.Popen]]:
+def run_process(
+    model: str, folder: Path, stop_signal: signal.Signals = signal.SIGTERM, **arguments: Any
+) -> Iterator[tuple[str, subprocess.Popen]]:
     """Runs `run_service` in a process, as `giffy serve` does, and yields its address.
 
-    Its temporary files lie in `folder`. After the block it is stopped, and it must leave nothing behind.
+    Its temporary files lie in `folder`. After the block it gets the signal, and must leave nothing behind.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -208,12 +210,12 @@ def run_process(model: str, folder: Path, **arguments: Any) -> Iterator[tuple[st
         wait_until_ready(address, lambda: process.poll() is None)
         yield address, process
         children = psutil.Process(process.pid).children(recursive=True)
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(stop_signal)
         assert process.wait(60) == 0
         assert len(children) > 3  # Ray's, at least
         _, alive = psutil.wait_procs(children, timeout=20)
         assert not alive
-        assert not list(folder.iterdir())
+        assert not list(folder.glob("giffy_ray-*"))
     finally:
         if process.poll() is None:
             process.terminate()

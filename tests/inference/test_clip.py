@@ -312,7 +312,7 @@ def test_no_frames_are_refused(output: str, tmp_path: Path):
 @pytest.mark.parametrize("error", [RuntimeError("the model broke"), KeyboardInterrupt(), InputError("no picture")])
 def test_interrupted_writes_leave_nothing(output: str, error: BaseException, tmp_path: Path):
     def interrupted() -> Iterator[np.ndarray]:
-        yield from moving(4, 16, 16)
+        yield from moving(60, 16, 16)  # more than x264 looks ahead, so that it has written some
         raise error
 
     target = tmp_path / "new" / output
@@ -432,6 +432,7 @@ def test_quality_raises_size_and_fidelity(output: str, tmp_path: Path):
         ("clip.webp", 10, 101, r"quality: must be 0 to 100 \(value 101\)"),
         ("clip.avi", 10, 80, r"clip.avi: the format .avi is not supported; expected .mp4, .gif, .webp, .png, or"),
         ("clip.jpg", 10, 80, r"clip.jpg: the format .jpg is not supported"),
+        ("%d_%d.png", 10, 80, r"must have one number, such as frame_%04d.png"),
     ],
 )
 def test_options_that_cannot_be_used_are_refused_before_a_frame_is_made(

@@ -161,7 +161,8 @@ def test_clips_are_those_of_the_library(real: str, checkpoint: Path):
         assert distance(frames, expected) < 4
         assert distance(decode_video(parts[f"sample-{sample + 1}.mp4"]), expected) < 6
     single = post(real, pair(1), headers=AUTHORIZED, **{**options, "samples": 1, "first_sample": 2})
-    assert single.content == parts["sample-2.mp4"]
+    repeated, first = decode_video(single.content), decode_video(parts["sample-2.mp4"])
+    assert distance(repeated, first) < 1  # a CPU does not round the same way every time
 
 
 def parse_multipart(response: requests.Response) -> dict[str, bytes]:
@@ -183,7 +184,10 @@ def test_animations_loop_back_to_the_start(real: str, file_format: str):
     assert response.headers["content-type"] == f"image/{file_format}"
     clip = decode_animation(response.content)
     assert len(clip) == 6
-    assert distance(clip[0], scene(4)) < 12 and distance(clip[3], scene(5)) < 12
+    start, end = scene(4), scene(5)
+    assert np.argmin([distance(frame, start) for frame in clip]) == 0
+    assert np.argmin([distance(frame, end) for frame in clip]) == 3
+    assert distance(clip[0], start) < 20 and distance(clip[3], end) < 20  # a GIF has 256 colours
 
 
 def test_several_samples_are_a_zip_file(real: str):
@@ -359,6 +363,14 @@ def open_socket(address: str) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=20)
 
 
+def format_request(**fields: str) -> bytes:
+    """Returns a good request as it is sent."""
+    prepared = requests.Request("POST", "http://localhost/interpolate", files=pair(0), data=fields).prepare()
+    assert isinstance(prepared.body, bytes)
+    headers = "".join(f"{name}: {value}\r\n" for name, value in prepared.headers.items())
+    return f"POST /interpolate HTTP/1.1\r\nHost: localhost\r\n{headers}\r\n".encode() + prepared.body
+
+
 def is_closed_by_peer(connection: socket.socket) -> bool:
     try:
         return connection.recv(2**16) == b""
@@ -383,13 +395,9 @@ def test_slow_clients_are_cut_off():
             slow.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
             answer = slow.recv(2**16)
             assert b" 408 " in answer.partition(b"\r\n")[0] and b"the upload took longer than 2 s" in answer
-        prepared = requests.Request("POST", f"{address}/interpolate", files=pair(0)).prepare()
-        assert isinstance(prepared.body, bytes)
         with open_socket(address) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            content_type = prepared.headers["content-type"]
-            head = f"POST /interpolate HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
-            deaf.sendall(f"{head}Content-Length: {len(prepared.body)}\r\n\r\n".encode() + prepared.body)
+            deaf.sendall(format_request())
             wait_for(lambda: metric(address, "giffy_requests_total", path="/interpolate") == 2)
             assert metric(address, "giffy_open_requests") == 0
 
@@ -435,21 +443,21 @@ def test_token_bucket_refills_at_its_rate(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_request_has_a_time_limit_and_ends_with_its_client():
-    backend = FakeBackend(delay_s=30)
-    with run_app(backend, ServiceLimits(request_s=1)) as address:
+    backend = FakeBackend()
+    with run_app(backend, ServiceLimits(request_s=2)) as address:
+        wait_for(lambda: post(address).status_code == 200)  # the processes that decode images have started
+        backend.delay_s = 30
         response = post(address)
         assert response.status_code == 504
-        assert error_of(response) == "took longer than 1 s; ask for fewer frames or a smaller size"
+        assert error_of(response) == "took longer than 2 s; ask for fewer frames or a smaller size"
         assert backend.cancelled == 1
-    backend = FakeBackend(delay_s=30)
     with run_app(backend) as address:
-        with pytest.raises(requests.ReadTimeout):
-            post(address, timeout=1)
-        wait_for(lambda: backend.cancelled == 1)
-        with pytest.raises(requests.ReadTimeout):
-            post(address, timeout=1, preview=True)
-        wait_for(lambda: backend.cancelled == 2)
-        assert metric(address, "giffy_requests_total", path="/interpolate", status="499") == 2
+        for cancelled, preview in ((2, False), (3, True)):
+            with open_socket(address) as client:
+                client.sendall(format_request(preview=str(preview).lower()))
+                wait_for(lambda cancelled=cancelled: backend.started == cancelled + 1)
+            wait_for(lambda cancelled=cancelled: backend.cancelled == cancelled)
+        wait_for(lambda: metric(address, "giffy_requests_total", path="/interpolate", status="499") == 2)
         assert metric(address, "giffy_open_requests") == 0
 
 

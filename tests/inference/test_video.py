@@ -1,10 +1,10 @@
-"""Whole films: times, cuts, duplicates, sound, colours and metadata of real files. A blend takes the model's place."""
+"""Whole films: times, cuts, duplicates, sound, colours and metadata of real files, without the quality of a model."""
 
 from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -12,12 +12,16 @@ from typing import Any
 import av
 import numpy as np
 import pytest
+import torch
 from av.video.reformatter import Interpolation
+from torch import Tensor
 
+from giffy_ray.config import Experiment, override
 from giffy_ray.core.errors import InputError
 from giffy_ray.inference import video
 from giffy_ray.inference.interpolator import Interpolator
 from giffy_ray.inference.video import VideoReport, interpolate_video
+from giffy_ray.models.motion import Motion
 from tests.data.boxes import make_faststart, overwrite_body
 
 LOSSLESS = {"qp": "0", "preset": "ultrafast"}
@@ -27,25 +31,25 @@ SAMPLES = 1_000  # per audio frame that is written
 WHITE = 235  # luma in limited range
 
 
-@dataclass
-class Blend:
-    """Makes frames by linear interpolation, so that all results have a closed form."""
+class StillNetwork:
+    """Finds no motion, so that the frames between two are their blends, and all results have a closed form."""
 
-    fixed_size: tuple[int, int] | None = None
-    chosen: list[int] = field(default_factory=list)  # mean level of the start of each pair that a size was chosen for
-    motion_sizes: list[int | None] = field(default_factory=list)
+    latent = 0
 
-    def choose_motion_size(self, start: np.ndarray, end: np.ndarray) -> int:
-        self.chosen.append(round(start.mean()))
-        return 64
+    def __init__(self) -> None:
+        self.widths: list[int] = []  # of the images that it was asked for
 
-    def iter_frames(
-        self, start: np.ndarray, end: np.ndarray, times: Sequence[float], *, motion_size: int | None
-    ) -> Iterator[np.ndarray]:
-        assert times and min(times) > 0 and max(times) < 1
-        self.motion_sizes.append(motion_size)
-        for time in times:
-            yield np.round(start * (1 - time) + end.astype(float) * time).astype(np.uint8)
+    def iter_motion(self, start: Tensor, end: Tensor, noise: Tensor, times: Tensor) -> Iterator[Motion]:
+        assert len(times) and times.min() > 0 and times.max() < 1
+        self.widths.append(start.shape[3])
+        fields = torch.zeros(len(times), 8, *start.shape[2:])
+        yield Motion(fields[:, :4], fields[:, 4:5], fields[:, 5:])
+
+
+def blending_interpolator(network: Any = None) -> Interpolator:
+    """An interpolator with that network, or another one; it was trained on images so large that nothing is matched."""
+    experiment = override(Experiment(), {"clip.height": 1024, "clip.width": 1024})
+    return Interpolator(network or StillNetwork(), experiment, torch.device("cpu"))
 
 
 def write_film(
@@ -171,11 +175,11 @@ def pan(seed: int, frames: int, step_px: int = 2) -> list[np.ndarray]:
     return [wide[:, number * step_px : number * step_px + 128] for number in range(frames)]
 
 
-def convert(source: Path, output: Path | None = None, blend: Blend | None = None, **options: Any) -> VideoReport:
+def convert(source: Path, output: Path | None = None, network: Any = None, **options: Any) -> VideoReport:
     options = {"times": 2, "quality": 100} | options
     if "fps" in options:
         del options["times"]
-    return interpolate_video(blend or Blend(), source, output or source.with_name("out.mp4"), **options)
+    return interpolate_video(blending_interpolator(network), source, output or source.with_name("out.mp4"), **options)
 
 
 # ---- Number and times of frames
@@ -259,8 +263,7 @@ def test_a_gap_without_frames_is_still(tmp_path: Path):
 def test_cuts_are_not_morphed(tmp_path: Path):
     shots = [pan(1, 12), pan(2, 9), pan(3, 12)]
     source = write_film(tmp_path / "in.mp4", [frame for shot in shots for frame in shot])
-    blend = Blend()
-    report = convert(source, blend=blend, times=3)
+    report = convert(source, times=3)
     assert report.cut_times_s == pytest.approx([12 / 15, 21 / 15])
     originals, film = decode(source).luma.astype(int), decode(tmp_path / "out.mp4").luma.astype(int)
     for cut in (12, 21):
@@ -270,8 +273,6 @@ def test_cuts_are_not_morphed(tmp_path: Path):
             assert np.abs(film[number] - originals[near]).mean() < 2
             assert np.abs(film[number] - originals[far]).mean() > 20
     assert len(film) == 99 and report.frames_made == 2 * (11 + 8 + 11)
-    assert len(blend.chosen) == 3  # the motion size, once per shot
-    assert set(blend.motion_sizes) == {64}
 
 
 def test_a_cut_stays_where_it_is_behind_duplicates(tmp_path: Path):
@@ -329,16 +330,12 @@ def test_a_shot_of_one_frame_has_two_cuts(tmp_path: Path):
 
 
 def test_motion_size_can_be_given(tmp_path: Path):
-    blend = Blend()
-    convert(write_film(tmp_path / "in.mp4", pan(1, 5)), blend=blend, motion_size=96)
-    assert set(blend.motion_sizes) == {96} and not blend.chosen
-
-
-def test_motion_size_is_chosen_anew_in_long_shots(tmp_path: Path):
-    blend = Blend()
-    source = write_film(tmp_path / "in.mp4", uniform(30 + 1.5 * np.arange(125)), fps=30)
-    convert(source, blend=blend)
-    assert blend.chosen == sorted(blend.chosen) and len(blend.chosen) == 3
+    network = StillNetwork()
+    source = write_film(tmp_path / "in.mp4", pan(1, 5))
+    convert(source, network=network, motion_size=96)
+    assert set(network.widths) == {96}
+    convert(source, network=network)
+    assert set(network.widths) == {96, 128}
 
 
 # ---- Duplicates
@@ -716,7 +713,7 @@ def test_memory_does_not_grow_with_length(tmp_path: Path, monkeypatch: pytest.Mo
     source = write_film(tmp_path / "in.mp4", [frame for shot in shots for frame in shot], audio_codec="aac")
     convert(source, on_progress=lambda written, total: ahead.append(read - written / 2))
     assert read == 250
-    assert max(ahead) <= 8  # four mean intervals of 1/15 s, and three frames for cuts
+    assert max(ahead) <= 10  # four mean intervals of 1/15 s, three frames for cuts, and two whose motion is estimated
 
 
 def test_progress_counts_to_the_end(tmp_path: Path):
@@ -814,12 +811,13 @@ def test_sound_without_video_is_refused(tmp_path: Path):
         ({"fps": -1, "times": None}, "fps: must be above 0"),
         ({"fps": 1001, "times": None}, "fps: must be above 0"),
         ({"quality": 101}, "quality: must be 0 to 100"),
+        ({"motion_size": 0}, "motion_size: must be at least 1"),
     ],
 )
 def test_wrong_options_are_refused(tmp_path: Path, options: dict[str, Any], message: str):
     source = write_film(tmp_path / "in.mp4", pan(1, 4))
     with pytest.raises(InputError, match=message):
-        interpolate_video(Blend(), source, tmp_path / "out.mp4", **({"times": 2} | options))
+        interpolate_video(blending_interpolator(), source, tmp_path / "out.mp4", **({"times": 2} | options))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.mp4"]
 
 
@@ -833,8 +831,9 @@ def test_wrong_files_are_refused(tmp_path: Path):
     ):
         with pytest.raises(InputError, match=message):
             convert(path, output)
+    small = Interpolator(object(), override(Experiment(), {"clip.height": 48}), torch.device("cpu"))
     with pytest.raises(InputError, match="model: this one generates only clips of 64x48"):
-        convert(source, blend=Blend(fixed_size=(48, 64)))
+        interpolate_video(small, source, tmp_path / "out.mp4", times=2)
 
 
 # ---- With a model

@@ -93,13 +93,13 @@ function setImage(name, file) {
   const thumbnail = slot.querySelector("img");
   URL.revokeObjectURL(thumbnail.src);
   slot.classList.toggle("filled", Boolean(file));
+  slot.title = file?.name ?? "";
   thumbnail.hidden = !file;
   slot.querySelector(".hint").textContent = file ? file.name : "Choose or drop an image";
   if (file) {
     thumbnail.src = URL.createObjectURL(file);
     thumbnail.onload = () => {
-      const size = `${thumbnail.naturalWidth} × ${thumbnail.naturalHeight}`;
-      slot.querySelector(".hint").textContent = `${size}, ${file.name}`;
+      slot.querySelector(".hint").textContent = `${thumbnail.naturalWidth} × ${thumbnail.naturalHeight}`;
     };
     thumbnail.onerror = () => (thumbnail.hidden = true); // a format that this browser does not show
   } else {
@@ -165,7 +165,7 @@ const countFrames = (options) => (options.loop ? 2 * options.frames - 2 : Number
 function updateFields() {
   const options = readOptions();
   const seconds = countFrames(options) / options.fps;
-  byId("frames_value").textContent = `${options.frames}, ${seconds.toFixed(1)} s`;
+  byId("frames_value").textContent = `${options.frames} (${seconds.toFixed(1)} s)`;
   byId("fps_value").textContent = options.fps;
   byId("samples_value").textContent = options.samples;
   byId("generate").disabled = !(files.start && files.end) || Boolean(request);
@@ -236,6 +236,7 @@ async function receiveClips(response, images, options) {
     received += 1;
     if (received === 1) openPlayer({ clips, count, images, options, frame: 0 });
     if (clip.frames.length === 1) addFigure(clip);
+    if (received === 1) revealResults();
     showProgress(received / total, describeProgress(received, total, options.samples, sample));
     showFrame(clip.frames.length - 1);
   }
@@ -272,6 +273,12 @@ function openPlayer(opened) {
   byId("scrub").max = opened.count - 1;
   byId("empty").hidden = true;
   byId("player").hidden = false;
+}
+
+// On a phone, the clips are below the form.
+function revealResults() {
+  if (byId("results").getBoundingClientRect().top < innerHeight / 2) return;
+  byId("results").scrollIntoView({ behavior: prefersStill.matches ? "auto" : "smooth" });
 }
 
 function addFigure(clip) {

@@ -39,8 +39,12 @@ class Learner(Protocol):
     """
 
     networks: dict[str, nn.Module]  # by their name in checkpoints, never wrapped in DDP
-    optimizers: dict[str, torch.optim.Optimizer]
     latent: int  # width of the noise that `generate` takes
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by their name in checkpoints, created when they are used."""
+        ...
 
     def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
         """Takes one optimizer step.

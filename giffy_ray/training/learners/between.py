@@ -47,14 +47,18 @@ class BetweenLearner:
         self.latent = self.config.latent
         self.module = OptimizedModule(network, experiment.optim, steps, experiment.speed)
         self.networks = self.module.networks("between")
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"between": self.module.optimizer}
         if self.config.adversarial_weight:
             networks = models.build_discriminators(self.config, experiment.clip)
             self.discriminators = DiscriminatorGroup(
                 networks, device, experiment.optim, steps, experiment.speed, "hinge"
             )
             self.networks |= self.discriminators.networks
-            self.optimizers |= self.discriminators.optimizers
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by their name in checkpoints."""
+        discriminators = self.discriminators.optimizers if self.config.adversarial_weight else {}
+        return {"between": self.module.optimizer} | discriminators
 
     def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
         """Takes one step on the mean relative squared error and KL(q || p).

@@ -32,7 +32,11 @@ class CVAELearner:
         network = models.build(experiment.model, experiment.clip).to(device)
         self.module = OptimizedModule(network, experiment.optim, steps, experiment.speed)
         self.networks = self.module.networks("cvae")
-        self.optimizers: dict[str, torch.optim.Optimizer] = {"cvae": self.module.optimizer}
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by their name in checkpoints."""
+        return {"cvae": self.module.optimizer}
 
     def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
         """Takes one step on the mean over `clips` of KL + lambda1 |X-G|^2 + lambda2 (|xi-Gi|^2 + |xf-Gf|^2).

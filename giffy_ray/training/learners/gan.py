@@ -54,7 +54,11 @@ class GANLearner:
             self.config.real_label,
         )
         self.networks = self.module.networks("generator") | self.discriminators.networks
-        self.optimizers = {"generator": self.module.optimizer} | self.discriminators.optimizers
+
+    @property
+    def optimizers(self) -> dict[str, torch.optim.Optimizer]:
+        """The optimizers by their name in checkpoints."""
+        return {"generator": self.module.optimizer} | self.discriminators.optimizers
 
     def update(self, clips: Clips, times: Times, sample_indices: SampleIndices) -> dict[str, Tensor]:
         """Takes `discriminator_updates` steps of the discriminators, then one of the generator, on the same clips.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -39,11 +40,15 @@ class OptimizedModule:
         if speed.compile:
             network.compile()
         self.parallel = distributed.wrap_ddp(network, speed.compress_gradients)
-        self.optimizer = torch.optim.AdamW(
-            network.parameters(),
+
+    @functools.cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """AdamW, created at first use: the first optimizer of a process imports PyTorch's compiler, for 3 s."""
+        return torch.optim.AdamW(
+            self.network.parameters(),
             lr=self.lr,
-            betas=(optim.beta1, optim.beta2),
-            weight_decay=optim.weight_decay,
+            betas=(self.optim.beta1, self.optim.beta2),
+            weight_decay=self.optim.weight_decay,
             fused=True,
         )
 
