@@ -1,6 +1,7 @@
 """The notebook of examples/ runs top to bottom, with a training of seconds instead of minutes."""
 
 import base64
+import csv
 import io
 import re
 from pathlib import Path
@@ -17,6 +18,8 @@ from tests.conftest import ROOT
 NOTEBOOK = ROOT / "examples" / "quickstart.ipynb"
 TRAIN_S = 20
 MAX_STORED_BYTES = 150_000
+# tqdm and Ray ask for ipywidgets, which Jupyter has and this test does without; the tests give Ray a token.
+EXPECTED_STDERR = "IProgress not found|import tqdm|Missing packages: \\['ipywidgets'\\]|Token authentication is enabled"
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +59,24 @@ def test_clips_are_shown_and_saved(executed: tuple[Any, Path]):
     assert (folder / "quickstart" / "clip.mp4").stat().st_size > 1000
 
 
-def test_both_runs_are_trained_and_compared(executed: tuple[Any, Path]):
+def test_a_model_is_trained_and_compared(executed: tuple[Any, Path]):
     notebook, folder = executed
     runs = folder / "quickstart" / "runs"
+    assert list((runs / "my-model").glob("checkpoint_*/manifest.json"))
+    with (runs / "compared" / "evaluation.csv").open() as file:
+        methods = {row["method"] for row in csv.DictReader(file)}
+    assert {"linear", "between", "my-model"} <= methods
     (table,) = [output.data["text/plain"] for output in outputs_of(notebook, "search_runs")]
-    for name in ("from-between", "from-scratch"):
-        assert list((runs / name).glob("checkpoint_*/manifest.json"))
-        assert (runs / name / "evaluation.csv").is_file()
-        assert name in table
-    assert "nan" not in table.lower()
+    assert re.search(rf"my-model +{2 * TRAIN_S} ", table)
+    (sheet,) = [output.data["image/png"] for output in outputs_of(notebook, "contact_sheet.png")]
+    assert Image.open(io.BytesIO(base64.b64decode(sheet))).width > 500
 
 
-def test_nothing_warns_or_fails(executed: tuple[Any, Path]):
+def test_nothing_warns_but_the_libraries(executed: tuple[Any, Path]):
     notebook, _ = executed
     outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
-    assert not [output for output in outputs if output.output_type == "error"]
-    assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    lines = [line for output in outputs if output.get("name") == "stderr" for line in output.text.splitlines()]
+    assert not [line for line in lines if line.strip() and not re.search(EXPECTED_STDERR, line)]
 
 
 def test_the_notebook_is_stored_without_results():

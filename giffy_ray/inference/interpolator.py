@@ -184,12 +184,12 @@ class Interpolator:
             yield from self._iter_fixed_size(start, end, times, noise, resize)
             return
         size = self.choose_motion_size(start, end) if motion_size is None else motion_size
-        first, last = self._to_tensor(start), self._to_tensor(end)
+        first, last = _premultiply(self._to_tensor(start)), _premultiply(self._to_tensor(end))
         if matching is None:
             matching = size > max(self.experiment.clip.height, self.experiment.clip.width)
         pair_motion = PairMotion(self.generator, first[:, :3], last[:, :3], noise, size, matching, self.dtype)
         motions = pair_motion.iter_motion([time for time in times if 0 < time < 1])
-        renderer = FrameRenderer(_premultiply(first), _premultiply(last), oversample=True)
+        renderer = FrameRenderer(first, last, oversample=True)
         for time in times:
             if time <= 0 or time >= 1:
                 yield start if time <= 0 else end

@@ -1,6 +1,5 @@
 """Checks the parts of `between` against plain loops and closed forms, and its invariants for any weights."""
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +8,7 @@ from giffy_ray import models
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.core.tensor_types import to_floats
 from giffy_ray.models.baselines import linear
-from giffy_ray.models.between import Between, blend, cost_volume, warp
+from giffy_ray.models.between import Between, cost_volume
 from giffy_ray.training import learners
 from giffy_ray.training.learners import losses
 
@@ -47,42 +46,6 @@ def build_small() -> Between:
     return network
 
 
-def test_warp_by_whole_pixels_copies_them_and_repeats_the_edge(rng: torch.Generator):
-    picture = torch.rand(2, 3, 8, 10, generator=rng)
-    flow = torch.zeros(2, 2, 8, 10)
-    flow[:, 0], flow[:, 1] = 2, -1  # samples two pixels to the right and one above
-    generated = warp(picture, flow)
-    y, x = np.clip(np.arange(8) - 1, 0, 7), np.clip(np.arange(10) + 2, 0, 9)
-    torch.testing.assert_close(generated, picture[:, :, y][:, :, :, x], atol=1e-5, rtol=0)
-
-
-def test_warp_by_fractions_of_pixels_is_bilinear(rng: torch.Generator):
-    picture = torch.rand(1, 1, 6, 6, generator=rng)
-    flow = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1).expand(1, 2, 6, 6)
-    expected = (
-        0.75 * 0.25 * picture[..., :-1, :-1]
-        + 0.25 * 0.25 * picture[..., :-1, 1:]
-        + 0.75 * 0.75 * picture[..., 1:, :-1]
-        + 0.25 * 0.75 * picture[..., 1:, 1:]
-    )
-    torch.testing.assert_close(warp(picture, flow)[..., :-1, :-1], expected, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("invalid", [float("nan"), float("inf")])
-@pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
-def test_non_finite_flow_gives_nan_at_its_pixel_only(rng: torch.Generator, mode: str, invalid: float):
-    """On a CPU, grid_sample's own gradient crashes at NaN."""
-    picture = torch.rand(2, 3, 8, 10, generator=rng).requires_grad_()
-    flow = torch.rand(2, 2, 8, 10, generator=rng)
-    expected = warp(picture, flow, mode)
-    flow[1, 0, 4, 5] = invalid
-    generated = warp(picture, flow.requires_grad_(), mode)
-    generated.sum().backward()
-    assert generated[1, :, 4, 5].isnan().all()
-    assert generated.isnan().sum() == 3
-    assert torch.equal(generated.nan_to_num(), torch.where(generated.isnan(), 0, expected))
-
-
 def test_cost_volume_holds_cosines_of_the_neighbourhood(rng: torch.Generator):
     features, other_features = torch.randn(2, 1, 5, 6, 7, generator=rng)
     volume = cost_volume(features, other_features)
@@ -96,16 +59,6 @@ def test_cost_volume_holds_cosines_of_the_neighbourhood(rng: torch.Generator):
             else 0
         )
         assert float(cosine) == pytest.approx(float(expected), abs=1e-5)
-
-
-def test_blend_matches_its_formula(rng: torch.Generator):
-    start, end, residual = torch.rand(3, 2, 3, 8, 8, generator=rng)
-    visibility = torch.randn(2, 1, 8, 8, generator=rng)
-    time = torch.tensor([0.3, 0.8]).view(2, 1, 1, 1)
-    generated = blend(start, end, time, torch.zeros(2, 4, 8, 8), torch.cat([visibility, residual], dim=1))
-    weight = torch.sigmoid(torch.logit(time) + visibility)
-    expected = (1 - weight) * start + weight * end + 4 * time * (1 - time) * residual
-    torch.testing.assert_close(generated, expected, atol=1e-5, rtol=1e-5)
 
 
 def test_untrained_network_is_linear_interpolation(rng: torch.Generator):
