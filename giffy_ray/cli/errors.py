@@ -20,7 +20,7 @@ FAILED, WRONG_INPUT = 1, 2
 INTERRUPTED = 130  # 128 + SIGINT, as in shells
 _MAX_MESSAGE_CHARS = 600  # of an unexpected error; the traceback has the rest
 _LIBRARIES_OF_EXTRAS = {
-    "train": ("ray", "mlflow", "optuna"),
+    "train": ("ray", "mlflow", "optuna", "pyarrow"),
     "serve": ("ray", "fastapi", "uvicorn", "python_multipart"),
 }
 

@@ -6,19 +6,16 @@
 The HTTP server runs in this process rather than in Serve's proxy, which reads a whole body into memory before the
 application sees its first byte, and waits for ever for slow clients. Serve runs the workers, restarts those that end,
 and balances their load.
-
-A request carries the version of the model that it gets. A reload loads the new version in a worker and then gives it to
-new requests; those that wait or run keep theirs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import io
 import json
 import logging
+import math
 import os
 import re
 import secrets
@@ -29,11 +26,10 @@ import sys
 import tempfile
 import threading
 import zipfile
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncGenerator, Coroutine, Iterator, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy as np
 import uvicorn
@@ -47,31 +43,25 @@ from starlette.requests import ClientDisconnect
 
 from giffy_ray.cluster.local import check_temp_dir_length
 from giffy_ray.core.errors import InputError
-from giffy_ray.core.packaged import packaged_models, packaged_path
-from giffy_ray.core.storage import join, read_text, redact_credentials, resolve_path
-from giffy_ray.inference.image_sandbox import ImageSandbox
 from giffy_ray.inference.service_guard import (
     LOOPBACK_NAMES,
     App,
     Guard,
     RequestError,
     ServiceLimits,
-    ServiceMetrics,
     TimedConnection,
 )
+from giffy_ray.inference.service_queue import RELOAD_INTERVAL_S, Backend, Service
 from giffy_ray.inference.service_worker import MEDIA_TYPES, InterpolationWorker, ModelVersion, Options, Part
 
 DEFAULT_MODEL = "between"
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
-RELOAD_INTERVAL_S = 30.0
-_REGISTRY_SCHEME = "models:/"
 _PAGE_FILES = {"/": "index.html", "/app.js": "app.js", "/style.css": "style.css", "/icon.svg": "icon.svg"}
 _PAGE_TYPES = {"html": "text/html", "js": "text/javascript", "css": "text/css", "svg": "image/svg+xml"}
 _CHUNK_BYTES = 2**16  # of a response, so that `TimedConnection` notices a client that does not read
 _MAX_OPTION_BYTES = 1000
 _MAX_SHOWN_CHARS = 60  # of a client's value in an error
 _CLIENT_GONE = 499  # never sent
-_HEALTH_INTERVAL_S, _HEALTH_TIMEOUT_S = 5.0, 10.0
 _STOP_TIMEOUT_S = 10  # for requests in progress when the service stops
 _REQUESTS_PER_WORKER = 2  # one is computed, and the next one follows at once
 _OTHER_CALLS = 2  # of a worker at the same time: reload and health check
@@ -79,22 +69,6 @@ _OBJECT_STORE_BYTES = 512 * 2**20  # for images and clips on their way to and fr
 _logger = logging.getLogger("giffy_ray")
 
 _Result = TypeVar("_Result")
-
-
-class Backend(Protocol):
-    """What computes clips."""
-
-    async def ping(self) -> None:
-        """Raises an exception if no worker answers."""
-
-    async def load(self, model: ModelVersion) -> None:
-        """Loads a model. Raises InputError."""
-
-    def generate(
-        self, model: ModelVersion, start: np.ndarray, end: np.ndarray, options: Options
-    ) -> AsyncGenerator[Part, None]:
-        """Yields the files of a response. Raises InputError before the first one."""
-        ...
 
 
 class ServeBackend:
@@ -135,186 +109,6 @@ class ServeBackend:
         finally:
             if not is_complete:
                 response.cancel()
-
-
-class Service:
-    """The model, its workers, and the queue in front of them.
-
-    Args:
-        backend: Computes the clips.
-        model: Address or name of the model.
-        limits: The limits.
-        parallel: Number of requests that are given to the backend at a time.
-        reload_interval_s: How often the registry is asked for the version of an alias.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        model: str,
-        limits: ServiceLimits,
-        *,
-        parallel: int,
-        reload_interval_s: float = RELOAD_INTERVAL_S,
-    ):
-        self.limits, self.metrics = limits, ServiceMetrics()
-        self._backend, self._address, self._reload_interval_s = backend, model, reload_interval_s
-        self._model: ModelVersion | None = None
-        self._reload_lock = asyncio.Lock()
-        self._places = asyncio.Semaphore(parallel)
-        self._decoders = ThreadPoolExecutor(min(2, os.cpu_count() or 1), initializer=self._start_sandbox)
-        self._sandboxes: list[ImageSandbox] = []
-        self._thread = threading.local()  # of `_decoders`: its sandbox
-        self._problem: str | None = None
-
-    @property
-    def model(self) -> ModelVersion:
-        """The version of the model that new requests get."""
-        assert self._model, "the service does not run"
-        return self._model
-
-    @contextlib.asynccontextmanager
-    async def run(self) -> AsyncIterator[None]:
-        """Loads the model, keeps it up to date during the block, and ends the sandboxes. Raises InputError."""
-        await self.reload()
-        watches = [asyncio.create_task(self._watch_workers())]
-        if self._address.startswith(_REGISTRY_SCHEME) and "@" in self._address:
-            watches.append(asyncio.create_task(self._watch_registry()))
-        try:
-            yield
-        finally:
-            for watch in watches:
-                watch.cancel()
-            await asyncio.to_thread(self._decoders.shutdown, cancel_futures=True)
-            for sandbox in self._sandboxes:
-                sandbox.close()
-
-    async def reload(self) -> bool:
-        """Gives new requests the newest version of the model. Returns whether it is another one.
-
-        Raises:
-            InputError: It cannot be found or loaded; requests still get the previous one.
-        """
-        async with self._reload_lock:
-            try:
-                newest = await asyncio.to_thread(find_model, self._address)
-                if newest == self._model:
-                    return False
-                await self._backend.load(newest)
-            except BaseException:
-                self.metrics.reloads.labels("failure").inc()
-                raise
-            self._model = newest
-            self.metrics.reloads.labels("success").inc()
-            self.metrics.model.clear()
-            self.metrics.model.labels(newest.label).set(1)
-            return True
-
-    def check_health(self) -> None:
-        """Raises RequestError if the workers do not answer."""
-        if self._problem:
-            raise RequestError(503, self._problem)
-
-    async def check_image(self, file: BinaryIO, name: str, size: int | None) -> tuple[int, int]:
-        """Decodes an uploaded image in the sandbox. Returns the height and width that it will have.
-
-        Raises:
-            InputError: It cannot be used.
-        """
-        return await self._decode(lambda sandbox: sandbox.check(_read_all(file), name, size))
-
-    async def generate(
-        self, model: ModelVersion, start: BinaryIO, end: BinaryIO, options: Options
-    ) -> AsyncGenerator[Part, None]:
-        """Waits for a free place, and yields the files of a response.
-
-        The images are decoded again, because the pixels of all requests in the queue would not fit in memory.
-
-        Raises:
-            InputError: An image cannot be used, or the model cannot generate such clips.
-        """
-        self.metrics.waiting.inc()
-        try:
-            await self._places.acquire()
-        finally:
-            self.metrics.waiting.dec()
-        try:
-            first = await self._decode(lambda sandbox: sandbox.read(_read_all(start), "start", options.size))
-            last = await self._decode(lambda sandbox: sandbox.read(_read_all(end), "end", options.size))
-            async with contextlib.aclosing(self._backend.generate(model, first, last, options)) as parts:
-                async for part in parts:
-                    yield part
-        finally:
-            self._places.release()
-
-    async def _decode(self, decode: Callable[[ImageSandbox], _Result]) -> _Result:
-        """Calls a function with the sandbox of a free thread."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._decoders, lambda: decode(self._thread.sandbox))
-
-    def _start_sandbox(self) -> None:
-        limits = self.limits
-        self._thread.sandbox = ImageSandbox(round(limits.image_megapixels * 1e6), limits.decode_s, limits.decode_mb)
-        self._sandboxes.append(self._thread.sandbox)
-
-    async def _watch_workers(self) -> None:
-        while True:
-            await asyncio.sleep(_HEALTH_INTERVAL_S)
-            try:
-                await asyncio.wait_for(self._backend.ping(), _HEALTH_TIMEOUT_S)
-            except Exception as error:
-                if self._problem is None:
-                    _logger.warning("the workers do not answer: %r", error)
-                self._problem = "the workers do not answer"
-            else:
-                self._problem = None
-
-    async def _watch_registry(self) -> None:
-        while True:
-            await asyncio.sleep(self._reload_interval_s)
-            try:
-                await self.reload()
-            except Exception as error:  # the registry may answer again at the next try
-                _logger.warning("requests still get %s: %s", self.model.label, redact_credentials(str(error)))
-
-
-def find_model(address: str) -> ModelVersion:
-    """Returns the version that an address means now.
-
-    Args:
-        address: Name of a model of the package, path or URI of a checkpoint, `models:/NAME@ALIAS` or `models:/NAME/3`.
-
-    Raises:
-        InputError: There is no such alias or address, or the registry does not answer.
-    """
-    if not address.startswith(_REGISTRY_SCHEME):
-        try:
-            is_packaged = address in packaged_models()
-            location = str(packaged_path("models", address)) if is_packaged else resolve_path(address)
-            manifest = read_text(join(location, "manifest.json")) or ""
-        except (OSError, ValueError) as error:
-            raise InputError(f"model: {address!r} cannot be read: {error}") from error
-        return ModelVersion(address, f"{_to_label(address)} {hashlib.sha256(manifest.encode()).hexdigest()[:8]}")
-    name, is_alias, alias = address.removeprefix(_REGISTRY_SCHEME).partition("@")
-    if not is_alias:
-        name, _, number = name.rpartition("/")
-        return ModelVersion(address, f"{_to_label(name)} {_to_label(number)}")
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if not uri:
-        raise InputError(f"model: set MLFLOW_TRACKING_URI to the MLflow server of {address!r}")
-    from giffy_ray.tracking.uploader import create_client
-
-    try:
-        version = create_client(uri).get_model_version_by_alias(name, alias).version
-    except Exception as error:  # MLflow's, which only giffy_ray.tracking imports
-        message = redact_credentials(f"MLflow at {uri} reports: {error}")
-        raise InputError(f"model: {address!r} cannot be found; {message}") from error
-    return ModelVersion(f"{_REGISTRY_SCHEME}{name}/{version}", f"{_to_label(name)} {version}")
-
-
-def _to_label(address: str) -> str:
-    """Returns the last part of an address in characters that every header may have."""
-    return re.sub(r"[^A-Za-z0-9_.-]+", "-", address.rstrip("/").rpartition("/")[2])
 
 
 class InterpolationForm(NamedTuple):
@@ -606,11 +400,6 @@ def _format_part(part: Part, boundary: str) -> bytes:
     return header.encode() + part.content + b"\r\n"
 
 
-def _read_all(file: BinaryIO) -> bytes:
-    file.seek(0)
-    return file.read()
-
-
 def _describe_form() -> dict[str, Any]:
     """Describes the multipart form for OpenAPI."""
     schema = Options.model_json_schema()
@@ -739,11 +528,11 @@ def start_workers(device: str = "auto", workers: int = 1) -> Iterator[ServeBacke
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         name = f"giffy_ray-{secrets.token_hex(4)}"  # others may serve on the same cluster
-        has_gpus = device != "cpu" and ray.cluster_resources().get("GPU", 0) >= workers
+        gpus = 0 if device == "cpu" else int(ray.cluster_resources().get("GPU", 0))
         deployment = serve.deployment(InterpolationWorker).options(
             num_replicas=workers,
             max_ongoing_requests=_REQUESTS_PER_WORKER + _OTHER_CALLS,
-            ray_actor_options={"num_cpus": 1, "num_gpus": int(has_gpus)},
+            ray_actor_options={"num_cpus": 1, "num_gpus": 1 / math.ceil(workers / gpus) if gpus else 0},
             graceful_shutdown_timeout_s=_STOP_TIMEOUT_S,
             graceful_shutdown_wait_loop_s=0.5,
         )

@@ -37,7 +37,7 @@ _logger = logging.getLogger("giffy_ray")
 _SECURITY_HEADERS = {
     # The page loads nothing from elsewhere; blob: is for pictures that the visitor has chosen, and generated frames.
     "content-security-policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; media-src blob:; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob:; "
         "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
     "x-content-type-options": "nosniff",
@@ -76,7 +76,7 @@ class ServiceLimits:
     """Maximum number of requests that are uploaded, waiting or computed."""
     requests_per_minute: int = 60
     """Maximum rate of a client's requests, in the long run and in a burst."""
-    connections: int = 1000
+    connections: int = 500
     """Maximum number of open connections."""
     header_s: int = 10
     """Maximum time for a client to send the header of a request, and to leave a connection idle."""

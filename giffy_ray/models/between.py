@@ -92,8 +92,10 @@ class Between(nn.Module):
         starts = torch.cat([start.flip(axes) for axes in self.mirrors])
         ends = torch.cat([end.flip(axes) for axes in self.mirrors])
         count = len(self.mirrors)
-        mirrored = self._generate_once(starts, ends, noise.repeat(count, 1), times.repeat(count, 1)).chunk(count)
-        clips = [clip.flip(axes) for clip, axes in zip(mirrored, self.mirrors, strict=True)]
+        mirrored = self._generate_once(starts, ends, noise.repeat(count, 1), times.repeat(count, 1))
+        # unflatten and slices rather than chunk: torch.export could not keep the batch dynamic.
+        by_mirror = mirrored.unflatten(0, (count, -1))
+        clips = [by_mirror[index].flip(axes) for index, axes in enumerate(self.mirrors)]
         return torch.stack(clips).mean(0)
 
     def _generate_once(self, start: ImageFloats, end: ImageFloats, noise: Noise, times: Times) -> ClipFloats:
@@ -117,8 +119,9 @@ class Between(nn.Module):
     def _encode(self, start: ImageFloats, end: ImageFloats) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
         """Returns the features of (start, end) at each scale, from fine to coarse, and the context."""
         levels = self.pyramid(torch.cat([start, end]))
-        features = [tuple(level.chunk(2)) for level in levels]
-        return features, self.context(*features[-1])  # type: ignore[arg-type, return-value]
+        pairs = start.shape[0]  # len() would be a constant in torch.export
+        features = [(level[:pairs], level[pairs:]) for level in levels]
+        return features, self.context(*features[-1])
 
     def _synthesise(self, start, end, features, context: Tensor, latent: Tensor, times: Times) -> ClipFloats:
         motion = self._estimate(features, context, latent, times)
@@ -237,7 +240,7 @@ class Synthesis(nn.Module):
             time: Time of each frame, [n, 1, 1, 1].
         """
         inputs = coarse
-        flows = coarse.new_zeros(len(coarse), _FLOW_CHANNELS, *coarse.shape[2:])
+        flows = coarse.new_zeros(coarse.shape[0], _FLOW_CHANNELS, *coarse.shape[2:])
         for refine, features, pixels in zip(self.levels, (*finer, None), (4, 2, 1), strict=True):
             planes = time.expand(-1, 1, *inputs.shape[2:])
             state, change = refine(torch.cat([inputs, planes], dim=1))

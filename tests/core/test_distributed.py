@@ -67,7 +67,7 @@ def forbid_reading() -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         for module in (checkpoint_format, checkpoint_selection, checkpoints, storage):
-            for name in ("filesystem_of", "read_text", "read_bytes", "safe_open"):
+            for name in ("filesystem_of", "read_text", "read_bytes", "safe_open", "open_stream", "is_file"):
                 patch.setattr(module, name, fail, raising=False)
         yield
 

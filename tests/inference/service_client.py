@@ -24,8 +24,9 @@ import psutil
 import requests
 from PIL import Image
 
-from giffy_ray.inference.service import Service, create_app, create_server
+from giffy_ray.inference.service import create_app, create_server
 from giffy_ray.inference.service_guard import ServiceLimits
+from giffy_ray.inference.service_queue import Service
 from giffy_ray.inference.service_worker import ModelVersion, Options, Part
 
 ROOT = Path(__file__).parents[2]

@@ -372,26 +372,6 @@ class StubEstimator:
         yield Motion(flows, zeros[:, :1], zeros[:, 1:])
 
 
-@pytest.mark.parametrize("right_width", [64, 128, 256])
-def test_motion_is_estimated_at_the_size_at_which_the_warped_pictures_agree(right_width: int):
-    scene = smooth(384, 900)
-    start, middle, end = scene[:, 60:828], scene[:, 30:798], scene[:, :768]  # everything moves 60 pixels to the right
-    stub = StubEstimator(right_width, 60 / 768)
-    interpolator = Interpolator(stub, override(Experiment(), SMALL), CPU)
-    (frame,) = interpolator.iter_frames(start, end, [0.5], matching=False)
-    assert {64, 128, 256} <= set(stub.widths)
-    assert stub.widths[-1] == right_width
-    assert np.abs(frame[:, 40:-40].astype(int) - middle[:, 40:-40]).max() <= 1
-
-
-def test_smallest_size_wins_a_draw():
-    """A still picture agrees at every size."""
-    stub = StubEstimator(0, 0)
-    interpolator = Interpolator(stub, override(Experiment(), SMALL), CPU)
-    next(iter(interpolator.iter_frames(smooth(300, 400), smooth(300, 400), [0.5], matching=False)))
-    assert stub.widths[-1] == 64
-
-
 @pytest.mark.parametrize("motion_size", [None, 32, 2000])
 @pytest.mark.parametrize("size", [(2, 2), (3, 40), (32, 64), (65, 30), (200, 300)])
 def test_motion_is_estimated_on_images_no_larger_than_the_pictures(size: tuple[int, int], motion_size: int | None):

@@ -30,11 +30,11 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from giffy_ray.core.errors import InputError
 from giffy_ray.core.packaged import packaged_path
-from giffy_ray.inference import service as service_module
-from giffy_ray.inference import service_guard
+from giffy_ray.inference import service_guard, service_queue
 from giffy_ray.inference.interpolator import Interpolator
-from giffy_ray.inference.service import find_model, run_service
+from giffy_ray.inference.service import run_service
 from giffy_ray.inference.service_guard import RateLimiter, ServiceLimits
+from giffy_ray.inference.service_queue import find_model
 from giffy_ray.inference.service_worker import ModelVersion, Options
 from giffy_ray.tracking import uploader
 from tests.inference.service_client import (
@@ -584,7 +584,7 @@ def test_metrics_count_every_request():
 
 def test_requests_in_progress_keep_their_model(monkeypatch: pytest.MonkeyPatch):
     versions = [ModelVersion("m", "model 1")]
-    monkeypatch.setattr(service_module, "find_model", lambda address: versions[-1])
+    monkeypatch.setattr(service_queue, "find_model", lambda address: versions[-1])
     backend = FakeBackend(delay_s=1)
     with run_app(backend, token=TOKEN) as address, concurrent.futures.ThreadPoolExecutor(6) as pool:
         early = [pool.submit(post, address, headers=AUTHORIZED) for _ in range(6)]  # two run, four wait
