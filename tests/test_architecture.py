@@ -25,7 +25,14 @@ LAYERS = [
     {"config"},
     {"core"},
 ]
-ONLY_IMPORTERS = {"mlflow": ["tracking"], "ray.tune": ["tuning"], "ray.data": ["data"], "optuna": ["tuning"]}
+ONLY_IMPORTERS = {
+    "mlflow": ["tracking"],
+    "ray.tune": ["tuning"],
+    "ray.data": ["data"],
+    "optuna": ["tuning"],
+    "ray.serve": ["inference"],
+    "fastapi": ["inference"],
+}
 # Former names; the glossary and the API reference have the current ones.
 RETIRED_NAMES = """
     AS_ANY_PROCESS Adversary AnyOfEach Carrier Dealer Descent Fetched KEEP_MEMORY Lease LeaseLost Ledger Maker Meter
