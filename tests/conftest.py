@@ -42,6 +42,14 @@ from giffy_ray.config import Experiment, override  # noqa: E402
 
 ROOT = Path(__file__).parent.parent
 EXPERIMENT = "tests/tiny.yaml"
+SMALL_BETWEEN = {
+    "model.kind": "between",
+    "model.widths": (4, 6, 8),
+    "model.latent": 2,
+    "clip.frames": 6,
+    "clip.height": 16,
+    "clip.width": 24,
+}
 TINY = {
     "clip.frames": 6,
     "clip.fps": 2.0,

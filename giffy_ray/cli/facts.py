@@ -66,7 +66,7 @@ class Service:
 
 @dataclass(frozen=True)
 class Facts:
-    """What is on this machine. An unknown value is None."""
+    """Properties of this machine. An unknown value is None."""
 
     platform: str
     versions: Mapping[str, str | None]  # of Python and libraries; None is not installed

@@ -138,7 +138,7 @@ class Request:
     type=click.Choice(["crop", "pad", "stretch"]),
     default="crop",
     show_default=True,
-    help="What happens to a picture of another shape than the first.",
+    help="How to fit a picture whose shape differs from that of the first.",
 )
 @click.option("--resize", is_flag=True, help="Scale the pictures to the size of a model that has only one.")
 @click.option(
@@ -222,11 +222,12 @@ class Reporter:
     def progress(self, title: str) -> Iterator[Callable[[int, int], None]]:
         """Yields a function that takes the number of frames done so far, and of all frames."""
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import Progress
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        from giffy_ray.core.progress import progress_columns
+
         is_hidden = self._quiet or not sys.stderr.isatty()
-        with Progress(*columns, console=Console(stderr=True), disable=is_hidden, transient=True) as bar:
+        with Progress(*progress_columns(), console=Console(stderr=True), disable=is_hidden, transient=True) as bar:
             task = bar.add_task(title, total=None)
             yield lambda completed, total: bar.update(task, completed=completed, total=total)
 

@@ -28,7 +28,7 @@ _DEMO, _BETWEEN = (packaged_path("experiments", name) for name in ("demo", "betw
 
 @dataclass(frozen=True)
 class Job:
-    """What a job does, and what its command line accepts.
+    """A job, and the command line that it accepts.
 
     Attributes:
         function: Called with the experiment, and with a keyword argument for each flag.

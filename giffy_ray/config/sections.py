@@ -211,7 +211,7 @@ class TrainConfig(StrictSection):
     keep_checkpoints: PositiveInt = 1
     """Number of checkpoints with the best validation score to keep, in addition to the newest two."""
     init_from: Location | None = None
-    """What initializes the networks of a new run: a run in `storage`, or else a pretrained model of that name, such as
+    """Source of the initial weights of a new run: a run in `storage`, or else a pretrained model of that name, such as
     `between`; or the location of a checkpoint (with a `/`)."""
     max_skipped_steps: NonNegativeInt = 10
     """Fail after more than this many steps with a non-finite gradient."""

@@ -5,9 +5,14 @@ from __future__ import annotations
 import sys
 import time
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 
 _LINE_INTERVAL_S = 5.0
+
+
+def progress_columns() -> tuple[ProgressColumn, ...]:
+    """Returns the columns of every progress bar: title, bar, count and remaining time."""
+    return TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
 
 
 class ProgressBar:
@@ -23,8 +28,7 @@ class ProgressBar:
         self.title, self.total, self.unit = title, total, unit
         self.completed = 0
         self._last_line_s = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._progress = Progress(*columns) if sys.stdout.isatty() else None
+        self._progress = Progress(*progress_columns()) if sys.stdout.isatty() else None
 
     def __enter__(self) -> ProgressBar:
         if self._progress:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import shutil
 import subprocess
 import sys
 import uuid
@@ -37,6 +38,7 @@ _EXPECTED = "a folder, s3://BUCKET/FOLDER or gs://BUCKET/FOLDER"
 _SCHEMES = re.compile(r"s3[an]?|gc?s|file|https?|s?ftp|hdfs|viewfs|abfss?|az|wasbs?|dbfs")
 _OPTIONS = re.compile(r"\?\w+=[^/?]*.*$", re.S)  # at the end of pyarrow's own addresses
 _PROBE_TIMEOUT_S = 30
+_COPY_BYTES = 2**24
 
 
 class SecretInAddress(ValueError):
@@ -166,6 +168,12 @@ def open_stream(location: str) -> BinaryIO:
         return path.open("rb")
     filesystem, key = filesystem_of(location)
     return filesystem.open_input_stream(key)
+
+
+def download_file(location: str, path: Path) -> None:
+    """Copies a file, which may lie in a bucket, to a local path. Raises FileNotFoundError."""
+    with open_stream(location) as source, path.open("wb") as target:
+        shutil.copyfileobj(source, target, _COPY_BYTES)
 
 
 def read_text(location: str, errors: str = "strict") -> str | None:

@@ -11,7 +11,6 @@ and adding videos does not move existing ones.
 
 from __future__ import annotations
 
-import codecs
 import difflib
 import functools
 import hashlib
@@ -310,30 +309,18 @@ def _is_dataset_list(filesystem: fs.FileSystem, base: str, name: str) -> bool:
         return True
     with filesystem.open_input_stream(join(base, name)) as stream:
         head = stream.read(_LIST_HEADER_BYTES)
-    return layouts.is_kinetics(head.decode(_detect_encoding(head), errors="replace"))
+    return layouts.is_kinetics(head.decode(layouts.detect_encoding(head), errors="replace"))
 
 
 def _read_list(filesystem: fs.FileSystem, path: str) -> str:
     with filesystem.open_input_stream(path) as stream:
         content = stream.read()
-    encoding = _detect_encoding(content)
+    encoding = layouts.detect_encoding(content)
     try:
         return content.decode(encoding)
     except UnicodeDecodeError as error:
         name = "UTF-8" if encoding == "utf-8-sig" else encoding.upper()
         raise ConfigError(f"{path}: not {name} text at byte {error.start}; save it as UTF-8") from None
-
-
-def _detect_encoding(content: bytes) -> str:
-    """Detects UTF-8, UTF-16 (which spreadsheets call Unicode text) and UTF-32."""
-    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
-        return "utf-32"
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        return "utf-16"
-    # Without a byte order mark: a list starts with an ASCII character, one byte of which is zero in UTF-16.
-    if content[:1] == b"\0":
-        return "utf-16-be"
-    return "utf-16-le" if content[1:2] == b"\0" else "utf-8-sig"
 
 
 def get_extension(name: str) -> str:

@@ -20,6 +20,7 @@ ignored. A path refers to the file with exactly that name, or else to the only f
 
 from __future__ import annotations
 
+import codecs
 import csv
 import functools
 import io
@@ -173,6 +174,18 @@ def parse_manifest(
         entries[file] = VideoEntry(file, _normalize_category(category), split, source or infer_source(file))
         first_mentions[file] = number, name
     return list(entries.values())
+
+
+def detect_encoding(content: bytes) -> str:
+    """Detects UTF-8, UTF-16 (which spreadsheets call Unicode text) and UTF-32."""
+    if content.startswith((codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)):
+        return "utf-32"
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
+    # Without a byte order mark: a list starts with an ASCII character, one byte of which is zero in UTF-16.
+    if content[:1] == b"\0":
+        return "utf-16-be"
+    return "utf-16-le" if content[1:2] == b"\0" else "utf-8-sig"
 
 
 def parse_records(

@@ -65,7 +65,7 @@ _TEST_SIZE = 16, 16  # height and width of the clip that tests the options
 
 @dataclass(frozen=True)
 class ClipOptions:
-    """What all clips of a job have in common.
+    """Options that all clips of a job share.
 
     Attributes:
         frames: Length of a clip, both images included.
@@ -134,7 +134,7 @@ class ManifestRow:
 
 @dataclass(frozen=True)
 class BulkResult:
-    """What a job did.
+    """Result of a job.
 
     Attributes:
         rows: The rows of the manifest.
@@ -204,7 +204,7 @@ def interpolate_pairs(
 
 @dataclass(frozen=True)
 class _Job:
-    """What an actor needs to know."""
+    """Everything that an actor needs."""
 
     pairs: tuple[Pair, ...]
     output: str

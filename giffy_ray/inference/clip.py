@@ -246,7 +246,7 @@ def add_video_stream(container: Any, fps: float | Fraction, quality: float) -> A
     options = {"preset": "veryfast", "crf": f"{38 - quality / 4:g}"}
     stream = container.add_stream("libx264", _frame_rate(fps), options=options)
     stream.pix_fmt = "yuv420p"
-    # What players assume for HD video; without it they guess from the height.
+    # Players assume BT.709 for HD video, and guess by the height if a file states nothing.
     stream.codec_context.color_range = ColorRange.MPEG
     stream.codec_context.colorspace = Colorspace.ITU709
     stream.codec_context.color_primaries = ColorPrimaries.BT709

@@ -185,9 +185,7 @@ class Interpolator:
             return
         size = self.choose_motion_size(start, end) if motion_size is None else motion_size
         first, last = _premultiply(self._to_tensor(start)), _premultiply(self._to_tensor(end))
-        if matching is None:
-            matching = size > max(self.experiment.clip.height, self.experiment.clip.width)
-        pair_motion = PairMotion(self.generator, first[:, :3], last[:, :3], noise, size, matching, self.dtype)
+        pair_motion = self.estimate_motion(first[:, :3], last[:, :3], noise, size, matching)
         motions = pair_motion.iter_motion([time for time in times if 0 < time < 1])
         renderer = FrameRenderer(first, last, oversample=True)
         for time in times:
@@ -195,6 +193,23 @@ class Interpolator:
                 yield start if time <= 0 else end
             else:
                 yield _to_image(renderer.render(next(motions), time))
+
+    def estimate_motion(
+        self, start: Tensor, end: Tensor, noise: Tensor, motion_size: int, matching: bool | None = None
+    ) -> PairMotion:
+        """Estimates the motion between two images, with a model that adapts to their size.
+
+        Args:
+            start: [1, 3, height, width], 0..1.
+            end: The same.
+            noise: [1, latent]; zeros give the mean of the prior.
+            motion_size: See `__call__`.
+            matching: See `__call__`.
+        """
+        assert isinstance(self.generator, MotionEstimator)
+        if matching is None:
+            matching = motion_size > max(self.experiment.clip.height, self.experiment.clip.width)
+        return PairMotion(self.generator, start, end, noise, motion_size, matching, self.dtype)
 
     def choose_motion_size(self, start: np.ndarray, end: np.ndarray) -> int:
         """Returns the longer side of the images that motion is estimated on, if none is given.

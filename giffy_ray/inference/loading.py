@@ -15,11 +15,11 @@ import torch
 from giffy_ray.config import BetweenConfig, ClipConfig, ConfigError, Experiment, override
 from giffy_ray.core.storage import resolve_path
 from giffy_ray.evaluation.evaluator import BASELINE, REAL
+from giffy_ray.inference.pretrained import REGISTRY_SCHEME
 from giffy_ray.models.sampling import TrainedModel
 from giffy_ray.training import checkpoint_format, checkpoint_selection, learners
 from giffy_ray.training.learners import Learner
 
-_REGISTRY_SCHEME = "models:/"
 _CLIP_SIZE_FIELDS = ("frames", "height", "width")
 
 
@@ -55,7 +55,7 @@ def _load_run(experiment: Experiment, run: str) -> tuple[Learner, Experiment]:
     A path or URI is recognized by a slash. A name that no run has may be that of a pretrained model.
     """
     try:
-        if run.startswith(_REGISTRY_SCHEME):
+        if run.startswith(REGISTRY_SCHEME):
             return _load_registered(experiment, run)
         if "/" in run:
             return checkpoint_format.load_learner(resolve_path(run))
@@ -83,8 +83,8 @@ def _load_selected(experiment: Experiment) -> tuple[Learner, Experiment]:
 
 def _display_name(run: str) -> str:
     """Returns the name of a run for tables: a checkpoint of a run is shown under the name of its run."""
-    if run.startswith(_REGISTRY_SCHEME):
-        return run.removeprefix(_REGISTRY_SCHEME)
+    if run.startswith(REGISTRY_SCHEME):
+        return run.removeprefix(REGISTRY_SCHEME)
     *folders, last = run.rstrip("/").split("/")
     return folders[-1] if folders and last.startswith("checkpoint_") else last
 

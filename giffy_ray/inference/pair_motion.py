@@ -27,6 +27,7 @@ from giffy_ray.models.matching import (
 from giffy_ray.models.motion import Motion, MotionEstimator
 
 _SIZE_MULTIPLE = 8  # of height and width of the images that the network sees
+_HALF_WAY = 0.5  # the time at which images are matched
 _NETWORK_SIZE = 128  # longer side of the images that the network sees, if matching continues on larger ones
 # Factors of the match errors: no motion is preferred to motion that matches little better, and so is the network's
 # motion to that by matching, because errors of either are the more visible.
@@ -69,7 +70,8 @@ class PairMotion:
             self._match()
 
     def _match(self) -> None:
-        small_network = mean_displacement(next(self._iter_network_motion(self._small_images, [0.5])))
+        self._network_half_way = next(self._iter_network_motion([_HALF_WAY]))
+        small_network = mean_displacement(self._network_half_way)
         still = torch.zeros_like(small_network)
         initial, _ = select_displacement(self._small_images, [still, small_network], [*_FIRST_PENALTIES])
         matched = refine_displacement(self._images, initial)
@@ -81,11 +83,18 @@ class PairMotion:
     @torch.no_grad()
     def iter_motion(self, times: Sequence[float]) -> Iterator[Motion]:
         """Yields the motion of the frame at each of `times`, above 0 and below 1, at the size of the matching."""
-        for time, motion in zip(times, self._iter_network_motion(self._small_images, times), strict=True):
-            yield self._combine(motion, time) if self._matching else motion
+        if not self._matching:
+            yield from self._iter_network_motion(times)
+            return
+        others = self._iter_network_motion([time for time in times if time != _HALF_WAY])
+        for time in times:
+            yield self._combine(self._network_half_way if time == _HALF_WAY else next(others), time)
 
-    def _iter_network_motion(self, images: Tensor, times: Sequence[float]) -> Iterator[Motion]:
+    def _iter_network_motion(self, times: Sequence[float]) -> Iterator[Motion]:
         """Yields the network's motion at each of `times`, in float32."""
+        if not times:
+            return
+        images = self._small_images
         times_tensor = torch.tensor(times, device=images.device)
         batches = self._estimator.iter_motion(*images.split(1), self._noise, times_tensor)
         while True:
@@ -120,9 +129,13 @@ def resize_motion(motion: Motion, height: int, width: int) -> Motion:
 
 def scale(image: Tensor, longer_side: int) -> Tensor:
     """Scales down with antialiasing so that the longer side is about `longer_side`, in multiples of 8."""
-    height, width = image.shape[2:]
+    return scale_to(image, *scaled_size(*image.shape[2:], longer_side))
+
+
+def scaled_size(height: int, width: int, longer_side: int) -> tuple[int, int]:
+    """Returns height and width of an image scaled down to a longer side, in multiples of 8."""
     factor = min(1.0, longer_side / max(height, width))
-    return scale_to(image, _round_size(height * factor), _round_size(width * factor))
+    return _round_size(height * factor), _round_size(width * factor)
 
 
 def scale_to(image: Tensor, height: int, width: int) -> Tensor:

@@ -26,7 +26,7 @@ from typing import Any
 
 from giffy_ray.core.errors import InputError
 from giffy_ray.core.storage import filesystem_of, join, local_path, read_bytes
-from giffy_ray.data.layouts import parse_records
+from giffy_ray.data.layouts import detect_encoding, parse_records
 
 TABLE_SUFFIXES = (".csv", ".parquet")
 IMAGE_SUFFIXES = (
@@ -250,9 +250,8 @@ def _read_table(location: str) -> PairList:
 
 def _read_csv_rows(location: str) -> list[tuple[int, Mapping[str, Any]]]:
     content = read_bytes(location)
-    encoding = "utf-16" if content.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
     try:
-        text = content.decode(encoding)
+        text = content.decode(detect_encoding(content))
     except UnicodeDecodeError as error:
         raise InputError(f"{location}: is not UTF-8 text at byte {error.start}; save it as UTF-8") from None
     columns, records = parse_records(text, location, {"start", "end"})

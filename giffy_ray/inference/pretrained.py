@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from safetensors import SafetensorError
 from giffy_ray.config import Experiment, override
 from giffy_ray.core.errors import InputError
 from giffy_ray.core.packaged import packaged_models, packaged_path
-from giffy_ray.core.storage import is_file, join, local_path, open_stream, resolve_path
+from giffy_ray.core.storage import download_file, is_file, join, local_path, open_stream, resolve_path
 from giffy_ray.training import checkpoint_format, learners
 from giffy_ray.training.learners import Learner
 
@@ -160,8 +159,7 @@ def _open_locally(location: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder, location.rpartition("/")[2])
-        with open_stream(location) as source, copy.open("wb") as target:
-            shutil.copyfileobj(source, target)
+        download_file(location, copy)
         yield copy
 
 

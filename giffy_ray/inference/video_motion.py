@@ -14,14 +14,13 @@ from torch import Tensor
 
 from giffy_ray.core.tensor_types import to_pixels
 from giffy_ray.inference.interpolator import Interpolator
-from giffy_ray.inference.pair_motion import PairMotion
+from giffy_ray.inference.pair_motion import PairMotion, scaled_size
 from giffy_ray.inference.video_file import FrameConverter
-from giffy_ray.models.motion import FrameRenderer, Motion, MotionEstimator
+from giffy_ray.models.motion import FrameRenderer, Motion
 
 # Longer side of the images that motion is estimated on: a fifth of the film's, within these limits. With half of what
 # single pictures get, 512, a film of 1280x720 takes half the time.
 _MIN_MOTION_SIZE, _MAX_MOTION_SIZE = 256, 512
-_SIZE_MULTIPLE = 8  # of height and width of these images
 _LUMA_CODES, _CHROMA_CODES = 219, 224  # of limited range
 
 
@@ -35,14 +34,10 @@ class FilmMotion:
     """
 
     def __init__(self, interpolator: Interpolator, converter: FrameConverter, motion_size: int | None):
-        assert isinstance(interpolator.generator, MotionEstimator)
+        self._interpolator = interpolator
         longest = max(converter.height, converter.width)
         self._size = motion_size or min(longest, max(_MIN_MOTION_SIZE, min(longest // 5, _MAX_MOTION_SIZE)))
-        # As in `Interpolator`: on larger images than in training, the network alone is not precise enough.
-        self._matching = self._size > max(interpolator.experiment.clip.height, interpolator.experiment.clip.width)
-        self._network = interpolator.generator
-        self._noise = torch.zeros(1, self._network.latent, device=interpolator.device)
-        self._device, self._dtype = interpolator.device, interpolator.dtype
+        self._noise = torch.zeros(1, interpolator.generator.latent, device=interpolator.device)
         self._converter = converter
         self._last: tuple[av.VideoFrame, Tensor] | None = None  # the end of one pair starts the next
 
@@ -50,16 +45,13 @@ class FilmMotion:
         """Estimates the motion from one frame to another."""
         first, last = self._to_small_image(start), self._to_small_image(end)
         self._last = end, last
-        return PairMotion(self._network, first, last, self._noise, self._size, self._matching, self._dtype)
+        return self._interpolator.estimate_motion(first, last, self._noise, self._size)
 
     def _to_small_image(self, frame: av.VideoFrame) -> Tensor:
         if self._last is not None and self._last[0] is frame:
             return self._last[1]
-        factor = min(1.0, self._size / max(frame.height, frame.width))
-        height, width = (
-            max(1, round(size * factor / _SIZE_MULTIPLE)) * _SIZE_MULTIPLE for size in (frame.height, frame.width)
-        )
-        rgb = torch.from_numpy(self._converter.to_small_rgb(frame, height, width)).to(self._device)
+        height, width = scaled_size(frame.height, frame.width, self._size)
+        rgb = torch.from_numpy(self._converter.to_small_rgb(frame, height, width)).to(self._interpolator.device)
         return rgb.permute(2, 0, 1)[None].float().div_(255)
 
 

@@ -89,12 +89,9 @@ def warp(picture: Tensor, flow: Tensor, mode: str = "bilinear") -> Tensor:
         flow: Displacements (x, y) in pixels, [n, 2, height, width].
         mode: Interpolation of `grid_sample`, bilinear or bicubic.
     """
-    height, width = flow.shape[2:]
     finite = flow.isfinite().all(1, keepdim=True)
     flow = torch.where(finite, flow, 0.0)  # on a CPU, grid_sample's gradient at NaN segfaults
-    x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
-    y = torch.arange(height, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
-    grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
+    grid = _sampling_grid(flow, *flow.shape[2:])
     warped = functional.grid_sample(picture, grid, mode, padding_mode="border", align_corners=True)
     return torch.where(finite, warped, math.nan)
 
@@ -146,15 +143,28 @@ class FrameRenderer:
         On a CPU, grid_sample uses one thread per item of the batch, so the rows are divided into as many items.
         """
         channels, height, width = self.start.shape[1:]
-        x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
-        y = torch.arange(rows.start, rows.stop, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
-        grid = torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
+        grid = _sampling_grid(flow, height, width, rows.start)
         items = -(-grid.shape[1] // self.strip_rows)
         padding_rows = items * self.strip_rows - grid.shape[1]
         grid = functional.pad(grid, (0, 0, 0, 0, 0, padding_rows)).view(items, self.strip_rows, width, 2)
         images = samples.expand(items, -1, -1, -1)
         warped = functional.grid_sample(images, grid, "bicubic", padding_mode="border", align_corners=True)
         return warped.transpose(0, 1).reshape(1, channels, -1, width)[:, :, : rows.stop - rows.start]
+
+
+def _sampling_grid(flow: Tensor, height: int, width: int, first_row: int = 0) -> Tensor:
+    """Returns the positions that a flow points to, as `grid_sample` takes them, [n, rows, width, 2].
+
+    Args:
+        flow: Displacements (x, y) in pixels of some rows of the picture, [n, 2, rows, width].
+        height: Of the picture.
+        width: Of the picture.
+        first_row: The first of the rows.
+    """
+    rows = flow.shape[2]
+    x = torch.arange(width, device=flow.device, dtype=flow.dtype) + flow[:, 0]
+    y = torch.arange(first_row, first_row + rows, device=flow.device, dtype=flow.dtype).view(-1, 1) + flow[:, 1]
+    return torch.stack([2 * x / (width - 1) - 1, 2 * y / (height - 1) - 1], dim=-1)
 
 
 def insert_half_pixels(image: Tensor) -> Tensor:

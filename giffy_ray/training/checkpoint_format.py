@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -29,7 +28,16 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from giffy_ray.config import BetweenConfig, Experiment, flatten, from_yaml, override, to_yaml
-from giffy_ray.core.storage import is_file, join, local_path, open_stream, read_bytes, read_text, write_text
+from giffy_ray.core.storage import (
+    download_file,
+    is_file,
+    join,
+    local_path,
+    open_stream,
+    read_bytes,
+    read_text,
+    write_text,
+)
 from giffy_ray.training import learners
 from giffy_ray.training.learners import Learner
 from giffy_ray.training.learners.optimized_module import AVERAGE_SUFFIX
@@ -209,8 +217,7 @@ def open_files(checkpoint_dir: str, names: list[str] | None) -> Iterator[Path]:
                 raise CorruptCheckpoint(f"{checkpoint_dir}/{MANIFEST}: does not list {name}")
             if local_folder is None:
                 _check_exists(source)
-                with open_stream(source) as stream, (folder / name).open("wb") as file:
-                    shutil.copyfileobj(stream, file, _CHUNK_BYTES)
+                download_file(source, folder / name)
             _check_fingerprint(str(folder / name), files[name], source)
         yield folder
 

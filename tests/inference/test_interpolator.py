@@ -21,24 +21,16 @@ from giffy_ray.models import between
 from giffy_ray.models.baselines import linear
 from giffy_ray.models.motion import Motion, MotionEstimator
 from giffy_ray.training import checkpoint_format, learners
-from tests.conftest import TINY
+from tests.conftest import SMALL_BETWEEN, TINY
 
 CPU = torch.device("cpu")
-SMALL = {
-    "model.kind": "between",
-    "model.widths": (4, 6, 8),
-    "model.latent": 2,
-    "clip.frames": 6,
-    "clip.height": 16,
-    "clip.width": 24,
-}
 SIZES = [(2, 2), (3, 5), (17, 31), (64, 64), (100, 300), (301, 40)]
 
 
 @pytest.fixture
 def untrained() -> Interpolator:
     """All heads of its network are zero, so it finds no motion."""
-    experiment = override(Experiment(), SMALL)
+    experiment = override(Experiment(), SMALL_BETWEEN)
     return Interpolator(learners.build(experiment, CPU), experiment, CPU)
 
 
@@ -376,7 +368,7 @@ class StubEstimator:
 @pytest.mark.parametrize("size", [(2, 2), (3, 40), (32, 64), (65, 30), (200, 300)])
 def test_motion_is_estimated_on_images_no_larger_than_the_pictures(size: tuple[int, int], motion_size: int | None):
     stub = StubEstimator(0, 0)
-    interpolator = Interpolator(stub, override(Experiment(), SMALL), CPU)
+    interpolator = Interpolator(stub, override(Experiment(), SMALL_BETWEEN), CPU)
     next(iter(interpolator.iter_frames(smooth(*size), smooth(*size), [0.5], motion_size=motion_size)))
     largest = min(size[1], motion_size or size[1])
     assert max(stub.widths) <= max(8, 8 * round(largest / 8))  # between needs multiples of 8

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +16,6 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.action_chains import ActionChains
@@ -28,29 +25,15 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from giffy_ray.inference.interpolator import Interpolator
+from tests.browser import needs_chromium, read_requests, start_browser
 from tests.inference.service_client import encode_image, run_process, scene
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
-)
+pytestmark = needs_chromium
 TIMEOUT_S = 60
 TOKEN = "s3cret"
 FRAMES, SAMPLES = 7, 2
 WIDE, PHONE = (1400, 1000), (360, 780)
 SCREENSHOTS = os.environ.get("SCREENSHOTS")  # a folder that keeps pictures of the page
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--force-prefers-reduced-motion",  # otherwise a clip plays when it is complete
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
 READ_CANVASES = "return [...document.querySelectorAll('canvas')].map((canvas) => canvas.toDataURL('image/png'))"
 ACCESSIBLE_NAMES = """
 return [...document.querySelectorAll("button, input, select, summary, canvas, progress, a")].map((element) => {
@@ -81,22 +64,17 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(address: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL", "browser": "ALL"})
-    chrome = Chrome(options, webdriver.ChromeService(DRIVER))
+    # With motion, a clip would play when it is complete.
+    chrome = start_browser(tmp_path_factory.mktemp("browser"), "--force-prefers-reduced-motion")
     chrome.execute_cdp_cmd(
         "Browser.setDownloadBehavior",
         {"behavior": "allow", "downloadPath": str(tmp_path_factory.mktemp("downloads"))},
     )
     yield chrome
-    messages = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
+    urls = read_requests(chrome)
     errors = [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
     errors = [entry for entry in errors if "status of 4" not in entry["message"]]
     chrome.quit()
-    urls = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
     assert any(url == f"{address}/interpolate" for url in urls)
     assert not [url for url in urls if not url.startswith((address, "blob:", "data:", "chrome:"))]
     assert not errors  # such as what the content security policy blocks

@@ -11,15 +11,11 @@ from giffy_ray.models.baselines import linear
 from giffy_ray.models.between import Between, cost_volume
 from giffy_ray.training import learners
 from giffy_ray.training.learners import losses
+from tests.conftest import SMALL_BETWEEN
 
 CLIP = ClipConfig(frames=6, height=16, width=24)
 SMALL = {
-    "model.kind": "between",
-    "model.widths": (4, 6, 8),
-    "model.latent": 2,
-    "clip.frames": 6,
-    "clip.height": 16,
-    "clip.width": 24,
+    **SMALL_BETWEEN,
     "optim.lr": 3e-3,
     "optim.max_grad_norm": 1.0,
     "optim.ema_decay": 0.9,

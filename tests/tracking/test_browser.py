@@ -1,8 +1,6 @@
 """MLflow's page of a search, in a real browser with a new profile, which can reach no other host."""
 
 import io
-import json
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +9,6 @@ import numpy as np
 import pytest
 from mlflow.tracking import MlflowClient
 from PIL import Image
-from selenium import webdriver
 from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
@@ -22,26 +19,13 @@ from selenium.webdriver.support.ui import WebDriverWait
 from giffy_ray.cluster.local import free_port
 from giffy_ray.tracking.server import mlflow_server
 from giffy_ray.tracking.ui_view import VIEW_QUERY
+from tests.browser import needs_chromium, read_requests, start_browser
 
-BROWSER, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="needs Chromium and its driver: apt-get install chromium chromium-driver"
-)
+pytestmark = needs_chromium
 TIMEOUT_S = 60
 STUDY = "tiny-study"
 TRIALS = ("trial-0000", "trial-0001")
-FLAGS = (
-    "--headless=new",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--window-size=2000,1600",  # wide enough for the assistant, which MLflow opens in a new profile
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
-)
+WINDOW_SIZE = "--window-size=2000,1600"  # wide enough for the assistant, which MLflow opens in a new profile
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +37,10 @@ def server(storage: Path, tune_output: str) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def browser(server: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(BROWSER)
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    chrome = Chrome(options, webdriver.ChromeService(DRIVER))
+    chrome = start_browser(tmp_path_factory.mktemp("browser"), WINDOW_SIZE)
     yield chrome
-    messages = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
+    urls = read_requests(chrome)
     chrome.quit()
-    requests = [message for message in messages if message["method"] == "Network.requestWillBeSent"]
-    urls = [request["params"]["request"]["url"] for request in requests]
     assert any(url.startswith(f"{server}/get-artifact") for url in urls)
     assert not [url for url in urls if not url.startswith((server, "data:", "blob:", "chrome:"))]
 
