@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; end
 	@.venv/bin/python jobs/demo.py
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 
 chaos: $(INSTALLED)  ## what takes minutes: jobs killed on the way, five minutes of mutated files
 	.venv/bin/python -m pytest -m chaos tests/test_chaos.py

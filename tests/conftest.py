@@ -65,6 +65,37 @@ TINY = {
 }
 
 
+# Processes of pytest-xdist take these from left to right, then the other files one by one.
+_FIRST_GROUPS = ("head", "local_ray", "tests/inference/test_service.py", "tests/test_workflows.py")
+
+
+def _group_of(item: pytest.Item) -> str:
+    """Returns the shared Ray cluster of a test, or else its file: one process runs all tests of a group."""
+    fixtures = getattr(item, "fixturenames", ())
+    shared = next((name for name in ("head", "local_ray") if name in fixtures), None)
+    return shared or item.nodeid.partition("::")[0]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Sorts the tests by group, the longest groups first, so that no process ends long after the other."""
+    groups = {item: _group_of(item) for item in items}
+    first = {name: number for number, name in enumerate(_FIRST_GROUPS)}
+    items.sort(key=lambda item: first.get(groups[item], len(first)))
+    for item, group in groups.items():
+        item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(autouse=True)
+def scheduling_policy() -> Iterator[None]:
+    """Asserts that a test leaves the process without real-time priority.
+
+    Every later process would inherit it, and two busy ones would stop the machine. SVT-AV1, if root runs it, sets it
+    for the thread that opens the encoder.
+    """
+    yield
+    assert os.sched_getscheduler(0) == os.SCHED_OTHER
+
+
 @pytest.fixture
 def tiny() -> Experiment:
     """A CVAE with a few thousand parameters on clips of 6 frames of 16x16."""

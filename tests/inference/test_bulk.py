@@ -147,7 +147,7 @@ def test_every_kind_of_bad_pair_is_listed_and_the_others_are_made(tmp_path, mode
         "empty.png": "empty.png: is not an image that can be read",
         "one.ppm": "one.ppm: has 1x1 pixels; at least 2x2 are needed",
         "huge.ppm": "huge.ppm: has more than 100 million pixels; scale it down",
-        "animation.gif": "animation.gif: has 2 frames",
+        "animation.gif": "animation.gif: is an animation or has several pages; give a still image",
         "big.png": "end: .*big.png has 0.0 GiB; the limit is 1 GiB",
         "pipe.png": "end: .*pipe.png is not a regular file",
         "folder.png": "end: .*folder.png is not a regular file",

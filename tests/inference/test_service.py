@@ -662,8 +662,12 @@ def test_limits_must_be_positive():
 
 def test_sandboxes_are_few_and_end_with_the_service():
     def count_sandboxes() -> int:
-        children = psutil.Process().children(recursive=True)
-        return sum("giffy_ray.inference.image_sandbox" in " ".join(child.cmdline()) for child in children)
+        children = psutil.Process().children()
+        return sum(
+            "giffy_ray.inference.image_sandbox" in " ".join(child.cmdline())
+            for child in children
+            if child.status() != psutil.STATUS_ZOMBIE
+        )
 
     before = count_sandboxes()
     with run_app(FakeBackend()) as address, concurrent.futures.ThreadPoolExecutor(8) as pool:
