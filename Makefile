@@ -12,7 +12,7 @@ demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; end
 	@.venv/bin/python jobs/demo.py
 
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
+	.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 chaos: $(INSTALLED)  ## what takes minutes: jobs killed on the way, five minutes of mutated files
 	.venv/bin/python -m pytest -m chaos tests/test_chaos.py
@@ -37,7 +37,7 @@ docs: $(INSTALLED)  ## the documentation site, into site/
 	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 ui: $(INSTALLED)  ## the MLflow page of the runs in RUNS, on http://127.0.0.1:PORT
-	@.venv/bin/python -m giffy_ray.tracking.server $(or $(RUNS),runs) $(or $(PORT),5000)
+	@.venv/bin/giffy ui $(or $(RUNS),runs) --port $(or $(PORT),5000)
 
 lock: $(INSTALLED)  ## after changing a range in pyproject.toml
 	.venv/bin/pip install --upgrade --editable .[dev,perceptual,postgres] torch==2.13.0

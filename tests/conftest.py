@@ -65,24 +65,47 @@ TINY = {
 }
 
 
-# Processes of pytest-xdist take these from left to right, then the other files one by one.
-_FIRST_GROUPS = ("head", "local_ray", "tests/inference/test_service.py", "tests/test_workflows.py")
+# Session fixture that starts a Ray cluster -> the files whose tests use it.
+_CLUSTER_FILES = {
+    "head": ("test_jobs.py", "tracking/test_browser.py", "core/test_messages.py"),
+    "local_ray": (
+        "inference/test_bulk.py",
+        "data/test_loader.py",
+        "data/test_hostile_folder.py",
+        "data/test_remote.py",
+        "data/test_prepare.py",
+        "test_chaos.py",
+    ),
+}
+_GROUPS = {f"tests/{file}": fixture for fixture, files in _CLUSTER_FILES.items() for file in files}
 
 
-def _group_of(item: pytest.Item) -> str:
-    """Returns the shared Ray cluster of a test, or else its file: one process runs all tests of a group."""
-    fixtures = getattr(item, "fixturenames", ())
-    shared = next((name for name in ("head", "local_ray") if name in fixtures), None)
-    return shared or item.nodeid.partition("::")[0]
+def _group_of(node_id: str) -> str:
+    """Returns the group of a test: one process of `make test` runs all of a group."""
+    file = node_id.partition("::")[0]
+    return _GROUPS.get(file, file)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Sorts the tests by group, the longest groups first, so that no process ends long after the other."""
-    groups = {item: _group_of(item) for item in items}
-    first = {name: number for number, name in enumerate(_FIRST_GROUPS)}
-    items.sort(key=lambda item: first.get(groups[item], len(first)))
-    for item, group in groups.items():
-        item.add_marker(pytest.mark.xdist_group(group))
+    """Moves the tests on Ray clusters to the front: they take longest, and then the other process has work left."""
+    for item in items:
+        for fixture in _CLUSTER_FILES:
+            if fixture in getattr(item, "fixturenames", ()) and _group_of(item.nodeid) != fixture:
+                raise pytest.UsageError(f"{item.nodeid} uses {fixture}: add its file to _CLUSTER_FILES in {__file__}")
+    order = {file: number for number, file in enumerate(_GROUPS)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Assigns whole groups to processes, in the order of the tests."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _group_of(nodeid)
+
+    return GroupScheduling(config, log)  # type: ignore[arg-type]
 
 
 @pytest.fixture(autouse=True)

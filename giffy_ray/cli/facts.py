@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from giffy_ray.cli.machine import free_memory_bytes, usable_cores
+from giffy_ray.core.machine import free_memory_bytes, usable_cores
 from giffy_ray.core.packaged import packaged_models
 from giffy_ray.core.storage import redact_credentials
 

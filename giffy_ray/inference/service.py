@@ -43,6 +43,7 @@ from starlette.requests import ClientDisconnect
 
 from giffy_ray.cluster.local import check_temp_dir_length
 from giffy_ray.core.errors import InputError
+from giffy_ray.core.machine import usable_cores
 from giffy_ray.inference.service_guard import (
     LOOPBACK_NAMES,
     App,
@@ -536,7 +537,7 @@ def start_workers(device: str = "auto", workers: int = 1) -> Iterator[ServeBacke
             graceful_shutdown_timeout_s=_STOP_TIMEOUT_S,
             graceful_shutdown_wait_loop_s=0.5,
         )
-        threads = max(1, (os.cpu_count() or 1) // workers)
+        threads = max(1, int(usable_cores()) // workers)
         serve.start(proxy_location="Disabled")
         try:
             handle = serve.run(deployment.bind(device, threads), name=name, route_prefix=None)

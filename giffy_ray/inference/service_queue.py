@@ -20,6 +20,7 @@ from typing import BinaryIO, Protocol, TypeVar
 import numpy as np
 
 from giffy_ray.core.errors import InputError
+from giffy_ray.core.machine import usable_cores
 from giffy_ray.core.packaged import packaged_models, packaged_path
 from giffy_ray.core.storage import join, read_text, redact_credentials, resolve_path
 from giffy_ray.inference.image_sandbox import ImageSandbox
@@ -75,7 +76,7 @@ class Service:
         self._model: ModelVersion | None = None
         self._reload_lock = asyncio.Lock()
         self._places = asyncio.Semaphore(parallel)
-        self._decoders = ThreadPoolExecutor(min(2, os.cpu_count() or 1), initializer=self._start_sandbox)
+        self._decoders = ThreadPoolExecutor(max(1, min(2, int(usable_cores()))), initializer=self._start_sandbox)
         self._sandboxes: list[ImageSandbox] = []
         self._thread = threading.local()  # of `_decoders`: its sandbox
         self._problem: str | None = None

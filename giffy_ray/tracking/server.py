@@ -1,4 +1,4 @@
-"""A local MLflow server in a separate process, for `make ui`, tests and benchmarks."""
+"""A local MLflow server in a separate process, for `giffy ui`, tests and benchmarks."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from giffy_ray.core.errors import InputError
 from giffy_ray.tracking.ui_view import VIEW_QUERY
 from giffy_ray.tracking.uri import sqlite_address
 
@@ -86,15 +87,20 @@ def mlflow_server(
 
 
 def serve_ui(storage: Path, port: int) -> None:
-    """Serves the runs of a local storage until interrupted. Raises SystemExit if it cannot."""
+    """Serves the runs of a local storage on loopback until interrupted.
+
+    Raises:
+        InputError: There are no runs, or the port is in use.
+        RuntimeError: The server did not start, or ended by itself.
+    """
     database = storage / "mlflow.db"
     if not database.is_file():
-        sys.exit(
-            f"{database}: no such file, so there are no runs to show; create some with 'make demo', or show those of "
-            "another storage with 'make ui RUNS=FOLDER'"
+        raise InputError(
+            f"{database}: no such file, so there are no runs to show; create some with 'make demo' or 'giffy train', "
+            "or name the folder of others"
         )
     if not is_port_free(port):
-        sys.exit(f"port {port}: another program uses it; choose another one with 'make ui PORT={port + 1}'")
+        raise InputError(f"port {port}: another program uses it; choose another one, such as --port {port + 1}")
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda number, frame: sys.exit(128 + number))
     print("starting MLflow's server; this takes about half a minute", flush=True)
@@ -106,11 +112,9 @@ def serve_ui(storage: Path, port: int) -> None:
             )
             # The first experiment of a new database has id 1; 0 is MLflow's `Default`.
             print(f"{server.address}/#/experiments/1/runs?{VIEW_QUERY}", flush=True)
-            sys.exit(f"MLflow's server ended unexpectedly, with exit code {server.wait()}")
+            raise RuntimeError(f"MLflow's server ended unexpectedly, with exit code {server.wait()}")
     except KeyboardInterrupt:
         print("\nstopped")
-    except RuntimeError as failure:
-        sys.exit(str(failure))
 
 
 def is_port_free(port: int) -> bool:
@@ -122,13 +126,3 @@ def is_port_free(port: int) -> bool:
         except OSError:
             return False
     return True
-
-
-def _parse_port(text: str) -> int:
-    if not text.isdecimal() or not 0 < int(text) < 2**16:
-        sys.exit(f"port {text}: must be a number from 1 to 65535; 'make ui PORT=5001'")
-    return int(text)
-
-
-if __name__ == "__main__":
-    serve_ui(Path(sys.argv[1]), _parse_port(sys.argv[2]))

@@ -130,7 +130,7 @@ def test_ui_serves_the_given_storage(run_giffy: Run, monkeypatch: pytest.MonkeyP
 
 def test_ui_without_runs_fails(run_giffy: Run, tmp_path: Path):
     result = run_giffy("ui", tmp_path)
-    assert result.exit_code == 1
+    assert result.exit_code == 2
     assert f"{tmp_path}/mlflow.db: no such file" in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

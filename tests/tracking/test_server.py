@@ -32,7 +32,7 @@ PASSWORD = "only-for-this-test"
 
 def start_ui(*arguments: object) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, "-m", "giffy_ray.tracking.server", *map(str, arguments)],
+        [sys.executable, "-m", "giffy_ray.cli.main", "ui", *map(str, arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -41,17 +41,21 @@ def start_ui(*arguments: object) -> subprocess.Popen:
 
 
 def test_make_ui_without_runs_names_the_missing_file(tmp_path: Path):
-    _, stderr = (job := start_ui(tmp_path, free_port())).communicate(timeout=60)
-    assert job.returncode == 1
+    _, stderr = (job := start_ui(tmp_path, "--port", free_port())).communicate(timeout=60)
+    assert job.returncode == 2
     assert f"{tmp_path}/mlflow.db: no such file" in stderr
     assert "make demo" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("port", ["abc", "0", "70000", "-1"])
 def test_an_invalid_port_is_rejected(tmp_path: Path, port: str):
-    _, stderr = (job := start_ui(tmp_path, port)).communicate(timeout=60)
-    assert job.returncode == 1
-    assert stderr.strip() == f"port {port}: must be a number from 1 to 65535; 'make ui PORT=5001'"
+    _, stderr = (job := start_ui(tmp_path, "--port", port)).communicate(timeout=60)
+    assert job.returncode == 2
+    assert (
+        f"Invalid value for '--port': {port!r} is not a valid int" in stderr
+        or "is not in the range 1<=x<=65535" in stderr
+    )
 
 
 def test_a_port_in_use_is_rejected_with_a_suggestion(tmp_path: Path):
@@ -60,14 +64,15 @@ def test_a_port_in_use_is_rejected_with_a_suggestion(tmp_path: Path):
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         port = listener.getsockname()[1]
-        _, stderr = (job := start_ui(tmp_path, port)).communicate(timeout=60)
-    assert job.returncode == 1
-    assert f"port {port}: another program uses it; choose another one with 'make ui PORT={port + 1}'" in stderr
+        _, stderr = (job := start_ui(tmp_path, "--port", port)).communicate(timeout=60)
+    assert job.returncode == 2
+    assert f"port {port}: another program uses it; choose another one, such as --port {port + 1}" in stderr
+    assert len(stderr.splitlines()) == 1
 
 
 def test_make_ui_prints_the_address_of_the_view_and_ends_with_ctrl_c(tmp_path: Path):
     open_run(override(Experiment(), {"name": "run", "storage": str(tmp_path)})).finish()
-    job = start_ui(tmp_path, port := free_port())
+    job = start_ui(tmp_path, "--port", port := free_port())
     assert job.stdout
     for line in job.stdout:
         if "/#/experiments/" in line:

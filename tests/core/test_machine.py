@@ -6,7 +6,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from giffy_ray.cli.machine import free_memory_bytes, usable_cores
+from giffy_ray.core.machine import free_memory_bytes, usable_cores
 
 MEMINFO = "MemTotal:       16000000 kB\nMemFree:         1000000 kB\nMemAvailable:    8000000 kB\n"
 NO_LIMIT_V1 = "9223372036854771712"
