@@ -319,7 +319,9 @@ def _rename_symbols(size: Any, names: Mapping[str, str]) -> int | str | None:
 
 def _translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Returns how operators become ONNX where torch's own translation is wrong, or right for one size only."""
-    from onnxscript import opset18 as op
+    from onnxscript import opset18
+
+    op: Any = opset18  # its functions build a graph, and accept what their types exclude
 
     def repeat_interleave(values: Any, repeats: Any, dim: int | None = None, output_size: Any = None) -> Any:
         """Repeats each element of a vector. onnxscript repeats the vector if the number is not a constant."""

@@ -212,7 +212,8 @@ def _apply_profile(image: Image.Image, profile: bytes, is_gray: bool) -> Image.I
     """Converts to sRGB. Returns None if the profile is damaged or of another colour model; viewers ignore it too."""
     try:
         embedded = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        mode = _PROFILE_MODES.get(embedded.profile.xcolor_space)
+        colour_profile: Any = embedded.profile
+        mode = _PROFILE_MODES.get(colour_profile.xcolor_space)
         if mode is None or (mode == "L" and not is_gray) or (mode == "CMYK") != (image.mode == "CMYK"):
             return None
         srgb = ImageCms.createProfile("sRGB")

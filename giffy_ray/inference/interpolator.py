@@ -88,12 +88,34 @@ class Interpolator:
 
     @overload
     def __call__(
-        self, start: ImageInput, end: ImageInput, frames: int = ..., samples: Literal[1] = 1, **options
+        self,
+        start: ImageInput,
+        end: ImageInput,
+        frames: int = ...,
+        samples: Literal[1] = 1,
+        *,
+        seed: int = ...,
+        fps: float = ...,
+        motion_size: int | None = ...,
+        matching: bool | None = ...,
+        fit: Fit = ...,
+        resize: bool = ...,
     ) -> Clip: ...
 
     @overload
     def __call__(
-        self, start: ImageInput, end: ImageInput, frames: int = ..., samples: int = ..., **options
+        self,
+        start: ImageInput,
+        end: ImageInput,
+        frames: int = ...,
+        samples: int = ...,
+        *,
+        seed: int = ...,
+        fps: float = ...,
+        motion_size: int | None = ...,
+        matching: bool | None = ...,
+        fit: Fit = ...,
+        resize: bool = ...,
     ) -> list[Clip]: ...
 
     def __call__(

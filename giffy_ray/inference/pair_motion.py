@@ -75,7 +75,8 @@ class PairMotion:
         still = torch.zeros_like(small_network)
         initial, _ = select_displacement(self._small_images, [still, small_network], [*_FIRST_PENALTIES])
         matched = refine_displacement(self._images, initial)
-        network = resize_displacement(small_network, *self._images.shape[2:])
+        height, width = self._images.shape[2:]
+        network = resize_displacement(small_network, height, width)
         candidates = [torch.zeros_like(matched), network, matched]
         self._displacement, selected = select_displacement(self._images, candidates, [*_FINAL_PENALTIES])
         self._is_network = (selected == 1).float()
@@ -96,7 +97,7 @@ class PairMotion:
             return
         images = self._small_images
         times_tensor = torch.tensor(times, device=images.device)
-        batches = self._estimator.iter_motion(*images.split(1), self._noise, times_tensor)
+        batches = self._estimator.iter_motion(images[:1], images[1:], self._noise, times_tensor)
         while True:
             with torch.autocast(images.device.type, self._dtype, enabled=self._dtype != torch.float32):
                 batch = next(batches, None)
@@ -107,7 +108,8 @@ class PairMotion:
 
     def _combine(self, network_motion: Motion, time: float) -> Motion:
         """Takes the network's motion where it was selected, and the displacement elsewhere."""
-        motion = resize_motion(network_motion, *self._images.shape[2:])
+        height, width = self._images.shape[2:]
+        motion = resize_motion(network_motion, height, width)
         fields = torch.cat([self._displacement, self._is_network], dim=1)
         moved = move_to_time(fields, self._displacement, time)
         displacement, is_network = moved[:, :2], moved[:, 2:]
@@ -129,7 +131,8 @@ def resize_motion(motion: Motion, height: int, width: int) -> Motion:
 
 def scale(image: Tensor, longer_side: int) -> Tensor:
     """Scales down with antialiasing so that the longer side is about `longer_side`, in multiples of 8."""
-    return scale_to(image, *scaled_size(*image.shape[2:], longer_side))
+    height, width = scaled_size(image.shape[2], image.shape[3], longer_side)
+    return scale_to(image, height, width)
 
 
 def scaled_size(height: int, width: int, longer_side: int) -> tuple[int, int]:

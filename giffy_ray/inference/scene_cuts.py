@@ -100,10 +100,12 @@ class Shown(Protocol):
     @property
     def thumbnail(self) -> Thumbnail:
         """Small versions of the frame."""
+        ...
 
     @property
     def time(self) -> Fraction:
         """Presentation time in seconds."""
+        ...
 
 
 _Item = TypeVar("_Item", bound=Shown)

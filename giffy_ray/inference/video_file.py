@@ -132,8 +132,8 @@ def inspect_film(path: Path) -> Film:
         rate = _average_rate(stream, ordered, time_base)
         first, last = int(ordered[0]) * time_base, int(ordered[-1]) * time_base
         end_s = max(end * time_base, last + Fraction(1, 2) / rate)
-        tracks = [track for track in container.streams.audio if track.start_time is not None]
-        start = min([first, *(track.start_time * track.time_base for track in tracks)])
+        sounds: list[Any] = [track for track in container.streams.audio if track.start_time is not None]
+        start = min([first, *(sound.start_time * sound.time_base for sound in sounds)])
         return Film(path, stream.index, rate, first, end_s, start, converter)
 
 
