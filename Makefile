@@ -11,8 +11,9 @@ INSTALLED := .venv/installed
 demo: $(INSTALLED)  ## the main job: render, decode, search, train, compare; ends with a table and pictures
 	@.venv/bin/python jobs/demo.py
 
+# Two processes share two cores; threads of PyTorch that wait for each other must not spin.
 test: $(INSTALLED)
-	.venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
+	OMP_WAIT_POLICY=passive .venv/bin/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder
 
 chaos: $(INSTALLED)  ## what takes minutes: jobs killed on the way, five minutes of mutated files
 	.venv/bin/python -m pytest -m chaos tests/test_chaos.py
