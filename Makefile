@@ -28,6 +28,7 @@ bench: $(INSTALLED)  ## speed, side by side with what else there is; an hour's q
 	PYTHONPATH=. .venv/bin/python benchmarks/evaluate.py --clips 64
 	PYTHONPATH=. .venv/bin/python benchmarks/scaling.py
 	PYTHONPATH=. .venv/bin/python benchmarks/tracking.py
+	PYTHONPATH=. .venv/bin/python benchmarks/population.py
 
 lint: $(INSTALLED)
 	.venv/bin/ruff check .

@@ -30,7 +30,7 @@ from pyarrow import fs
 
 from giffy_ray.config import DataConfig, Experiment, override
 from giffy_ray.core.storage import join, write_bytes
-from giffy_ray.data import clip_dataset, shards
+from giffy_ray.data import clip_dataset, prune, shards
 from giffy_ray.data.catalog import Catalog, Video, read_catalog
 from giffy_ray.data.clip_dataset import ClipDataset
 from giffy_ray.data.prepare import prepare
@@ -210,6 +210,7 @@ def measure(count: int, folder: Path, with_files: bool, with_ray: bool) -> dict[
         # Everything that a job does before and after decoding, then what the next job with the same videos does.
         _, results["prepare_s"] = measure_s(lambda: prepare(experiment))
         _, results["prepare_prepared_s"] = measure_s(lambda: prepare(experiment))
+        _, results["plan_prune_s"] = measure_s(lambda: prune.plan(experiment))
     dataset = ClipDataset(set_location)
     _, results["count_s"] = measure_s(dataset.count_by_category)
     results["set_mb"] = Path(set_location, "rows.arrow").stat().st_size / 1e6

@@ -242,22 +242,23 @@ def _plan_shards(store_location: str, store_key: str, needed_sets: set[str], cat
         set_rows = clip_dataset.read_set(join(store_location, "sets", set_key))
         needed_shards.update(set_rows["shard"].drop_null().to_pylist())
 
-    def filter_needed(listing: pa.Table) -> pa.Table:
-        """Keeps clips of needed shards, and rejects of the experiment's videos or, in other stores, all rejects."""
-        is_known_video = _is_in(listing["identity"], identities) if catalog else np.full(len(listing), True)
-        is_reject = listing["shard"].is_null()
-        return listing.filter(np.where(is_reject, is_known_video, _is_in(listing["shard"], needed_shards)))
-
-    replacements = {}
+    # Keeps clips of needed shards, and rejects of the experiment's videos or, in other stores, all rejects. Of all
+    # listings at once, because `is_in` hashes its values in every call.
+    is_known_video = _is_in(rows["identity"], identities) if catalog else np.full(len(rows), True)
+    is_reject = np.asarray(rows["shard"].is_null())
+    is_needed = np.where(is_reject, is_known_video, _is_in(rows["shard"], needed_shards))
+    replacements, first = {}, 0
     for path, listing in listings.items():
-        needed_rows = filter_needed(listing)
+        needed_rows = listing.filter(is_needed[first : first + len(listing)])
+        first += len(listing)
         if len(needed_rows) < max(1, len(listing)):
             replacements[path] = needed_rows
     emptied_paths = [path for path, needed_rows in replacements.items() if not len(needed_rows)]
     emptied = filesystem_of(store_location)[0].get_file_info(emptied_paths)
     listed_shards = set(rows["shard"].drop_null().to_pylist())
-    unused = [*(info for shard, info in infos.items() if shard in listed_shards - needed_shards), *emptied]
-    orphans = [info for shard, info in infos.items() if shard not in listed_shards | needed_shards]
+    unneeded_shards, known_shards = listed_shards - needed_shards, listed_shards | needed_shards
+    unused = [*(info for shard, info in infos.items() if shard in unneeded_shards), *emptied]
+    orphans = [info for shard, info in infos.items() if shard not in known_shards]
 
     def remove() -> None:
         for path, needed_rows in replacements.items():  # first: a video counts as stored while it is listed

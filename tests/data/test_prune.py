@@ -142,6 +142,18 @@ def test_shards_of_deleted_and_changed_videos_are_removed(experiment, monkeypatc
     assert prepare(experiment, again=True).location == dataset.location
 
 
+def test_all_listings_are_looked_up_at_once(experiment, monkeypatch):
+    """Each lookup hashes all identities, so one for every listing is quadratic in the number of videos."""
+    prepare(experiment)
+    is_in, lookups = prune._is_in, []
+    monkeypatch.setattr(prune, "_is_in", lambda column, values: lookups.append(len(column)) or is_in(column, values))
+    prune.plan(experiment)
+    (store,) = Path(experiment.storage, "stores").iterdir()
+    assert len(shards.read_listings(str(store))) == VIDEOS // 2
+    assert len(lookups) == 4
+    assert min(lookups) == VIDEOS
+
+
 def test_shards_of_unprepared_videos_stay(experiment, monkeypatch):
     prepare(experiment)
     videos = Path(experiment.data.root, "training", "a")
