@@ -179,12 +179,16 @@ def insert_half_pixels(image: Tensor) -> Tensor:
     offset = torch.arange(1 - _LANCZOS_LOBES, _LANCZOS_LOBES + 1, dtype=image.dtype, device=image.device) - 0.5
     taps = torch.sinc(offset) * torch.sinc(offset / _LANCZOS_LOBES)
     taps = (taps / taps.sum()).view(1, 1, 1, -1)
-    for _ in range(2):  # along the width, then, transposed, along the height
-        count, channels, height = image.shape[:3]
-        padded = functional.pad(image, (_LANCZOS_LOBES - 1, _LANCZOS_LOBES, 0, 0), mode="replicate")
-        halves = functional.conv2d(padded.reshape(count * channels, 1, height, -1), taps).view_as(image)
-        image = torch.stack([image, halves], dim=-1).flatten(-2)[..., :-1].transpose(2, 3)
-    return image
+    count, channels, height, width = image.shape
+    samples = image.new_empty(count, channels, 2 * height - 1, 2 * width - 1)
+    for channel in range(channels):  # one at a time: intermediate results take several times the memory of one
+        field = image[:, channel : channel + 1]
+        for _ in range(2):  # along the width, then, transposed, along the height
+            padded = functional.pad(field, (_LANCZOS_LOBES - 1, _LANCZOS_LOBES, 0, 0), mode="replicate")
+            halves = functional.conv2d(padded, taps)
+            field = torch.stack([field, halves], dim=-1).flatten(-2)[..., :-1].transpose(2, 3)
+        samples[:, channel] = field[:, 0]
+    return samples
 
 
 def _resize_rows(field: Tensor, height: int, width: int, rows: slice) -> Tensor:
