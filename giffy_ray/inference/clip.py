@@ -243,7 +243,8 @@ def add_video_stream(container: Any, fps: float | Fraction, quality: float) -> A
 
     Quality 80 is x264's rate factor 18, which is hard to tell from the original; 50 is 25.5.
     """
-    options = {"preset": "veryfast", "crf": f"{38 - quality / 4:g}"}
+    # x264's macroblock tree gives one of two files for the same frames, from run to run.
+    options = {"preset": "veryfast", "crf": f"{38 - quality / 4:g}", "x264-params": "mbtree=0"}
     stream = container.add_stream("libx264", _frame_rate(fps), options=options)
     stream.pix_fmt = "yuv420p"
     # Players assume BT.709 for HD video, and guess by the height if a file states nothing.

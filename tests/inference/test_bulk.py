@@ -66,7 +66,7 @@ def decode(video: bytes) -> np.ndarray:
 def mean_difference(clip: np.ndarray, other: np.ndarray) -> float:
     """Returns the mean absolute difference in levels: 85 between random pictures.
 
-    A CPU rounds differently from time to time, and an untrained network may then move a few pixels elsewhere.
+    Threads add up convolutions in another order, and an untrained network may then move a few pixels elsewhere.
     """
     return float(np.abs(clip.astype(int) - other).mean())
 
@@ -88,7 +88,7 @@ def test_clips_are_those_of_the_interpolator(tmp_path, model, local_ray, workers
     for row, pair in zip(result.rows, find_pairs(pairs).pairs, strict=True):
         interpolator(pair.start, pair.end, 4, motion_size=32).save(tmp_path / "alone.mp4")
         expected, made = (decode(path.read_bytes()) for path in (tmp_path / "alone.mp4", tmp_path / "out" / row.output))
-        assert mean_difference(made, expected) < 8
+        assert mean_difference(made, expected) <= (8 if workers else 0)
         assert mean_difference(made[1], made[0]) > 8
     assert [row.output for row in result.rows] == [f"{pair.name}.mp4" for pair in find_pairs(pairs).pairs]
 
@@ -320,8 +320,7 @@ def test_a_bucket_gives_the_clips_of_a_folder(tmp_path, model, bucket: str):
     result = run(source, output, model)
     assert [row.output for row in result.rows] == [row.output for row in expected.rows]
     for row in result.rows:
-        made = decode(read_bytes(f"{output}/{row.output}"))
-        assert mean_difference(made, decode((tmp_path / "out" / row.output).read_bytes())) < 8
+        assert read_bytes(f"{output}/{row.output}") == (tmp_path / "out" / row.output).read_bytes()
     assert len(read_manifest(result.manifest)) == len(ODD_NAMES)
     assert run(source, output, model).kept == len(ODD_NAMES)
     filesystem, key = filesystem_of(f"{output}/{result.rows[0].output}")
