@@ -63,14 +63,6 @@ def decode(video: bytes) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def mean_difference(clip: np.ndarray, other: np.ndarray) -> float:
-    """Returns the mean absolute difference in levels: 85 between random pictures.
-
-    Threads add up convolutions in another order, and an untrained network may then move a few pixels elsewhere.
-    """
-    return float(np.abs(clip.astype(int) - other).mean())
-
-
 def read_manifest(path: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(read_bytes(path).decode(), newline="")))
 
@@ -88,8 +80,9 @@ def test_clips_are_those_of_the_interpolator(tmp_path, model, local_ray, workers
     for row, pair in zip(result.rows, find_pairs(pairs).pairs, strict=True):
         interpolator(pair.start, pair.end, 4, motion_size=32).save(tmp_path / "alone.mp4")
         expected, made = (decode(path.read_bytes()) for path in (tmp_path / "alone.mp4", tmp_path / "out" / row.output))
-        assert mean_difference(made, expected) <= (8 if workers else 0)
-        assert mean_difference(made[1], made[0]) > 8
+        # Threads add up convolutions in another order, which may round one level up or down.
+        assert np.abs(made.astype(int) - expected).max() <= (2 if workers else 0)
+        assert np.abs(made[1].astype(int) - made[0]).max() > 8
     assert [row.output for row in result.rows] == [f"{pair.name}.mp4" for pair in find_pairs(pairs).pairs]
 
 

@@ -162,7 +162,7 @@ def test_clips_are_those_of_the_library(real: str, checkpoint: Path):
         assert distance(decode_video(parts[f"sample-{sample + 1}.mp4"]), expected) < 6
     single = post(real, pair(1), headers=AUTHORIZED, **{**options, "samples": 1, "first_sample": 2})
     repeated, first = decode_video(single.content), decode_video(parts["sample-2.mp4"])
-    assert distance(repeated, first) < 2  # a CPU does not round the same way every time
+    assert distance(repeated, first) < 1  # a CPU does not round the same way every time
 
 
 def parse_multipart(response: requests.Response) -> dict[str, bytes]:
